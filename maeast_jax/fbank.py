@@ -1,0 +1,212 @@
+"""Kaldi's log-mel filter bank as matrix products, on the device and in a tf.data pipeline.
+
+Mean removal, pre-emphasis, window and Fourier transform of a frame are linear, so they are one
+matrix, built once in float64, from 400 samples to the 256 complex bins that the mel bands use.
+The semantics are those of Kaldi's `compute-fbank-feats` without energy and dither, which the
+authors of MAE-AST and SSAST reach through torchaudio's `compliance.kaldi.fbank`.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SAMPLE_RATE_HZ = 16_000
+FRAME_LENGTH = 400  # samples: 25 ms
+FRAME_SHIFT = 160  # samples: 10 ms
+NUM_MEL_BANDS = 128
+
+# The window is a symmetric Hann window to this power: 0.85 is Kaldi's "povey" window, its default
+# and so MAE-AST's; SSAST asks for "hanning". SSAST's other two options change nothing here: the
+# waveform's mean is part of each frame's mean, which is removed anyway, and `htk_compat` only moves
+# an energy that is not computed.
+WINDOW_POWERS = {"mae_ast": 0.85, "ssast": 1.0}
+
+_FFT_LENGTH = (
+    512  # the frame's length, zero-padded to a power of two (Kaldi's round_to_power_of_two)
+)
+_NUM_BINS = _FFT_LENGTH // 2  # Kaldi's mel bands leave out the bin at Nyquist
+_PRE_EMPHASIS = 0.97
+_LOWEST_HZ = 20.0
+_HOP = math.gcd(FRAME_LENGTH, FRAME_SHIFT)  # frames are whole numbers of these apart and long
+_ENERGY_FLOOR = np.finfo(np.float32).eps
+
+# Bits after the binary point in the coarse parts of samples and matrix (see `_Constants`). Their
+# products then have 18, and float32 adds them without rounding up to sums of 2**(24 - 18) = 64.
+_COARSE_BITS = 9
+
+
+class _Constants(NamedTuple):
+    """Matrices of a variant, float32; columns of the first three: real parts, imaginary parts.
+
+    Next to a pure tone most bands hold little more than the energy floor, and the rounding of one
+    float32 product is then 1e-3 to 3e-3 of a log energy, more for some orders of summation. With
+    samples and matrix each in a coarse and a fine part, x D = xc Dc + (xc Df + xf D): the first
+    product is exact, the others are 2**-10 as large and so is their rounding (5e-5 is left).
+    """
+
+    full: np.ndarray  # [400, 512]
+    coarse: np.ndarray  # [400, 512]: `full` to the nearest multiple of 2**-9
+    fine: np.ndarray  # [400, 512]: what `coarse` leaves out, from float64
+    mel: np.ndarray  # [256, 128]
+
+
+def num_frames(num_samples: int) -> int:
+    """Whole frames in so many samples (Kaldi's snip_edges); ValueError for fewer than 400."""
+    if num_samples < FRAME_LENGTH:
+        raise ValueError(
+            f"a waveform of {num_samples} samples is shorter than one frame of {FRAME_LENGTH} "
+            f"({1000 * FRAME_LENGTH // SAMPLE_RATE_HZ} ms at {SAMPLE_RATE_HZ} Hz); pad with zeros"
+        )
+    return 1 + (num_samples - FRAME_LENGTH) // FRAME_SHIFT
+
+
+def num_samples(num_frames: int) -> int:
+    """The fewest samples that give so many frames; ValueError for fewer than one frame."""
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1; ask for one frame or more")
+    return FRAME_LENGTH + FRAME_SHIFT * (num_frames - 1)
+
+
+def fbank(waveform: jax.Array, variant: str = "mae_ast") -> jax.Array:
+    """Log-mel energies, float32 [..., frames, 128], of waveforms [..., samples] at 16 kHz.
+
+    Frames of 25 ms every 10 ms, frames = 1 + (samples - 400) // 160; natural log of the energy in
+    128 bands from 20 Hz to Nyquist, floored at float32's epsilon (-15.94). Band 3 holds no bin of
+    the 512-point transform and is always that floor, as in the original.
+
+    waveform: float in [-1, 1], or int16, which is divided by 32,768.
+    variant: "mae_ast" (povey window) or "ssast" (hanning window).
+
+    Raises ValueError for fewer than 400 samples, another type or an unknown variant.
+    """
+    constants = _constants(variant)
+    samples = _to_float32(jnp.asarray(waveform))
+    frames = _frames(samples, num_frames(samples.shape[-1]))
+    coarse = jnp.round(frames * 2.0**_COARSE_BITS) * 2.0**-_COARSE_BITS
+    spectrum = _product(coarse, constants.coarse) + (
+        _product(coarse, constants.fine) + _product(frames - coarse, constants.full)
+    )
+    power = jnp.square(spectrum[..., :_NUM_BINS]) + jnp.square(spectrum[..., _NUM_BINS:])
+    return jnp.log(jnp.maximum(_product(power, constants.mel), _ENERGY_FLOOR))
+
+
+def fbank_tf(waveform, variant: str = "mae_ast"):
+    """`fbank` for a tf.data pipeline: tensors instead of arrays, any size may be unknown.
+
+    Raises ValueError as `fbank` does; where the number of samples is unknown until run time,
+    InvalidArgumentError then.
+    """
+    import tensorflow as tf
+
+    constants = _constants(variant)
+    waveform = tf.convert_to_tensor(waveform)
+    if waveform.dtype == tf.int16:
+        samples = tf.cast(waveform, tf.float32) / 32_768.0
+    elif waveform.dtype.is_floating:
+        samples = tf.cast(waveform, tf.float32)
+    else:
+        raise ValueError(_type_message(waveform.dtype.name))
+
+    if samples.shape[-1] is not None:
+        count = num_frames(samples.shape[-1])
+    else:
+        size = tf.shape(samples)[-1]
+        too_short = tf.debugging.assert_greater_equal(
+            size, FRAME_LENGTH, f"a waveform is shorter than one frame of {FRAME_LENGTH} samples"
+        )
+        with tf.control_dependencies([too_short] if too_short is not None else []):
+            count = 1 + (size - FRAME_LENGTH) // FRAME_SHIFT
+    num_hops = _hops_before(count) + FRAME_LENGTH // _HOP
+    batch_shape = tf.shape(samples)[:-1]
+    hops = tf.reshape(
+        samples[..., : num_hops * _HOP], tf.concat([batch_shape, [num_hops, _HOP]], axis=0)
+    )
+    frames = tf.concat([hops[..., start:stop:step, :] for start, stop, step in _pieces(count)], -1)
+    frames = tf.reshape(frames, [-1, FRAME_LENGTH])
+    coarse = tf.round(frames * 2.0**_COARSE_BITS) * 2.0**-_COARSE_BITS
+    spectrum = tf.matmul(coarse, constants.coarse) + (
+        tf.matmul(coarse, constants.fine) + tf.matmul(frames - coarse, constants.full)
+    )
+    power = tf.square(spectrum[:, :_NUM_BINS]) + tf.square(spectrum[:, _NUM_BINS:])
+    energies = tf.math.log(tf.maximum(tf.matmul(power, constants.mel), _ENERGY_FLOOR))
+    energies = tf.reshape(energies, tf.concat([batch_shape, [count, NUM_MEL_BANDS]], axis=0))
+    known_count = count if isinstance(count, int) else None
+    return tf.ensure_shape(energies, [*samples.shape[:-1], known_count, NUM_MEL_BANDS])
+
+
+def _to_float32(waveform: jax.Array) -> jax.Array:
+    """The waveform as float32 in [-1, 1]."""
+    if waveform.dtype == jnp.int16:
+        return waveform.astype(jnp.float32) / 32_768.0
+    if jnp.issubdtype(waveform.dtype, jnp.floating):
+        return waveform.astype(jnp.float32)
+    raise ValueError(_type_message(waveform.dtype.name))
+
+
+def _type_message(name: str) -> str:
+    return f"a waveform of {name} must be int16 or float in [-1, 1]; convert it to one of them"
+
+
+def _frames(samples: jax.Array, count: int) -> jax.Array:
+    """[..., samples] to [..., count, 400] without a gather: 400 and 160 are both hops of 80."""
+    num_hops = _hops_before(count) + FRAME_LENGTH // _HOP
+    hops = samples[..., : num_hops * _HOP].reshape(*samples.shape[:-1], num_hops, _HOP)
+    return jnp.concatenate(
+        [hops[..., start:stop:step, :] for start, stop, step in _pieces(count)], axis=-1
+    )
+
+
+def _hops_before(count):
+    """Hops before the last of `count` frames."""
+    return (count - 1) * (FRAME_SHIFT // _HOP)
+
+
+def _pieces(count) -> list[tuple]:
+    """Slices (start, stop, step) of the hops, the k-th picking the k-th hop of every frame."""
+    return [
+        (k, k + _hops_before(count) + 1, FRAME_SHIFT // _HOP) for k in range(FRAME_LENGTH // _HOP)
+    ]
+
+
+def _product(x: jax.Array, matrix: np.ndarray) -> jax.Array:
+    """Full float32, on TPU and GPU too, whose default would round the factors first."""
+    return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.cache
+def _constants(variant: str) -> _Constants:
+    if variant not in WINDOW_POWERS:
+        raise ValueError(f"variant={variant!r} is unknown; known: {', '.join(WINDOW_POWERS)}")
+    full = _spectrum_matrix(WINDOW_POWERS[variant])
+    coarse = np.round(full * 2.0**_COARSE_BITS) * 2.0**-_COARSE_BITS
+    matrices = (full, coarse, full - coarse, _mel_matrix())
+    return _Constants(*(matrix.astype(np.float32) for matrix in matrices))
+
+
+def _spectrum_matrix(window_power: float) -> np.ndarray:
+    """float64 [400, 512]: what each sample of a frame adds to every bin, real then imaginary."""
+    impulses = np.eye(FRAME_LENGTH)
+    centred = impulses - np.mean(impulses, axis=1, keepdims=True)
+    # Kaldi gives the first sample itself as its predecessor.
+    previous = np.concatenate([centred[:, :1], centred[:, :-1]], axis=1)
+    window = np.hanning(FRAME_LENGTH) ** window_power
+    spectra = np.fft.rfft((centred - _PRE_EMPHASIS * previous) * window, _FFT_LENGTH, axis=1)
+    return np.concatenate([spectra.real[:, :_NUM_BINS], spectra.imag[:, :_NUM_BINS]], axis=1)
+
+
+def _mel_matrix() -> np.ndarray:
+    """float64 [256, 128]: triangles of height 1 that are equally wide on Kaldi's mel scale."""
+    edges_mel = np.linspace(_mel(_LOWEST_HZ), _mel(SAMPLE_RATE_HZ / 2), NUM_MEL_BANDS + 2)
+    bins_mel = _mel(np.arange(_NUM_BINS) * SAMPLE_RATE_HZ / _FFT_LENGTH)[:, None]
+    left, centre, right = edges_mel[:-2], edges_mel[1:-1], edges_mel[2:]
+    rising = (bins_mel - left) / (centre - left)
+    falling = (right - bins_mel) / (right - centre)
+    return np.maximum(0.0, np.minimum(rising, falling))
+
+
+def _mel(frequency_hz):
+    return 1127.0 * np.log(1.0 + frequency_hz / 700.0)
