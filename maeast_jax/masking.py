@@ -1,0 +1,146 @@
+"""Which tokens a clip keeps and which it masks: random, chunk and span masks of static sizes.
+
+Tokens lie on a grid of (time tokens, band tokens) and are numbered time-major with frequency
+fastest, n = t * band_tokens + f. Each example draws its own mask, from noise drawn at the global
+batch shape, so that masks do not depend on how many devices there are.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# (time tokens, band tokens) of a block. An example draws one of the chunk sides for all its blocks
+# (SSAST's `cluster`, which MAE-AST took over); the span is wav2vec 2.0's.
+CHUNK_BLOCKS = ((3, 3), (4, 4), (5, 5))
+SPAN_BLOCKS = ((10, 1),)
+
+
+def num_kept(num_tokens: int, mask_ratio: float) -> int:
+    """Tokens the encoder sees: max(1, int((1 - mask_ratio) * num_tokens)), the authors' rounding.
+
+    Raises ValueError where the ratio is not between 0 and 1 or no token would be masked.
+    """
+    if not 0.0 < mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1; the paper's is 0.75")
+    kept = max(1, int((1.0 - mask_ratio) * num_tokens))
+    if kept >= num_tokens:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} masks none of {num_tokens} tokens and at least one must be; "
+            "raise it or give longer clips"
+        )
+    return kept
+
+
+def mask_tokens(
+    key: jax.Array, batch_size: int, grid: tuple[int, int], mask_ratio: float, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """(kept int32 [B, K], masked int32 [B, N - K]): ascending, disjoint, together all N tokens.
+
+    grid: (time tokens, band tokens), N their product; K = num_kept(N, mask_ratio).
+    kind: one of `MASKS`.
+        random  N - K tokens, each set as likely as any other.
+        chunk   square blocks of 3, 4 or 5 tokens a side, a side an example.
+        span    runs of 10 tokens in the tokens' order.
+    Blocks are laid one after another until N - K tokens are masked, the last one cut short. Their
+    first tokens are uniform over all places where some of the block is on the grid, and what is
+    past an edge is cut off, so that a block is as likely to cover one token as another. (The
+    authors draw one chunk mask a batch and let blocks run over the top band into the next column.)
+
+    Raises ValueError, while tracing, for an unknown kind, an empty grid or batch, and where
+    `num_kept` does.
+    """
+    if kind not in MASKS:
+        raise ValueError(f"mask={kind!r} is unknown; known: {', '.join(MASKS)}")
+    if min(batch_size, *grid) < 1:
+        raise ValueError(
+            f"batch_size={batch_size} and grid={grid} must be at least 1; a clip shorter than one "
+            "token has none to mask"
+        )
+    num_tokens = math.prod(grid)
+    kept = num_kept(num_tokens, mask_ratio)
+    noise_BxN = MASKS[kind](key, batch_size, grid)
+    is_masked_BxN = _is_among_lowest(noise_BxN, num_tokens - kept)
+    # One sort of one operand lists both: kept token n as n, masked token n as N + n.
+    tokens_BxN = jax.lax.broadcasted_iota(jnp.int32, noise_BxN.shape, 1)
+    listed_BxN = jnp.sort(jnp.where(is_masked_BxN, tokens_BxN + num_tokens, tokens_BxN), axis=1)
+    return listed_BxN[:, :kept], listed_BxN[:, kept:] - num_tokens
+
+
+def restore_order(kept_BxK: jax.Array, masked_BxM: jax.Array) -> jax.Array:
+    """int32 [B, N]: where each token lies in the kept tokens followed by the masked ones.
+
+    concat([x_kept, x_masked], axis=1)[b, restore[b, n]] is token n of clip b.
+    """
+    return jnp.argsort(jnp.concatenate([kept_BxK, masked_BxM], axis=1), axis=1).astype(jnp.int32)
+
+
+def _random_noise(key: jax.Array, batch_size: int, grid: tuple[int, int]) -> jax.Array:
+    """float32 [B, N] in [0, 1)."""
+    return jax.random.uniform(key, (batch_size, math.prod(grid)), jnp.float32)
+
+
+def _chunk_noise(key: jax.Array, batch_size: int, grid: tuple[int, int]) -> jax.Array:
+    return _block_noise(key, batch_size, grid, CHUNK_BLOCKS)
+
+
+def _span_noise(key: jax.Array, batch_size: int, grid: tuple[int, int]) -> jax.Array:
+    return _block_noise(key, batch_size, (math.prod(grid), 1), SPAN_BLOCKS)
+
+
+# Kind of mask -> (key, batch_size, grid) -> float32 [B, N]; the lowest are masked.
+MASKS = {"random": _random_noise, "chunk": _chunk_noise, "span": _span_noise}
+
+
+def _block_noise(
+    key: jax.Array, batch_size: int, grid: tuple[int, int], blocks: tuple[tuple[int, int], ...]
+) -> jax.Array:
+    """float32 [B, N]: for each token the lowest noise among the places of a block over it.
+
+    Blocks laid at uniform places, one after another, first reach each place in a uniformly random
+    order of all places, and a second block at a place masks nothing new. So noise at every place,
+    in ascending order, is that process run to its end, and no number of blocks has to be guessed.
+    Tokens that a block reached first share its noise.
+    """
+    largest = tuple(max(sizes) for sizes in zip(*blocks, strict=True))
+    places = tuple(side + reach - 1 for side, reach in zip(grid, largest, strict=True))
+    block_key, noise_key = jax.random.split(key)
+    block_B = jax.random.randint(block_key, (batch_size,), 0, len(blocks))
+    sizes_Bx2 = jnp.asarray(blocks, jnp.int32)[block_B]
+    noise = jax.random.uniform(noise_key, (batch_size, *places), jnp.float32)
+    for axis in (1, 2):
+        noise = _lowest_within(noise, sizes_Bx2[:, axis - 1], largest[axis - 1], axis)
+    return noise.reshape(batch_size, math.prod(grid))
+
+
+def _lowest_within(noise: jax.Array, size_B: jax.Array, largest: int, axis: int) -> jax.Array:
+    """Minimum along `axis` over each token and the `size_B - 1` places before it.
+
+    The axis begins `largest - 1` places before the first token; the result has tokens only.
+    """
+    num_tokens = noise.shape[axis] - (largest - 1)
+    size_Bx1x1 = size_B[:, None, None]
+    windows = (
+        jnp.where(
+            size_Bx1x1 > back,
+            jax.lax.slice_in_dim(
+                noise, largest - 1 - back, largest - 1 - back + num_tokens, axis=axis
+            ),
+            jnp.float32(jnp.inf),
+        )
+        for back in range(largest)
+    )
+    return functools.reduce(jnp.minimum, windows)
+
+
+def _is_among_lowest(noise_BxN: jax.Array, count: int) -> jax.Array:
+    """bool [B, N], `count` of them True in a row: the lowest, of equal ones the first."""
+    # Floats that are not negative are in the order of their bits, and integers sort faster.
+    rank_BxN = jax.lax.bitcast_convert_type(noise_BxN, jnp.int32)
+    highest_Bx1 = jnp.sort(rank_BxN, axis=1)[:, count - 1 : count]
+    is_below_BxN = rank_BxN < highest_Bx1
+    is_equal_BxN = rank_BxN == highest_Bx1
+    missing_Bx1 = count - jnp.sum(is_below_BxN, axis=1, keepdims=True, dtype=jnp.int32)
+    nth_equal_BxN = jnp.cumsum(is_equal_BxN, axis=1, dtype=jnp.int32)
+    return is_below_BxN | (is_equal_BxN & (nth_equal_BxN <= missing_Bx1))
