@@ -1,0 +1,41 @@
+"""Floating point operations counted on paper: two a multiply-add of each matrix product."""
+
+from maeast_jax import masking
+from maeast_jax.model import ModelConfig
+
+
+def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
+    """FLOPs of one clip's forward pass in pretraining: model, heads and InfoNCE scores.
+
+    Elementwise work and the filter bank are left out. A training step costs three times this.
+    """
+    time_tokens, band_tokens = config.grid(num_frames)
+    num_tokens = time_tokens * band_tokens
+    kept = masking.num_kept(num_tokens, config.mask_ratio)
+    masked = num_tokens - kept
+    values = config.patch_shape[0] * config.patch_shape[1]
+    width, decoder_width = config.width, config.decoder_width
+
+    encoder = config.encoder_layers * _layer(kept, kept, width, config.mlp_width)
+    decoder = (config.decoder_layers - 1) * _layer(
+        num_tokens, num_tokens, decoder_width, config.mlp_width
+    ) + _layer(num_tokens, masked, decoder_width, config.mlp_width)
+    projections = _product(kept, values, width)
+    if decoder_width != width:
+        projections += _product(kept, width, decoder_width)
+    heads = 2 * _product(masked, decoder_width, values)
+    scores = _product(masked, values, masked)
+    return encoder + decoder + projections + heads + scores
+
+
+def _product(rows: int, inner: int, columns: int) -> int:
+    return 2 * rows * inner * columns
+
+
+def _layer(tokens: int, queries: int, width: int, mlp_width: int) -> int:
+    """A layer whose output is wanted at `queries` of its tokens."""
+    keys_and_values = 2 * _product(tokens, width, width)
+    queries_and_output = 2 * _product(queries, width, width)
+    attention = 2 * _product(queries, width, tokens)
+    mlp = 2 * _product(queries, width, mlp_width)
+    return keys_and_values + queries_and_output + attention + mlp

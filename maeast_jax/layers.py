@@ -1,0 +1,255 @@
+"""Transformer layers: attention, MLP, and a stack of layers that runs as a scan.
+
+Names of shapes: B clips, N tokens, M queries, D width, H heads, L layers.
+Compute runs in `dtype`; parameters, layer norms and the softmax are float32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# BERT's initial values, which the authors use throughout both transformers.
+normal_init = nnx.initializers.normal(0.02)
+# torch's LayerNorm; flax's default is 1e-6.
+LAYER_NORM_EPSILON = 1e-5
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The two-pass variance: E[x^2] - E[x]^2 loses the digits that fidelity is measured in.
+    return nnx.LayerNorm(
+        width, epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+    )
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; `key=None` (evaluation) or a rate of 0 returns x itself."""
+    if key is None or rate == 0.0:
+        return x
+    is_kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(is_kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+
+
+def split_key(key: jax.Array | None, count: int) -> list[jax.Array] | list[None]:
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, queries optionally at some of the places only."""
+
+    def __init__(self, width: int, heads: int, dropout_rate: float, dtype, rngs: nnx.Rngs):
+        head_width = width // heads
+        self.dropout_rate = dropout_rate
+        self.dtype = dtype
+        self.qkv_kernel = nnx.Param(
+            normal_init(rngs.params(), (width, 3, heads, head_width), jnp.float32)
+        )
+        self.qkv_bias = nnx.Param(jnp.zeros((3, heads, head_width), jnp.float32))
+        self.out_kernel = nnx.Param(
+            normal_init(rngs.params(), (heads, head_width, width), jnp.float32)
+        )
+        self.out_bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+
+    def __call__(
+        self,
+        x_BxNxD: jax.Array,
+        queries_BxMxD: jax.Array | None = None,
+        padding_BxN: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, N, D] to [B, N, D], or to [B, M, D] where `queries_BxMxD` is given."""
+        kernel = self.qkv_kernel[...].astype(self.dtype)
+        bias = self.qkv_bias[...].astype(self.dtype)
+        if queries_BxMxD is None:
+            qkv = jnp.einsum("bnd,dchk->cbnhk", x_BxNxD, kernel) + bias[:, None, None]
+            q, k, v = qkv[0], qkv[1], qkv[2]
+        else:
+            q = jnp.einsum("bmd,dhk->bmhk", queries_BxMxD, kernel[:, 0]) + bias[0]
+            kv = jnp.einsum("bnd,dchk->cbnhk", x_BxNxD, kernel[:, 1:]) + bias[1:, None, None]
+            k, v = kv[0], kv[1]
+        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        scores_BxHxMxN = jnp.einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
+        if padding_BxN is not None:
+            scores_BxHxMxN = jnp.where(padding_BxN[:, None, None, :], -jnp.inf, scores_BxHxMxN)
+        weights = jax.nn.softmax(scores_BxHxMxN, axis=-1).astype(self.dtype)
+        weights = dropout(weights, self.dropout_rate, key)
+        mixed_BxMxHxK = jnp.einsum("bhmn,bnhk->bmhk", weights, v)
+        out = jnp.einsum("bmhk,hkd->bmd", mixed_BxMxHxK, self.out_kernel[...].astype(self.dtype))
+        return out + self.out_bias[...].astype(self.dtype)
+
+
+class Mlp(nnx.Module):
+    def __init__(self, width: int, mlp_width: int, dtype, rngs: nnx.Rngs):
+        self.up = nnx.Linear(width, mlp_width, kernel_init=normal_init, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(mlp_width, width, kernel_init=normal_init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class TransformerLayer(nnx.Module):
+    """One layer, post-norm (the authors') or pre-norm."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        dropout: float,
+        attention_dropout: float,
+        pre_norm: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dropout_rate = dropout
+        self.pre_norm = pre_norm
+        self.dtype = dtype
+        self.attention = Attention(width, heads, attention_dropout, dtype, rngs)
+        self.attention_norm = layer_norm(width, rngs)
+        self.mlp = Mlp(width, mlp_width, dtype, rngs)
+        self.mlp_norm = layer_norm(width, rngs)
+
+    def __call__(
+        self,
+        x_BxNxD: jax.Array,
+        padding_BxN: jax.Array | None = None,
+        key: jax.Array | None = None,
+        places_BxM: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, N, D] to [B, N, D]; with `places_BxM`, that layer's output at those tokens only.
+
+        Keys and values still come from all tokens, so the rows returned are the same.
+        """
+        weights_key, attention_key, mlp_key = split_key(key, 3)
+        residual = take_tokens(x_BxNxD, places_BxM)
+        x = self._norm(self.attention_norm, x_BxNxD) if self.pre_norm else x_BxNxD
+        queries = None if places_BxM is None else take_tokens(x, places_BxM)
+        x = self.attention(x, queries, padding_BxN, weights_key)
+        x = residual + dropout(x, self.dropout_rate, attention_key)
+        if not self.pre_norm:
+            x = self._norm(self.attention_norm, x)
+        residual = x
+        if self.pre_norm:
+            x = self._norm(self.mlp_norm, x)
+        x = residual + dropout(self.mlp(x), self.dropout_rate, mlp_key)
+        return x if self.pre_norm else self._norm(self.mlp_norm, x)
+
+    def _norm(self, norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
+        return norm(x).astype(self.dtype)
+
+
+def take_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array | None) -> jax.Array:
+    """Rows of each clip: [B, N, D] and int32 [B, M] to [B, M, D]; None keeps all."""
+    if places_BxM is None:
+        return x_BxNxD
+    return jnp.take_along_axis(x_BxNxD, places_BxM[..., None], axis=1)
+
+
+class Transformer(nnx.Module):
+    """A stack of equal layers whose parameters carry a leading layer axis.
+
+    Post-norm normalises and drops out before the first layer, pre-norm normalises after the last:
+    fairseq's TransformerEncoder, which the authors use for encoder and decoder.
+
+    `layer_drop` skips a whole layer for the whole batch with that probability while training.
+    `unroll` trades compile time for speed; `remat` is a key of REMAT_POLICIES.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        width: int,
+        dropout: float,
+        layer_drop: float = 0.0,
+        pre_norm: bool,
+        dtype,
+        unroll: bool,
+        remat: str,
+        rngs: nnx.Rngs,
+        **layer_fields,
+    ):
+        self.num_layers = layers
+        self.dropout_rate = dropout
+        self.layer_drop = layer_drop
+        self.pre_norm = pre_norm
+        self.dtype = dtype
+        self.unroll = unroll
+        self.remat = remat
+
+        @nnx.split_rngs(splits=layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> TransformerLayer:
+            return TransformerLayer(
+                width=width,
+                dropout=dropout,
+                pre_norm=pre_norm,
+                dtype=dtype,
+                rngs=rngs,
+                **layer_fields,
+            )
+
+        self.layers = stack(rngs)
+        self.norm = layer_norm(width, rngs)
+
+    def __call__(
+        self,
+        x_BxNxD: jax.Array,
+        padding_BxN: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The output [B, N, D] and the hidden states after each layer [L, B, N, D].
+
+        Under jit, hidden states that nobody reads are not computed into memory.
+        """
+        stem_key, layers_key = split_key(key, 2)
+        x, hidden_states = self._scan(self._stem(x_BxNxD, stem_key), padding_BxN, layers_key)
+        return self._head(x), hidden_states
+
+    def at_places(
+        self, x_BxNxD: jax.Array, places_BxM: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """The output at some tokens only, [B, M, D].
+
+        The last layer computes queries, output projection and MLP at those places alone; no row
+        that is returned depends on what is left out.
+        """
+        stem_key, layers_key, last_key = split_key(key, 3)
+        x, _ = self._scan(self._stem(x_BxNxD, stem_key), None, layers_key, self.num_layers - 1)
+        graph, stacked = nnx.split(self.layers)
+        last = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[-1], stacked))
+        return self._head(last(x, key=last_key, places_BxM=places_BxM))
+
+    def _stem(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        x = x if self.pre_norm else self.norm(x).astype(self.dtype)
+        return dropout(x, self.dropout_rate, key)
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        return self.norm(x).astype(self.dtype) if self.pre_norm else x
+
+    def _scan(self, x, padding_BxN, key, num_layers: int | None = None):
+        """Runs the first `num_layers` layers (None: all of them)."""
+        count = self.num_layers if num_layers is None else num_layers
+        graph, stacked = nnx.split(self.layers)
+        stacked = jax.tree.map(lambda leaf: leaf[:count], stacked)
+        keys_L = None if key is None else jax.random.split(key, count)
+
+        def body(x, layer_and_key):
+            state, layer_key = layer_and_key
+            drop_key, inner_key = split_key(layer_key, 2)
+            y = nnx.merge(graph, state)(x, padding_BxN, inner_key)
+            if drop_key is not None and self.layer_drop > 0.0:
+                y = jnp.where(jax.random.uniform(drop_key) < self.layer_drop, x, y)
+            return y, y
+
+        if REMAT_POLICIES[self.remat] is not None:
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll)
+        return jax.lax.scan(body, x, (stacked, keys_L), length=count, unroll=self.unroll or 1)
