@@ -1,0 +1,74 @@
+"""AdamW and the authors' schedule."""
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The paper's optimiser (fairseq's Adam with decoupled decay on every parameter)."""
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    warmup_steps: int = 32_000
+
+    def __post_init__(self):
+        # Written as what must hold, so that nan fails too.
+        for field in ("learning_rate", "eps", "clip_norm"):
+            if not getattr(self, field) > 0.0:
+                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be above 0")
+        for field in ("b1", "b2"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be in [0, 1)")
+        if not self.weight_decay >= 0.0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Linear rise over `warmup_steps` updates, then linear fall to 0 at `total_steps`.
+
+    The first update already moves (step 0 has 1 / warmup_steps of the peak), as fairseq's does.
+    Raises ValueError where the warm-up leaves nothing to train.
+    """
+    warmup_steps = config.warmup_steps
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup_steps} must be below total_steps={total_steps}"
+        )
+    peak = config.learning_rate
+    fall = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
+    if warmup_steps < 2:
+        return fall
+    rise = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
+    return optax.join_schedules([rise, fall], [warmup_steps])
+
+
+def adamw(
+    config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Clip to a global norm, then Adam with decoupled decay of every parameter."""
+    inner = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+    def update(gradients, state, params=None):
+        # optax raises a float to the power of an integer count, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(gradients, state, params)
+
+    return optax.GradientTransformation(inner.init, update)

@@ -1,0 +1,270 @@
+"""State, training step and evaluation step: pure functions, jitted once, no I/O."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from maeast_jax import fbank, losses, masking
+from maeast_jax.layers import take_tokens
+from maeast_jax.model import MaeAst, ModelConfig
+from maeast_jax.patches import unpatchify
+
+Batch = dict[str, jax.Array]
+# Sums over examples and their count; a mean is taken only where it is read.
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the two objectives (paper: 10 and 1)."""
+
+    mse: float = 10.0
+    info_nce: float = 1.0
+
+    def __post_init__(self):
+        if not (self.mse >= 0.0 and self.info_nce >= 0.0 and self.mse + self.info_nce > 0.0):
+            raise ValueError(
+                f"loss.mse={self.mse} and loss.info_nce={self.info_nce} must not be negative, nor "
+                "both zero"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a checkpoint holds; no random state, since keys come from (seed, step, name)."""
+
+    step: jax.Array
+    params: Any
+    statistics: Any
+    opt_state: Any
+
+
+def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
+    """The key of one named stream of random numbers at one step."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def split_model(model: MaeAst) -> tuple[nnx.GraphDef, Any, Any]:
+    """A module as (graph, parameters, statistics), the latter two nested dicts of arrays."""
+    graph, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+
+
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The static half of a model; computes nothing."""
+    model = nnx.eval_shape(lambda: MaeAst(config, nnx.Rngs(0)))
+    return nnx.graphdef(model)
+
+
+def init_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Initial values, a function of `seed` alone."""
+    rngs = nnx.Rngs(params=stream_key(seed, jnp.zeros((), jnp.int32), "params"))
+    _, params, statistics = split_model(MaeAst(config, rngs))
+    return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
+
+
+def checkpoint_parts(state: TrainState) -> dict[str, Any]:
+    """A state as the two parts of a checkpoint: what is learnt, and how far training is."""
+    return {
+        "weights": {"params": state.params, "statistics": state.statistics},
+        "progress": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def state_from_parts(parts: dict[str, Any]) -> TrainState:
+    return TrainState(**parts["weights"], **parts["progress"])
+
+
+def make_train_step(
+    config: ModelConfig,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    num_frames: int,
+    accumulation_steps: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`(state, batch) -> (state, metrics)` for a batch {audio [b, S]} or {fbank [b, T, F]}.
+
+    Input statistics and masks belong to the whole batch, whatever `accumulation_steps`, so that
+    accumulating changes nothing but rounding and which dropout is drawn.
+    """
+    graph = model_graph(config)
+    objective = _objective(graph, loss)
+    grid = config.grid(num_frames)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        model = nnx.merge(graph, state.params, state.statistics)
+        patches_BxNxP = model.normalized_patches(_features(batch, num_frames), training=True)
+        _, _, statistics = split_model(model)
+        examples = (
+            patches_BxNxP,
+            *masking.mask_tokens(
+                stream_key(seed, state.step, "mask"),
+                patches_BxNxP.shape[0],
+                grid,
+                config.mask_ratio,
+                config.mask,
+            ),
+        )
+        dropout_key = stream_key(seed, state.step, "dropout")
+
+        def gradient(examples, key):
+            def mean_loss(params):
+                terms_B = objective(params, state.statistics, examples, key)
+                return jnp.mean(terms_B["loss"]), terms_B
+
+            gradients, terms_B = jax.grad(mean_loss, has_aux=True)(state.params)
+            return gradients, {name: jnp.sum(values_B) for name, values_B in terms_B.items()}
+
+        gradients, sums = _accumulate(gradient, examples, dropout_key, accumulation_steps)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        one = jnp.ones((), jnp.float32)
+        num_clips = one * patches_BxNxP.shape[0]
+        metrics = {name: (total, num_clips) for name, total in sums.items()}
+        metrics["grad_norm"] = (optax.tree.norm(gradients), one)
+        metrics["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, statistics, opt_state), metrics
+
+    return train_step
+
+
+def make_calibrate(
+    config: ModelConfig, *, num_frames: int
+) -> Callable[[TrainState, Batch], TrainState]:
+    """`(state, batch) -> state` with the batch's own input statistics as the running ones.
+
+    For a new run's first batch. torch starts at mean 0 and variance 1 and forgets them within 50
+    steps; evaluations before that would measure nothing but the wrong scale.
+    """
+    graph = model_graph(config)
+
+    def calibrate(state: TrainState, batch: Batch) -> TrainState:
+        model = nnx.merge(graph, state.params, state.statistics)
+        model.input_norm.calibrate(_features(batch, num_frames))
+        return dataclasses.replace(state, statistics=split_model(model)[2])
+
+    return calibrate
+
+
+def make_eval_step(
+    config: ModelConfig, loss: LossConfig, *, seed: int, num_frames: int
+) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
+    """`(state, batch, batch_index) -> metrics`; rows whose `mask` is False count for nothing.
+
+    Masks come from (seed, batch_index): the same at every evaluation, so that curves compare.
+    """
+    graph = model_graph(config)
+    objective = _objective(graph, loss)
+
+    def eval_step(state: TrainState, batch: Batch, batch_index: jax.Array) -> Metrics:
+        patches_BxNxP = nnx.merge(graph, state.params, state.statistics).normalized_patches(
+            _features(batch, num_frames), training=False
+        )
+        masks = _eval_masks(config, seed, num_frames, patches_BxNxP.shape[0], batch_index)
+        terms_B = objective(state.params, state.statistics, (patches_BxNxP, *masks), None)
+        count = jnp.sum(batch["mask"].astype(jnp.float32))
+        return {
+            name: (jnp.sum(jnp.where(batch["mask"], values_B, jnp.zeros_like(values_B))), count)
+            for name, values_B in terms_B.items()
+        }
+
+    return eval_step
+
+
+def make_reconstruct(
+    config: ModelConfig, *, seed: int, num_frames: int
+) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """`(state, batch) -> (original, masked, reconstructed)`, log energies [b, T, F].
+
+    `masked` holds NaN where a token was masked; `reconstructed` is the model's there and the
+    original elsewhere. The masks are those of evaluation batch 0.
+    """
+    graph = model_graph(config)
+
+    def reconstruct(state: TrainState, batch: Batch):
+        model = nnx.merge(graph, state.params, state.statistics)
+        patches_BxNxP = model.normalized_patches(_features(batch, num_frames), training=False)
+        first = jnp.zeros((), jnp.int32)
+        kept_BxK, masked_BxM = _eval_masks(config, seed, num_frames, patches_BxNxP.shape[0], first)
+        predictions = model.pretrain(patches_BxNxP, kept_BxK, masked_BxM)
+        rows_Bx1 = jnp.arange(patches_BxNxP.shape[0])[:, None]
+        shown = (
+            patches_BxNxP,
+            patches_BxNxP.at[rows_Bx1, masked_BxM].set(jnp.nan),
+            patches_BxNxP.at[rows_Bx1, masked_BxM].set(predictions.reconstruction),
+        )
+        return tuple(
+            model.input_norm.undo(unpatchify(x, config.patch_shape, fbank.NUM_MEL_BANDS))
+            for x in shown
+        )
+
+    return reconstruct
+
+
+def _features(batch: Batch, num_frames: int) -> jax.Array:
+    """Log energies [b, T, F] of a batch; raises ValueError, when tracing, on another length."""
+    fbank_BxTxF = batch["fbank"] if "fbank" in batch else fbank.fbank(batch["audio"])
+    if fbank_BxTxF.shape[1] != num_frames:
+        raise ValueError(
+            f"a batch holds {fbank_BxTxF.shape[1]} frames a clip, but num_frames={num_frames}; "
+            f"give clips of {fbank.num_samples(num_frames)} samples"
+        )
+    return fbank_BxTxF
+
+
+def _eval_masks(config: ModelConfig, seed, num_frames, num_clips, batch_index):
+    key = stream_key(seed, batch_index, "eval_mask")
+    grid = config.grid(num_frames)
+    return masking.mask_tokens(key, num_clips, grid, config.mask_ratio, config.mask)
+
+
+def _objective(graph: nnx.GraphDef, loss: LossConfig):
+    """`(params, statistics, (patches, kept, masked), key) -> {term: float32 [b]}`."""
+
+    def objective(params, statistics, examples, key) -> dict[str, jax.Array]:
+        patches_BxNxP, kept_BxK, masked_BxM = examples
+        model = nnx.merge(graph, params, statistics)
+        predictions = model.pretrain(patches_BxNxP, kept_BxK, masked_BxM, key)
+        target_BxMxP = take_tokens(patches_BxNxP, masked_BxM)
+        mse_B = losses.mean_squared_error(predictions.reconstruction, target_BxMxP)
+        info_nce_B, accuracy_B = losses.info_nce(predictions.classification, target_BxMxP)
+        return {
+            "loss": loss.mse * mse_B + loss.info_nce * info_nce_B,
+            "mse": mse_B,
+            "info_nce": info_nce_B,
+            "info_nce_accuracy": accuracy_B,
+        }
+
+    return objective
+
+
+def _accumulate(gradient, examples, key: jax.Array, steps: int):
+    """Mean gradients and summed metrics of `gradient` over `steps` equal parts of the batch."""
+    if steps == 1:
+        return gradient(examples, key)
+    # Part a holds rows a, a + steps, ...: every device's rows spread evenly over the parts, so
+    # that no row leaves its device.
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0), examples
+    )
+
+    def body(sums, part_and_key):
+        return jax.tree.map(jnp.add, sums, gradient(*part_and_key)), None
+
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (gradients, sums), _ = jax.lax.scan(body, zeros, (parts, jax.random.split(key, steps)))
+    return jax.tree.map(lambda x: x / steps, gradients), sums

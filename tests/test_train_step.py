@@ -1,0 +1,236 @@
+"""The step against the authors' gradients and loss curve, and against itself on other devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_model import TINY, assert_close
+
+from maeast_jax import authors, fbank, masking, sharding
+from maeast_jax.optimizer import OptimizerConfig, adamw
+from maeast_jax.train_step import (
+    LossConfig,
+    TrainState,
+    checkpoint_parts,
+    init_state,
+    make_eval_step,
+    make_reconstruct,
+    make_train_step,
+    state_from_parts,
+    stream_key,
+)
+
+FRAMES = 192
+RECIPE = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+
+
+def constant(step):
+    return RECIPE.learning_rate
+
+
+def authors_state(golden, optimizer) -> TrainState:
+    params = jax.tree.map(jnp.asarray, authors.parameters(golden["weights"], TINY.heads))
+    statistics = jax.tree.map(jnp.asarray, authors.statistics(golden["weights"]))
+    return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
+
+
+def authors_step(golden, monkeypatch, optimizer):
+    """The jitted step of the authors' tiny model, with their masks in place of drawn ones."""
+    values = golden["values"]
+    masks = tuple(
+        jnp.asarray(np.sort(values[f"pretrain.{name}"]), jnp.int32) for name in ("kept", "masked")
+    )
+    monkeypatch.setattr(masking, "mask_tokens", lambda *_: masks)
+    config = dataclasses.replace(TINY, tokens=golden["tokens"])
+    step = make_train_step(config, LossConfig(), optimizer, constant, seed=0, num_frames=FRAMES)
+    return jax.jit(step), {"fbank": values["fbank"]}
+
+
+def test_loss_gradients_and_statistics_are_the_authors(golden, monkeypatch):
+    values = golden["values"]
+    # An optimiser whose update is the gradient itself.
+    spy = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, ()))
+    step, batch = authors_step(golden, monkeypatch, spy)
+    before = authors_state(golden, spy)
+    after, metrics = step(before, batch)
+    for name in ("loss", "mse", "info_nce"):
+        total, count = metrics[name]
+        np.testing.assert_allclose(total / count, values[f"pretrain.{name}"], rtol=1e-4)
+    named = {name[len("grad.") :]: g for name, g in values.items() if name.startswith("grad.")}
+    expected = authors.parameters(named, TINY.heads)
+    gradients = jax.tree.map(jnp.subtract, after.params, before.params)
+    assert jax.tree.structure(gradients) == jax.tree.structure(expected)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for (path, actual), wanted in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    ):
+        # A key bias shifts all scores of a query alike: its gradient is 0 but for rounding.
+        scale = max(np.abs(wanted).max(), 1e-3 * largest)
+        error = np.abs(actual - wanted).max() / scale
+        assert error < 1e-4, (jax.tree_util.keystr(path), error)
+    statistics = after.statistics["input_norm"]
+    np.testing.assert_allclose(statistics["mean"], values["pretrain.bn_mean_after"][0], rtol=1e-4)
+    np.testing.assert_allclose(
+        statistics["variance"], values["pretrain.bn_var_after"][0], rtol=1e-4
+    )
+
+
+def test_five_steps_follow_the_authors_loss_curve(golden, monkeypatch):
+    optimizer = adamw(RECIPE, constant)
+    step, batch = authors_step(golden, monkeypatch, optimizer)
+    state = authors_state(golden, optimizer)
+    curve = []
+    for _ in range(5):
+        state, metrics = step(state, batch)
+        curve.append(metrics["loss"][0] / metrics["loss"][1])
+    np.testing.assert_allclose(curve, golden["values"]["curve.loss"], rtol=1e-3)
+    assert int(state.step) == 5
+
+
+def noise_batch(clips=16, frames=FRAMES, seed=0):
+    shape = (clips, fbank.num_samples(frames))
+    return {"audio": np.random.default_rng(seed).integers(-3000, 3000, shape).astype(np.int16)}
+
+
+@functools.cache
+def compiled(accumulation_steps, devices, seed):
+    """The jitted step and the initial state it starts from."""
+    optimizer = adamw(RECIPE, constant)
+    replicated = sharding.replicated(sharding.make_mesh(devices))
+    step = make_train_step(
+        TINY,
+        LossConfig(),
+        optimizer,
+        constant,
+        seed=seed,
+        num_frames=FRAMES,
+        accumulation_steps=accumulation_steps,
+    )
+    state = jax.jit(lambda: init_state(TINY, optimizer, seed), out_shardings=replicated)()
+    return jax.jit(step, out_shardings=replicated), state
+
+
+def run_step(steps=2, accumulation_steps=1, devices=1, seed=0):
+    step, state = compiled(accumulation_steps, devices, seed)
+    mesh = sharding.make_mesh(devices)
+    for index in range(steps):
+        state, metrics = step(state, sharding.put_batch(mesh, noise_batch(seed=index)))
+    return jax.device_get((state, metrics))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_step()
+
+
+def assert_same_run(actual, expected):
+    for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("devices", "accumulation_steps"), [(8, 2), (1, 4)])
+def test_devices_and_accumulation_change_nothing_but_rounding(
+    one_device, devices, accumulation_steps
+):
+    state, metrics = run_step(devices=devices, accumulation_steps=accumulation_steps)
+    assert_same_run(
+        (state.params, state.statistics, metrics),
+        (one_device[0].params, one_device[0].statistics, one_device[1]),
+    )
+
+
+def test_accumulated_rows_stay_on_their_devices():
+    step, state = compiled(accumulation_steps=2, devices=8, seed=0)
+    batch = sharding.put_batch(sharding.make_mesh(8), noise_batch())
+    text = step.lower(state, batch).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(one_device):
+    again = run_step()
+    for got, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(one_device), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    other = run_step(seed=1)
+    assert np.any(other[0].params["mask_token"] != one_device[0].params["mask_token"])
+
+
+def test_streams_differ_by_step_and_by_name():
+    keys = {
+        tuple(jax.random.key_data(stream_key(seed, jnp.asarray(step, jnp.int32), name)).tolist())
+        for seed in (0, 1)
+        for step in (0, 1)
+        for name in ("mask", "dropout")
+    }
+    assert len(keys) == 8
+
+
+def test_masks_change_from_step_to_step():
+    """With a learning rate of 0 the same batch costs another loss at the next step."""
+    optimizer = optax.set_to_zero()
+    step = jax.jit(
+        make_train_step(TINY, LossConfig(), optimizer, constant, seed=0, num_frames=FRAMES)
+    )
+    state = init_state(TINY, optimizer, 0)
+    batch = noise_batch(clips=2)
+    state, first = step(state, batch)
+    state, second = step(state, batch)
+    assert first["loss"][0] != second["loss"][0]
+
+
+def test_evaluation_counts_each_example_once_whatever_its_batch():
+    config = TINY
+    state = init_state(config, optax.identity(), 0)
+    batch = noise_batch(clips=4)
+    evaluate = jax.jit(make_eval_step(config, LossConfig(), seed=0, num_frames=FRAMES))
+    whole = evaluate(state, batch | {"mask": np.ones(4, bool)}, np.int32(0))
+    part = evaluate(state, batch | {"mask": np.array([True, True, True, False])}, np.int32(0))
+    last = evaluate(state, batch | {"mask": np.array([False, False, False, True])}, np.int32(0))
+    assert [int(m["loss"][1]) for m in (whole, part, last)] == [4, 3, 1]
+    np.testing.assert_allclose(part["loss"][0] + last["loss"][0], whole["loss"][0], rtol=1e-6)
+    again = evaluate(state, batch | {"mask": np.ones(4, bool)}, np.int32(0))
+    assert again["loss"][0] == whole["loss"][0]
+    moved = evaluate(state, batch | {"mask": np.ones(4, bool)}, np.int32(1))
+    assert moved["loss"][0] != whole["loss"][0], "another batch has the same masks"
+
+
+def test_reconstruction_keeps_kept_tokens_and_undoes_the_normalisation(golden):
+    state = authors_state(golden, optax.identity())
+    config = dataclasses.replace(TINY, tokens=golden["tokens"])
+    batch = {"fbank": golden["values"]["fbank"]}
+    original, masked, rebuilt = jax.jit(make_reconstruct(config, seed=0, num_frames=FRAMES))(
+        state, batch
+    )
+    assert_close(original, batch["fbank"], relative=1e-5)
+    is_masked = np.isnan(masked)
+    np.testing.assert_allclose(is_masked.mean(), 0.75)
+    np.testing.assert_array_equal(np.asarray(masked)[~is_masked], np.asarray(original)[~is_masked])
+    np.testing.assert_array_equal(np.asarray(rebuilt)[~is_masked], np.asarray(original)[~is_masked])
+    assert np.all(np.isfinite(rebuilt)) and np.any(
+        np.asarray(rebuilt)[is_masked] != np.asarray(original)[is_masked]
+    )
+
+
+def test_clips_of_another_length_are_refused():
+    step = make_train_step(
+        TINY, LossConfig(), optax.identity(), constant, seed=0, num_frames=FRAMES
+    )
+    with pytest.raises(ValueError, match="holds 208 frames a clip, but num_frames=192"):
+        jax.eval_shape(step, init_state(TINY, optax.identity(), 0), noise_batch(frames=208))
+
+
+def test_parts_of_a_checkpoint_make_the_state_again():
+    state = init_state(TINY, adamw(RECIPE, constant), 0)
+    parts = checkpoint_parts(state)
+    assert set(parts) == {"weights", "progress"}
+    assert jax.tree.structure(state_from_parts(parts)) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("weights", [{"mse": -1.0}, {"mse": 0.0, "info_nce": 0.0}])
+def test_loss_weights_that_make_no_loss_are_refused(weights):
+    with pytest.raises(ValueError, match="must not be negative, nor both zero"):
+        LossConfig(**weights)
