@@ -1,0 +1,306 @@
+"""Writes TFDS data sets in array_record shards: whole, or not at all.
+
+TensorFlow Datasets is imported inside the function that needs it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maeast_jax.audio import SAMPLE_RATE_HZ
+
+VERSION = "1.0.0"
+_STAGING_PREFIX = "incomplete."
+_LOCK = "lock"
+_ASIDE = f"replaced.{VERSION}"
+
+Example = tuple[str, np.ndarray, str | None]  # id, int16 [samples] at 16 kHz, label
+
+
+class DataError(ValueError):
+    """A data set that cannot be written or opened; one line that says what to do about it."""
+
+
+def resolve_data_dir(data_dir: str | Path | None) -> Path:
+    """`data_dir` with `~` expanded; None for TFDS' own: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    if not data_dir:
+        import tensorflow_datasets as tfds
+
+        data_dir = tfds.core.constants.DATA_DIR
+    return Path(os.path.expanduser(data_dir))
+
+
+def write(
+    name: str,
+    data_dir: str | Path | None,
+    splits: Mapping[str, Callable[[], Iterator[Example]]],
+    label_names: Sequence[str] | None = None,
+    description: str = "",
+    finish: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+    wait: bool = False,
+    may_be_empty: Collection[str] = (),
+) -> Path:
+    """Writes the TFDS data set `data_dir/name/1.0.0`: `id`, `audio` and, where named, `label`.
+
+    Everything goes into an incomplete directory that nothing opens and that is renamed at the end,
+    so whoever kills this leaves what was there before; the next call removes the remains. The
+    shards depend on the examples alone, not on their order (TFDS orders by a hash of the id).
+
+    Args:
+      name: lower snake case.
+      data_dir: made where missing; None for TFDS' default.
+      splits: split name -> function that returns an iterator of (id, int16 [samples] at 16 kHz,
+        label); ids are unique over all splits.
+      label_names: the classes in the order of their numbers; None for a set without labels.
+      finish: called with the directory when all examples are out and before the rename: it may add
+        files, or raise to fail the build.
+      overwrite: replace an existing set, once the new one is complete.
+      wait: for whoever wants the set, not to be the one that builds it: where another process is
+        building it, wait for that; where the set is there, return it as it is (unless `overwrite`).
+      may_be_empty: splits that the set goes without where they have no examples.
+
+    Returns:
+      The directory of the version.
+
+    Raises:
+      DataError: a bad name, a data_dir that cannot be written, an existing set, a running build of
+        the same name, a split without examples, an id used twice, audio or a label that does not
+        fit.
+    """
+    data_dir = resolve_data_dir(data_dir)
+    check_writable(name, data_dir, list(splits), overwrite or wait)
+    home, target = data_dir / name, data_dir / name / VERSION
+    with _locked(home, wait):
+        _clear(home)
+        if wait and not overwrite and target.exists():
+            return target
+        _check_free(home, overwrite)  # a build may have ended since the first check
+        with tempfile.TemporaryDirectory(
+            prefix=_STAGING_PREFIX, dir=home, ignore_cleanup_errors=True
+        ) as staging:
+            builder = _builder(name, staging, splits, may_be_empty, label_names, description)
+            builder.download_and_prepare(file_format="array_record")
+            staged = Path(builder.data_dir)
+            if finish is not None:
+                finish(staged)
+            _publish(staged, target)
+    return target
+
+
+def check_writable(
+    name: str, data_dir: Path, split_names: Sequence[str], overwrite: bool = False
+) -> None:
+    """Raises the DataError that `write` would raise for its arguments alone; makes `data_dir`."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise DataError(
+            f"data set name {name!r}: expected lower snake case (a letter, then letters, digits, _)"
+        )
+    for split in split_names:
+        if not re.fullmatch(r"\w+", split, re.ASCII) or split.lower() == "all":
+            raise DataError(
+                f"split name {split!r}: expected letters, digits and _, and not the reserved 'all'"
+            )
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data_dir):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"cannot write to data directory {data_dir} ({error.strerror}): choose another"
+            " (--data_dir of build_dataset, data.dir of a configuration)"
+        ) from None
+    _check_free(data_dir / name, overwrite)
+
+
+def _check_free(home: Path, overwrite: bool) -> None:
+    if home.exists() and not home.is_dir():
+        raise DataError(f"{home} is a file: choose another name, or move it away")
+    foreign = {path.name for path in home.glob("*") if path.is_dir()} - {VERSION, _ASIDE}
+    foreign = sorted(entry for entry in foreign if not entry.startswith(_STAGING_PREFIX))
+    if foreign:
+        raise DataError(
+            f"{home} holds another data set ({', '.join(foreign)}): choose another name"
+        )
+    if not overwrite and ((home / VERSION).exists() or (home / _ASIDE).exists()):
+        raise DataError(
+            f"data set {home / VERSION} exists: choose another name, or pass --overwrite to replace"
+            " it"
+        )
+
+
+# --- one build at a time, whole or not at all ------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(home: Path, wait: bool) -> Iterator[None]:
+    """Makes `home` and holds the lock on its file, which ends with the process however that ends.
+
+    Both are removed afterwards, `home` where it is empty: the build failed and nothing was there.
+    """
+    path = home / _LOCK
+    while True:
+        home.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "w")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:
+            continue  # the process that held the lock has just removed `home`
+        with file:
+            _lock(file, home, wait)
+            if not _is_at(file, path):
+                continue  # the process that held it has removed it: the next one makes another
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    home.rmdir()
+            return
+
+
+def _lock(file, home: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise DataError(
+                f"another process is building {home}: wait for it, or choose another name"
+            ) from None
+        print(f"another process is building {home}: waiting for it", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        # Some network file systems have no locks; two builds of one name at a time are rarer.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+
+
+def _is_at(file, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _clear(home: Path) -> None:
+    """Removes what killed builds have left; whoever holds the lock knows that none is running."""
+    for leftover in home.glob(f"{_STAGING_PREFIX}*"):
+        shutil.rmtree(leftover)
+    aside = home / _ASIDE
+    if not aside.exists():
+        return
+    if (home / VERSION).exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(home / VERSION)
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """Renames `staged` to `target`, which it replaces where there is one.
+
+    Killed between the renames, neither opens, but both are complete: `_clear` brings the old back.
+    """
+    aside = target.with_name(_ASIDE)
+    if target.exists():
+        target.rename(aside)
+    staged.rename(target)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+# --- what TFDS is given ----------------------------------------------------------------------
+
+
+def _builder(name, data_dir, splits, may_be_empty, label_names, description):
+    """A TFDS builder of the data set, as a class of its own because TFDS names it by class."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()  # its bars would break up the caller's, which knows hours and rates
+    features = {
+        "id": tfds.features.Text(),
+        "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+    }
+    if label_names is not None:
+        features["label"] = tfds.features.ClassLabel(names=list(label_names))
+
+    class Shards(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=description,
+                features=tfds.features.FeaturesDict(features),
+                metadata=tfds.core.MetadataDict({"sample_rate_hz": SAMPLE_RATE_HZ}),
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            ids = set()
+            return {
+                split: _checked(split, examples, label_names, ids)
+                for split, examples in _opened(splits, may_be_empty).items()
+            }
+
+        def _generate_examples(self):
+            raise AssertionError("TFDS asks for it, but _split_generators has the generators")
+
+        def _log_download_bytes(self):  # TFDS prints a "download" of unknown size
+            pass
+
+        def _log_download_done(self):
+            pass
+
+    Shards.name = name
+    Shards.VERSION = tfds.core.Version(VERSION)
+    return Shards(data_dir=data_dir)
+
+
+def _opened(splits, may_be_empty: Collection[str]) -> dict[str, Iterator[Example]]:
+    """The examples of each split, without the splits that may be empty and are.
+
+    TFDS wants to know the splits before it takes any example, so these splits' first examples are
+    made here. They come first, as TFDS writes the splits in this order: what their sources hold in
+    memory, such as files decoded ahead, would else be held for the length of the others.
+    """
+    opened = {}
+    for split in sorted(splits, key=lambda split: split not in may_be_empty):
+        examples = iter(splits[split]())
+        if split in may_be_empty:
+            first = list(itertools.islice(examples, 1))
+            if not first:
+                continue
+            examples = itertools.chain(first, examples)
+        opened[split] = examples
+    if not opened:
+        raise DataError(f"no split of {', '.join(splits)} has examples: put clips into one")
+    return opened
+
+
+def _checked(split, examples, label_names, ids: set[str]) -> Iterator[tuple[str, dict]]:
+    """The examples of a split as TFDS wants them; `ids` are those of all splits so far."""
+    empty = True
+    for example_id, audio, label in examples:
+        if example_id in ids:
+            raise DataError(f"id {example_id!r} is used twice: ids must be unique over all splits")
+        if audio.dtype != np.int16 or audio.ndim != 1 or not len(audio):
+            raise DataError(
+                f"audio of {example_id!r} is {audio.dtype} {list(audio.shape)}, expected int16"
+                " [samples] with at least one sample"
+            )
+        if label_names is not None and label not in label_names:
+            raise DataError(
+                f"label {label!r} of {example_id!r} is none of the {len(label_names)} label names"
+            )
+        ids.add(example_id)
+        empty = False
+        features = {"id": example_id, "audio": audio}
+        yield example_id, features if label_names is None else {**features, "label": label}
+    if empty:
+        raise DataError(f"split {split!r} has no examples: leave it out, or put clips into it")

@@ -1,0 +1,275 @@
+"""Opens TFDS data sets in array_record shards for random access (`shard_writer` writes them).
+
+TensorFlow Datasets is imported inside the function that needs it.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maeast_jax.shard_writer import DataError, resolve_data_dir
+
+__all__ = ["DataError", "NotPreparedError", "Split", "open_split"]
+
+_AUDIO_FEATURES = ("audio", "speech")  # the names in TFDS' catalogue
+_INFO_FILE = "dataset_info.json"
+_NAME = re.compile(r"(?P<path>[A-Za-z]\w*(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class NotPreparedError(DataError):
+    """There is no data set of that name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """A split opened for random access.
+
+    Attributes:
+      name: of the data set, with config and version, as TFDS writes it.
+      split: what was asked for, e.g. "train[:90%]".
+      records: TFDS' data source.
+      audio_feature: the audio's name in a record.
+      sample_rate_hz: of all its audio.
+      label_names: the classes in the order of their numbers, None without labels.
+      has_id: whether records have a text id.
+    """
+
+    name: str
+    split: str
+    records: Sequence[dict]
+    audio_feature: str
+    sample_rate_hz: int
+    label_names: tuple[str, ...] | None
+    has_id: bool
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, indices: Sequence[int]) -> list[dict]:
+        """Reads records in the order of `indices`, in one call; safe from several threads.
+
+        Returns:
+          A dict each: `audio`, the array as it is stored, of any type and rate; `label`, int or
+          None; `id`, str or None.
+        """
+        return [
+            {
+                "audio": np.asarray(record[self.audio_feature]),
+                "label": int(record["label"]) if self.label_names is not None else None,
+                "id": record["id"].decode() if self.has_id else None,
+            }
+            for record in self.records.__getitems__([int(index) for index in indices])
+        ]
+
+
+def open_split(
+    name_or_directory: str | Path,
+    split: str,
+    data_dir: str | Path | None = None,
+    sample_rate_hz: int | None = None,
+) -> Split:
+    """Opens a split of a prepared TFDS data set. Reads local files only, never the network.
+
+    Args:
+      name_or_directory: `name`, `name/config`, `name:1.0.0` or `name/config:1.0.0` under
+        `data_dir`, or else a directory that holds dataset_info.json or version folders.
+      split: in TFDS' syntax, e.g. "train", "train[:90%]", "train+test".
+      data_dir: None for TFDS' default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+      sample_rate_hz: of sets that do not state it.
+
+    Raises:
+      NotPreparedError: not there; a DataError as well.
+      DataError: not in array_record format, no such split or an empty one, no audio, or
+        an unknown or contradicted sample rate.
+    """
+    import tensorflow_datasets as tfds
+
+    directory = _find(name_or_directory, resolve_data_dir(data_dir))
+    builder = tfds.builder_from_directory(str(directory))
+    info = builder.info
+    _check_format(info, directory, tfds)
+    _check_split(info, split)
+    features = dict(info.features.items())
+    audio_feature = _audio_feature(info.full_name, features, tfds)
+    label = features.get("label")
+    has_labels = isinstance(label, tfds.features.ClassLabel)
+    wanted = {audio_feature, "label", "id"}
+    return Split(
+        name=info.full_name,
+        split=split,
+        records=builder.as_data_source(
+            split, decoders=_skip_others(features, wanted, tfds), file_format="array_record"
+        ),
+        audio_feature=audio_feature,
+        sample_rate_hz=_sample_rate_hz(info, audio_feature, sample_rate_hz),
+        label_names=tuple(label.names) if has_labels else None,
+        has_id=isinstance(features.get("id"), tfds.features.Text),
+    )
+
+
+# --- where it is -----------------------------------------------------------------------------
+
+
+def _find(name_or_directory: str | Path, data_dir: Path) -> Path:
+    """The version directory that holds the data set's dataset_info.json."""
+    text = os.fspath(name_or_directory)
+    if match := _NAME.fullmatch(text):
+        home = data_dir / match["path"]
+        if versions := _versions(home):
+            return _pick(versions, match["version"], text)
+        configs = sorted(path.name for path in home.glob("*") if _versions(path))
+        if configs:
+            raise DataError(
+                f"data set {text!r} in {data_dir} comes in the configs {', '.join(configs)}: name"
+                f" one, e.g. {match['path']}/{configs[0]}"
+            )
+    directory = Path(os.path.expanduser(text))
+    if (directory / _INFO_FILE).is_file():
+        return directory
+    if versions := _versions(directory):
+        return _pick(versions, None, text)
+    name = text if match else "NAME"
+    raise NotPreparedError(
+        f"no data set {text!r} in {data_dir}, which holds {_listing(data_dir)}: name one of them,"
+        f" set data.dir, build it from audio files (python -m maeast_jax.build_dataset"
+        f" --audio_dir=DIR --data_dir={data_dir} --name=NAME), or prepare it from TFDS' catalogue:"
+        f" {_prepare_command(name, data_dir)}"
+    )
+
+
+def _versions(home: Path) -> dict[str, Path]:
+    """The version directories in `home`, oldest first."""
+    found = [info.parent for info in home.glob(f"*/{_INFO_FILE}")]
+    found = [path for path in found if _VERSION.fullmatch(path.name)]
+    found.sort(key=lambda path: [int(number) for number in path.name.split(".")])
+    return {path.name: path for path in found}
+
+
+def _pick(versions: dict[str, Path], version: str | None, text: str) -> Path:
+    version = version or list(versions)[-1]
+    if version not in versions:
+        raise DataError(f"data set {text!r}: there are versions {', '.join(versions)} only")
+    return versions[version]
+
+
+def _listing(data_dir: Path) -> str:
+    homes = [path for path in data_dir.glob("*") if path.is_dir()]
+    names = [home.name for home in homes if _versions(home)]
+    names += [
+        f"{home.name}/{config.name}"
+        for home in homes
+        for config in home.glob("*")
+        if not _versions(home) and _versions(config)
+    ]
+    return ", ".join(sorted(names)) or "no data set"
+
+
+# --- whether it serves -----------------------------------------------------------------------
+
+
+def _check_format(info, directory: Path, tfds) -> None:
+    formats = sorted(file_format.value for file_format in info.available_file_formats())
+    if "array_record" in formats:
+        return
+    directory = directory.absolute()
+    if info.name in tfds.list_builders(with_community_datasets=False):
+        root = directory.parents[2 if info.config_name else 1]
+        name = f"{info.name}/{info.config_name}" if info.config_name else info.name
+        command = _prepare_command(
+            f"{name}:{info.version}", root / "array_record", root / "downloads"
+        )
+        remedy = f"prepare it once more and set data.dir={root / 'array_record'}: {command}"
+    else:
+        remedy = f"convert it in place: {_convert_command(directory)}"
+    raise DataError(
+        f"data set {directory} is prepared as {', '.join(formats)}, but training needs array_record"
+        f" (random access); {remedy}"
+    )
+
+
+def _prepare_command(name: str, data_dir: Path, download_dir: Path | None = None) -> str:
+    """The command that prepares a set of TFDS' catalogue for random access.
+
+    Not `tfds build`: the command line of TFDS 4.9 starts only with apache_beam and mlcroissant, and
+    it leaves a TFRecord version that is already there as it is.
+    """
+    downloads = f"download_dir='{download_dir}'" if download_dir else ""
+    return (
+        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}',"
+        f" data_dir='{data_dir}', file_format='array_record').download_and_prepare({downloads})\""
+    )
+
+
+def _convert_command(directory: Path) -> str:
+    """The command that adds array_record shards to a prepared set; TFDS' module imports Beam."""
+    return (
+        'pip install apache-beam && python -c "from etils.epath import Path; from'
+        " tensorflow_datasets.scripts.cli import convert_format_utils as convert;"
+        f" convert.convert_dataset(None, 'array_record', None, None, [Path('{directory}')])\""
+    )
+
+
+def _check_split(info, split: str) -> None:
+    there = ", ".join(f"{name} ({part.num_examples})" for name, part in info.splits.items())
+    try:
+        count = info.splits[split].num_examples
+    except ValueError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"split {split!r} of {info.full_name}: {reason}; its splits are {there or 'none'}"
+        ) from None
+    if not count:
+        raise DataError(f"split {split!r} of {info.full_name} is empty; its splits are {there}")
+    for part in info.splits[split].file_instructions:
+        if not os.path.exists(part.filename):
+            raise DataError(
+                f"shard {part.filename} of {info.full_name} is missing: copy or build the data set"
+                " again"
+            )
+
+
+def _audio_feature(data_set: str, features: dict, tfds) -> str:
+    for name in _AUDIO_FEATURES:
+        feature = features.get(name)
+        if (
+            isinstance(feature, tfds.features.Tensor)  # Audio is one
+            and len(feature.shape) in (1, 2)
+            and np.issubdtype(feature.np_dtype, np.number)
+            and not getattr(feature, "_lazy_decode", False)  # stores encoded files
+        ):
+            return name
+    raise DataError(
+        f"data set {data_set} has no feature 'audio' or 'speech' that holds samples; its"
+        f" features are {', '.join(sorted(features))}: build one with python -m"
+        " maeast_jax.build_dataset"
+    )
+
+
+def _skip_others(features: dict, wanted: set[str], tfds) -> dict:
+    """Decoders that leave undecoded what is not read, such as the pictures of a video set."""
+    nested = (tfds.features.FeaturesDict, tfds.features.Sequence, tfds.features.Dataset)
+    return {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in features.items()
+        if name not in wanted and not isinstance(feature, nested)
+    }
+
+
+def _sample_rate_hz(info, audio_feature: str, given_hz: int | None) -> int:
+    stated = getattr(info.features[audio_feature], "sample_rate", None)
+    stated = stated or (info.metadata or {}).get("sample_rate_hz")
+    if stated is None and given_hz is None:
+        raise DataError(
+            f"data set {info.full_name} does not state its sample rate: set data.sample_rate_hz"
+        )
+    if stated and given_hz and int(stated) != int(given_hz):
+        raise DataError(
+            f"data set {info.full_name} states {int(stated)} Hz, but data.sample_rate_hz is"
+            f" {given_hz}: leave that field unset"
+        )
+    return int(stated or given_hz)

@@ -1,0 +1,167 @@
+import os
+
+import pytest
+
+from maeast_jax import manifest
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def error_of(function, *args, **kwargs):
+    with pytest.raises(manifest.ManifestError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_tree_is_listed_sorted_without_hidden_or_other_files(tmp_path):
+    touch(tmp_path, "b/x.WAV", "b/deep/y.opus", "a.flac", "b/notes.txt", "b/.z.wav", ".c/z.wav")
+    files = manifest.list_folder(tmp_path)
+    assert [file.id for file in files] == ["a.flac", "b/deep/y.opus", "b/x.WAV"]
+    assert [file.path for file in files] == [str(tmp_path / file.id) for file in files]
+    assert {file.label for file in files} == {None}
+
+
+def test_labels_are_the_innermost_folders(tmp_path):
+    touch(tmp_path, "birds/crow/1.wav", "cow/1.wav")
+    files = manifest.list_folder(tmp_path, label_from_folder=True)
+    assert [file.label for file in files] == ["crow", "cow"]
+    touch(tmp_path, "stray.wav")
+    message = error_of(manifest.list_folder, tmp_path, label_from_folder=True)
+    assert "1 files, e.g. stray.wav" in message
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    touch(tmp_path / "elsewhere", "1.wav")
+    touch(tmp_path / "tree", "2.wav")
+    (tmp_path / "tree" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tree" / "up").symlink_to(tmp_path / "tree")
+    files = manifest.list_folder(tmp_path / "tree")
+    assert [file.id for file in files] == ["2.wav", "link/1.wav"]
+
+
+def test_any_bytes_in_a_name_become_an_id(tmp_path):
+    name = os.fsdecode(b"caf\xe9\t1.wav")
+    touch(tmp_path, name, "für.wav")
+    files = {file.id: file.path for file in manifest.list_folder(tmp_path)}
+    assert sorted(files) == [r"caf\xe9\t1.wav", "für.wav"]
+    assert os.path.exists(files[r"caf\xe9\t1.wav"])
+
+
+def test_no_folder_or_no_audio(tmp_path):
+    assert "is not a directory" in error_of(manifest.list_folder, tmp_path / "none")
+    touch(tmp_path, "a.txt")
+    assert "no audio file below" in error_of(manifest.list_folder, tmp_path)
+
+
+def read(tmp_path, text, audio_dir=None):
+    (tmp_path / "list.tsv").write_text(text)
+    return manifest.read_manifest(tmp_path / "list.tsv", audio_dir)
+
+
+def test_a_table_with_other_columns_and_windows_line_ends(tmp_path):
+    text = "\ufeffpath\tlicence\tsplit\tlabel\r\na.wav\tx\ttest\tcow\r\n\r\n"
+    text += "b/c.wav\ty\ttrain\tcrow\r\n"
+    assert read(tmp_path, text) == [
+        manifest.AudioFile(str(tmp_path / "a.wav"), "a.wav", "cow", "test"),
+        manifest.AudioFile(str(tmp_path / "b/c.wav"), "b/c.wav", "crow", "train"),
+    ]
+
+
+def test_paths_start_at_the_audio_directory_where_given(tmp_path):
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    (inside, outside) = read(tmp_path, f"path\n{audio}/a.wav\n/else/b.wav\n", audio)
+    assert (inside.id, inside.path) == ("a.wav", str(audio / "a.wav"))
+    assert (outside.id, outside.path) == ("/else/b.wav", "/else/b.wav")
+    assert (inside.label, inside.split) == (None, None)
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path / "in", "a.wav")
+    (tmp_path / "in" / "list.tsv").write_text("path\na.wav\n")
+    expected = manifest.AudioFile(str(tmp_path / "in" / "a.wav"), "a.wav")
+    assert manifest.read_manifest("~/in/list.tsv") == [expected]
+    assert manifest.read_manifest("~/in/list.tsv", "~/in") == [expected]
+    assert manifest.list_folder("~/in") == [expected]
+    assert "is not a directory" in error_of(manifest.list_folder, "~nobody-of-that-name/in")
+    assert "cannot read" in error_of(manifest.read_manifest, "~nobody-of-that-name/list.tsv")
+
+
+def test_fairseq_format(tmp_path):
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    (file,) = read(tmp_path, f"{audio}\nx/a.flac\t160000\n")
+    assert file == manifest.AudioFile(str(audio / "x/a.flac"), "x/a.flac", None, None)
+    (file,) = read(tmp_path, "/moved/away\nx/a.flac\t160000\n", audio)
+    assert file.path == str(audio / "x/a.flac")
+    assert "pass --audio_dir" in error_of(read, tmp_path, "/moved/away\nx/a.flac\t160000\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("file\tlabel\na.wav\tcow\n", "no column `path` in its first line (file, label)"),
+        ("a.wav\nb.wav\n", "no column `path`"),
+        ("/data\na.wav\tlong\n", "no column `path`"),
+        ("\n \n", "is empty"),
+        ("path\tlabel\n", "lists no files"),
+        ("path\tlabel\na.wav\tcow\nb.wav\t\n", "line 3: no label"),
+        ("path\tsplit\na.wav\n", "line 2: no split"),
+        ("path\tlabel\n\tcow\n", "line 2: no path"),
+        ("path\na.wav\n./a.wav\n", "lists a.wav twice"),
+    ],
+)
+def test_bad_manifests(tmp_path, text, pattern):
+    assert pattern in error_of(read, tmp_path, text)
+
+
+def test_unreadable_manifests(tmp_path):
+    assert "cannot read" in error_of(manifest.read_manifest, tmp_path / "none.tsv")
+    (tmp_path / "bytes.tsv").write_bytes(b"path\ncaf\xe9.wav\n")
+    assert "cannot read" in error_of(manifest.read_manifest, tmp_path / "bytes.tsv")
+
+
+def files(count, **kwargs):
+    return [manifest.AudioFile(f"{i}.wav", f"{i}.wav", **kwargs) for i in range(count)]
+
+
+def sides(listed, valid_percent):
+    return {file.id: file.split for file in manifest.assign_splits(listed, valid_percent)}
+
+
+def test_about_the_share_asked_for_is_valid():
+    for percent in (5, 40):
+        splits = list(sides(files(4000), percent).values())
+        assert splits.count("valid") == pytest.approx(40 * percent, rel=0.15)
+        assert splits.count("valid") + splits.count("train") == 4000
+
+
+def test_files_added_or_a_larger_share_move_no_file_back():
+    few, many = sides(files(1000), 5), sides(files(1500), 5)
+    assert all(many[name] == split for name, split in few.items())
+    larger = sides(files(1000), 20)
+    assert all(larger[name] == "valid" for name, split in few.items() if split == "valid")
+
+
+def test_the_choice_never_changes():
+    chosen = [name for name, split in sides(files(100), 5).items() if split == "valid"]
+    assert chosen == ["26.wav", "64.wav", "76.wav", "98.wav"]
+
+
+def test_few_files_fill_both_sides():
+    assert sorted(sides(files(2), 0.001).values()) == ["train", "valid"]
+    assert sorted(sides(files(2), 99.999).values()) == ["train", "valid"]
+    assert list(sides(files(1), 50).values()) == ["train"]
+    assert set(sides(files(50), 0).values()) == {"train"}
+
+
+def test_the_splits_of_a_manifest_stay():
+    assert set(sides(files(50, split="test"), 50).values()) == {"test"}

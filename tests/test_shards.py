@@ -1,0 +1,292 @@
+import concurrent.futures
+import json
+import types
+
+import numpy as np
+import pytest
+
+from maeast_jax import shard_writer, shards
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+LABELS = ["zebra", "ant"]  # not sorted: their order is their number
+
+
+def clip(index):
+    """int16 [100 + index], another for each index."""
+    return np.random.default_rng(index).integers(-32768, 32768, 100 + index).astype(np.int16)
+
+
+def examples(start, stop, labelled=True):
+    for index in range(start, stop):
+        yield f"clip{index}", clip(index), LABELS[index % 2] if labelled else None
+
+
+def write(data_dir, name="birds", **kwargs):
+    splits = {"train": lambda: examples(0, 20), "valid": lambda: examples(20, 23)}
+    return shard_writer.write(name, data_dir, splits, **{"label_names": LABELS, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    write(directory)
+    return directory
+
+
+def test_what_is_read_is_what_was_written(data_dir):
+    split = shards.open_split("birds", "train", data_dir)
+    assert (len(split), split.sample_rate_hz, split.label_names) == (20, 16_000, ("zebra", "ant"))
+    records = {record["id"]: record for record in split.read(range(20))}
+    assert sorted(records) == sorted(f"clip{index}" for index in range(20))
+    for index in range(20):
+        record = records[f"clip{index}"]
+        assert record["audio"].dtype == np.int16
+        np.testing.assert_array_equal(record["audio"], clip(index))
+        assert record["label"] == index % 2
+    assert len(shards.open_split("birds", "valid", data_dir)) == 3
+
+
+def test_records_come_in_the_order_asked_for(data_dir):
+    split = shards.open_split("birds", "train", data_dir)
+    in_order = [record["id"] for record in split.read(range(20))]
+    asked = np.array([7, 0, 19, 7, 3])
+    assert [record["id"] for record in split.read(asked)] == [in_order[index] for index in asked]
+    assert split.read([]) == []
+
+
+def test_reading_from_several_threads(data_dir):
+    split = shards.open_split("birds", "train", data_dir)
+    in_order = [record["id"] for record in split.read(range(20))]
+    batches = [np.random.default_rng(seed).integers(0, 20, 8) for seed in range(40)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for batch, records in zip(batches, pool.map(split.read, batches), strict=True):
+            assert [record["id"] for record in records] == [in_order[index] for index in batch]
+
+
+def test_plain_tfds_opens_it(data_dir):
+    builder = tfds.builder_from_directory(data_dir / "birds" / "1.0.0")
+    assert builder.info.metadata == {"sample_rate_hz": 16_000}
+    assert builder.info.features["label"].names == LABELS
+    record = builder.as_data_source("train")[0]
+    assert record["audio"].dtype == np.int16
+    assert record["id"].startswith(b"clip")
+
+
+def test_slices_and_sums_of_splits(data_dir):
+    whole = [
+        record["id"] for record in shards.open_split("birds", "train", data_dir).read(range(20))
+    ]
+    part = shards.open_split("birds", "train[50%:]", data_dir)
+    assert [record["id"] for record in part.read(range(len(part)))] == whole[10:]
+    assert len(shards.open_split("birds", "train[:5]+valid", data_dir)) == 8
+
+
+def test_every_way_to_name_it(data_dir, monkeypatch):
+    monkeypatch.chdir(data_dir)
+    for name, root in [
+        ("birds", data_dir),
+        ("birds:1.0.0", str(data_dir)),
+        (data_dir / "birds", None),
+        (str(data_dir / "birds" / "1.0.0"), None),
+        ("./birds", "/nowhere"),
+    ]:
+        assert shards.open_split(name, "valid", root).name == "birds/1.0.0"
+
+
+def test_the_default_directory_is_tfds_own(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    with pytest.raises(shards.NotPreparedError, match=str(tmp_path)):
+        shards.open_split("birds", "train")
+    write(None)
+    assert len(shards.open_split("birds", "train")) == 20
+
+
+def test_without_labels(tmp_path):
+    shard_writer.write("plain", tmp_path, {"train": lambda: examples(0, 3, labelled=False)})
+    split = shards.open_split("plain", "train", tmp_path)
+    assert split.label_names is None
+    assert [record["label"] for record in split.read([0, 1, 2])] == [None] * 3
+
+
+def test_the_newest_version_is_opened_and_others_by_name(data_dir, tmp_path):
+    for version in ("1.9.0", "1.10.0"):
+        directory = tmp_path / "birds" / version
+        directory.mkdir(parents=True)
+        for path in (data_dir / "birds" / "1.0.0").iterdir():
+            text = path.read_bytes()
+            if path.name == "dataset_info.json":
+                text = text.replace(b"1.0.0", version.encode())
+            (directory / path.name).write_bytes(text)
+    assert shards.open_split("birds", "train", tmp_path).name == "birds/1.10.0"
+    assert shards.open_split("birds:1.9.0", "train", tmp_path).name == "birds/1.9.0"
+    with pytest.raises(shards.DataError, match=r"versions 1\.9\.0, 1\.10\.0 only"):
+        shards.open_split("birds:1.0.0", "train", tmp_path)
+
+
+# --- what does not open ----------------------------------------------------------------------
+
+
+def error_of(*args, kind=shards.DataError, **kwargs):
+    with pytest.raises(kind) as caught:
+        shards.open_split(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_not_there_says_what_is_and_how_to_make_it(data_dir, tmp_path):
+    message = error_of("bird", "train", data_dir, kind=shards.NotPreparedError)
+    assert "no data set 'bird'" in message
+    assert "which holds birds:" in message
+    assert f"maeast_jax.build_dataset --audio_dir=DIR --data_dir={data_dir} --name=NAME" in message
+    assert "file_format='array_record').download_and_prepare()" in message
+    message = error_of("birds", "train", tmp_path / "none", kind=shards.NotPreparedError)
+    assert "which holds no data set" in message
+    error_of(tmp_path / "none" / "birds", "train", kind=shards.NotPreparedError)
+
+
+@pytest.mark.parametrize(
+    ("split", "pattern"),
+    [
+        ("test", "Unknown split 'test'"),
+        ("train[:0%]", "is empty"),
+        ("train[xx]", "Error parsing split"),
+        ("train[50:]", "incompatible with 20 examples"),
+    ],
+)
+def test_bad_splits_say_which_there_are(data_dir, split, pattern):
+    message = error_of("birds", split, data_dir)
+    assert pattern in message
+    assert "train (20), valid (3)" in message
+
+
+def test_a_lost_shard(tmp_path):
+    (shard,) = write(tmp_path).glob("*train*")
+    shard.unlink()
+    assert f"shard {shard} of birds/1.0.0 is missing" in error_of("birds", "train", tmp_path)
+    assert len(shards.open_split("birds", "valid", tmp_path)) == 3
+
+
+def prepare(name, features, records, data_dir, file_format="array_record", configs=()):
+    """A data set of TFDS' own making, in its catalogue."""
+
+    def info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def split_generators(self, dl_manager):
+        return {"train": enumerate(records)}
+
+    body = {
+        "VERSION": tfds.core.Version("2.0.0"),
+        "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=config) for config in configs],
+        "name": name,
+        "_info": info,
+        "_split_generators": split_generators,
+        "_generate_examples": None,
+    }
+    types.new_class(
+        name.title(),
+        (tfds.core.GeneratorBasedBuilder,),
+        {},
+        lambda namespace: namespace.update(body),
+    )
+    for config in configs or [None]:
+        builder = tfds.builder(name, data_dir=data_dir, config=config, file_format=file_format)
+        builder.download_and_prepare()
+
+
+def audio_of(**kwargs):
+    return {
+        "audio": tfds.features.Audio(**kwargs),
+        "label": tfds.features.ClassLabel(num_classes=3),
+    }
+
+
+RECORD = {"audio": np.array([5, -6, 7]), "label": 2}
+
+
+def test_a_tfds_audio_feature_among_others(tmp_path):
+    features = {
+        "speech": tfds.features.Audio(sample_rate=8000),
+        "picture": tfds.features.Image(shape=(2, 2, 3)),
+        "speaker": {"age": np.int64, "names": tfds.features.Sequence(tfds.features.Text())},
+        "text": tfds.features.Text(),
+    }
+    record = {
+        "speech": np.array([1, -2, 3]),
+        "picture": np.zeros((2, 2, 3), np.uint8),
+        "speaker": {"age": 4, "names": ["a", "b"]},
+        "text": "hello",
+    }
+    prepare("talks", features, [record], tmp_path)
+    split = shards.open_split("talks", "train", tmp_path)
+    assert (split.sample_rate_hz, split.label_names, split.has_id) == (8000, None, False)
+    (read,) = split.read([0])
+    assert read["audio"].tolist() == [1, -2, 3]
+    assert (read["label"], read["id"]) == (None, None)
+    # The picture would otherwise be decoded, only to be dropped.
+    assert isinstance(split.records[0]["picture"], bytes)
+
+
+def test_float_audio_with_two_channels(tmp_path):
+    features = {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
+    stereo = np.array([[0.5, -0.5], [0.25, 1.0]], np.float32)
+    prepare("stereo", features, [{"audio": stereo}], tmp_path)
+    split = shards.open_split("stereo", "train", tmp_path, sample_rate_hz=22_050)
+    np.testing.assert_array_equal(split.read([0])[0]["audio"], stereo)
+    assert split.sample_rate_hz == 22_050
+
+
+def test_an_unknown_sample_rate_names_its_field(tmp_path):
+    prepare("rateless", audio_of(), [RECORD], tmp_path)
+    assert "set data.sample_rate_hz" in error_of("rateless", "train", tmp_path)
+    split = shards.open_split("rateless", "train", tmp_path, sample_rate_hz=44_100)
+    assert split.sample_rate_hz == 44_100
+    assert split.label_names == ("0", "1", "2")
+    assert split.read([0])[0]["label"] == 2
+
+
+def test_a_rate_that_contradicts_the_data_set(data_dir):
+    message = error_of("birds", "train", data_dir, sample_rate_hz=8000)
+    assert "states 16000 Hz, but data.sample_rate_hz is 8000" in message
+    assert shards.open_split("birds", "train", data_dir, sample_rate_hz=16_000)
+
+
+def test_no_audio(tmp_path):
+    features = {"audio": tfds.features.Text(), "speech": np.int64}
+    prepare("silent", features, [{"audio": "a", "speech": 1}], tmp_path)
+    assert "its features are audio, speech" in error_of("silent", "train", tmp_path)
+
+
+def test_configs(tmp_path):
+    prepare("many", audio_of(sample_rate=8000), [RECORD], tmp_path, configs=("clean", "other"))
+    message = error_of("many", "train", tmp_path)
+    assert "configs clean, other: name one, e.g. many/clean" in message
+    for name in ("many/other", "many/other:2.0.0", tmp_path / "many" / "other"):
+        assert shards.open_split(name, "train", tmp_path).name == "many/other/2.0.0"
+    assert "which holds many/clean, many/other:" in error_of("few", "train", tmp_path)
+
+
+@pytest.mark.parametrize("config", ["", "clean"])
+def test_tfrecord_is_refused_with_a_line_that_works(tmp_path, config):
+    name = "records" + config
+    configs = (config,) if config else ()
+    prepare(name, audio_of(sample_rate=8000), [RECORD] * 3, tmp_path, "tfrecord", configs)
+    message = error_of(f"{name}/{config}".strip("/"), "train", tmp_path)
+    assert "is prepared as tfrecord" in message
+    other = tmp_path / "array_record"
+    assert f"set data.dir={other}" in message
+    # The command itself, but here, where TFDS' catalogue knows the data set.
+    exec(message.split('python -c "')[1].rstrip('"'))
+    assert len(shards.open_split(f"{name}/{config}".strip("/"), "train", other)) == 3
+
+
+def test_tfrecord_of_no_catalogue_is_refused_with_a_conversion(data_dir, tmp_path):
+    prepare("strange", audio_of(sample_rate=8000), [RECORD], tmp_path, "tfrecord")
+    directory = tmp_path / "strange" / "2.0.0"
+    info = json.loads((directory / "dataset_info.json").read_text())
+    (directory / "dataset_info.json").write_text(json.dumps({**info, "name": "stranger"}))
+    message = error_of(directory, "train")
+    assert "convert it in place" in message
+    assert f"convert_dataset(None, 'array_record', None, None, [Path('{directory}')])" in message
