@@ -1,0 +1,119 @@
+"""The embedded corpus is the same everywhere it is asked for, audible, varied and learnable."""
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from maeast_jax import demo_audio
+
+CLIPS_A_FAMILY = 24
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """[families, CLIPS_A_FAMILY] clips of the train split."""
+    return np.array(
+        [
+            [demo_audio.clip(family, index) for index in range(CLIPS_A_FAMILY)]
+            for family in demo_audio.FAMILIES
+        ]
+    )
+
+
+def features(clip):
+    """Of the log energy in some 25 bands: level, spread and change over time, and flatness."""
+    frames = np.lib.stride_tricks.sliding_window_view(clip / 32_768, 512)[::256]
+    energy = np.abs(np.fft.rfft(frames * np.hanning(512)))[:, 1:] ** 2 + 1e-7
+    edges = np.unique(np.geomspace(1, 257, 33).astype(int)) - 1
+    widths = np.diff(edges)
+    bands = np.log(np.add.reduceat(energy, edges[:-1], axis=1) / widths)
+    logs = np.add.reduceat(np.log(energy), edges[:-1], axis=1) / widths
+    change = np.abs(np.diff(bands, axis=0))
+    flatness = (bands - logs)[:, widths > 4]
+    return np.concatenate([x.mean(axis=0) for x in (bands, change, flatness)] + [bands.std(axis=0)])
+
+
+def test_clips_have_the_stated_form(clips):
+    assert len(demo_audio.FAMILIES) == len(set(demo_audio.FAMILIES)) == 10
+    assert clips.dtype == np.int16
+    assert clips.shape[-1] == 2.5 * 16_000 == demo_audio.CLIP_SECONDS * demo_audio.SAMPLE_RATE_HZ
+
+
+def test_a_clip_does_not_depend_on_what_was_made_before_it(clips):
+    for family, index in ((9, 3), (0, 23), (4, 0), (0, 1)):
+        again = demo_audio.clip(demo_audio.FAMILIES[family], index)
+        np.testing.assert_array_equal(again, clips[family, index])
+
+
+def test_another_process_makes_the_same_clips(clips):
+    program = (
+        "import hashlib; from maeast_jax import demo_audio as d;"
+        "print(hashlib.sha256(b''.join(d.clip(f, 5).tobytes() for f in d.FAMILIES)).hexdigest())"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert there.stdout.strip() == hashlib.sha256(clips[:, 5].tobytes()).hexdigest()
+
+
+def test_every_clip_is_audible_and_none_is_clipped(clips):
+    peaks_db = 20 * np.log10(np.abs(clips.astype(int)).max(axis=-1) / 32_768)
+    assert peaks_db.max() < -2
+    assert peaks_db.min() > -25
+    rms_db = 10 * np.log10(np.mean((clips / 32_768.0) ** 2, axis=-1))
+    assert rms_db.min() > -50
+    assert np.abs(clips.mean(axis=-1)).max() < 0.01 * 32_768
+
+
+def test_levels_vary_by_about_twenty_decibels_in_every_family(clips):
+    peaks_db = 20 * np.log10(np.abs(clips.astype(int)).max(axis=-1))
+    assert np.ptp(peaks_db, axis=1).min() > 14
+    assert np.ptp(peaks_db, axis=1).max() < 22
+
+
+def test_clips_of_a_family_differ(clips):
+    for family in clips:
+        rows = np.array([features(clip) for clip in family])
+        distance = np.abs(rows[:, None] - rows).mean(axis=-1)
+        assert distance[~np.eye(len(rows), dtype=bool)].min() > 0.1
+
+
+def test_families_can_be_told_apart(clips):
+    train = np.array([[features(clip) for clip in family] for family in clips])
+    valid = np.array(
+        [
+            [features(demo_audio.clip(family, index)) for index in demo_audio.SPLITS["valid"]]
+            for family in demo_audio.FAMILIES
+        ]
+    )
+    mean, deviation = train.mean(axis=(0, 1)), train.std(axis=(0, 1))
+    train, valid = (train - mean) / deviation, (valid - mean) / deviation
+    truth = np.arange(10)[:, None]
+    to_centroid = ((valid[:, :, None] - train.mean(axis=1)) ** 2).sum(axis=-1)
+    assert (to_centroid.argmin(axis=-1) == truth).mean() > 0.6  # measured: 0.77
+    apart = np.abs(train.mean(axis=1)[:, None] - train.mean(axis=1)).mean(axis=-1)
+    assert apart[~np.eye(10, dtype=bool)].min() > 0.3  # two draws of one family: 0.07 to 0.23
+    to_clip = ((valid[:, :, None, None] - train) ** 2).sum(axis=-1).min(axis=-1)
+    assert (to_clip.argmin(axis=-1) == truth).mean() > 0.75  # measured: 0.87; chance is 0.1
+
+
+def test_splits_name_every_clip_once(monkeypatch):
+    monkeypatch.setattr(demo_audio, "clip", lambda family, index: (family, index))
+    train, valid = list(demo_audio.examples("train")), list(demo_audio.examples("valid"))
+    assert (len(train), len(valid)) == (900, 100)
+    assert len({example[0] for example in train + valid}) == 1000
+    assert len({example[1] for example in train + valid}) == 1000
+    assert train[91] == ("drums_001", ("drums", 1), "drums")
+    assert valid[-1] == ("beeps_099", ("beeps", 99), "beeps")
+
+
+def test_wrong_names_are_answered_with_the_right_ones():
+    with pytest.raises(ValueError, match=r"family is 'bell'; it must be one of strings, drums"):
+        demo_audio.clip("bell", 0)
+    with pytest.raises(ValueError, match=r"index is -1; it must be 0 or more"):
+        demo_audio.clip("bells", -1)
+    with pytest.raises(ValueError, match=r"split is 'test'; it must be one of train, valid"):
+        next(demo_audio.examples("test"))
