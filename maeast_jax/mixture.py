@@ -1,0 +1,165 @@
+"""Which clip stands at position k: several data sets as one shuffled, endless sequence.
+
+Position k is computed, not reached: (epoch, place) = divmod(k, clips) and the place goes through a
+permutation that (seed, epoch) keys. Any position costs the same, but the first of an epoch.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from maeast_jax import demo_audio, shard_writer, shards
+
+# Slots of the weighted mixture's repeating pattern: weights are met to one in this many.
+MIXTURE_SLOTS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One term of a mixture, as written: `NAME_OR_DIRECTORY[@SPLIT][*WEIGHT]`."""
+
+    name: str
+    split: str
+    weight: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """One or several data sets as one indexed collection; `weights` None means their union."""
+
+    splits: tuple[shards.Split, ...]
+    weights: tuple[float, ...] | None
+
+    def __len__(self) -> int:
+        return sum(len(split) for split in self.splits)
+
+    def describe(self) -> str:
+        terms = [f"{split.name}@{split.split}: {len(split):,} clips" for split in self.splits]
+        if self.weights is not None:
+            shares = np.asarray(self.weights) / sum(self.weights)
+            terms = [f"{term} x {share:.1%}" for term, share in zip(terms, shares, strict=True)]
+        return "; ".join(terms)
+
+
+def parse_mixture(text: str, default_split: str) -> list[Component]:
+    """Terms of `data.train` or `data.eval`.
+
+    Raises ValueError for a term that does not parse and where only some terms have weights.
+    """
+    components = []
+    # Commas inside the brackets of a split's slice belong to it.
+    for term in re.split(r",(?![^\[]*\])", text):
+        match = re.fullmatch(r"\s*([^@*]+?)\s*(?:@([^*]+?))?\s*(?:\*\s*(\S+))?\s*", term)
+        if match is None or not _is_weight(match[3]):
+            raise ValueError(
+                f"{term.strip()!r} in {text!r} must read NAME_OR_DIRECTORY[@SPLIT][*WEIGHT], the "
+                "weight a number above 0"
+            )
+        weight = float(match[3]) if match[3] else None
+        components.append(Component(match[1], match[2] or default_split, weight))
+    if len({component.weight is None for component in components}) > 1:
+        raise ValueError(f"{text!r} gives weights to some data sets only; give all or none")
+    return components
+
+
+def open_clips(
+    text: str, default_split: str, data_dir: str | None, sample_rate_hz: int | None = None
+) -> Clips:
+    """Opens the data sets that `text` names; errors are shards.DataError or ValueError."""
+    components = parse_mixture(text, default_split)
+    splits = tuple(
+        shards.open_split(
+            component.name,
+            component.split,
+            data_dir,
+            sample_rate_hz=sample_rate_hz,
+        )
+        for component in components
+    )
+    weights = tuple(component.weight for component in components)
+    return Clips(splits, None if weights[0] is None else weights)
+
+
+def open_demo(split: str, data_dir: str | None) -> Clips:
+    """The embedded corpus, synthesised and built through TFDS on first use."""
+    try:
+        opened = shards.open_split(demo_audio.NAME, split, data_dir)
+    except shards.NotPreparedError:
+        print(f"building the embedded corpus {demo_audio.NAME}: some ten seconds, once", flush=True)
+        shard_writer.write(
+            demo_audio.NAME,
+            data_dir,
+            {name: lambda name=name: demo_audio.examples(name) for name in demo_audio.SPLITS},
+            label_names=demo_audio.FAMILIES,
+            description="Ten families of synthesised sounds, 2.5 s each.",
+            wait=True,
+        )
+        opened = shards.open_split(demo_audio.NAME, split, data_dir)
+    return Clips((opened,), None)
+
+
+def address(positions: np.ndarray, clips: Clips, seed: int) -> tuple[np.ndarray, ...]:
+    """(data set, epoch, example) of each position of the training stream, int64 each.
+
+    Every epoch of a data set, or of the union, holds each of its clips once, in an order of its
+    own. With weights, each run of MIXTURE_SLOTS positions holds every data set in proportion, in
+    shuffled order.
+    """
+    sizes = np.array([len(split) for split in clips.splits])
+    if clips.weights is None:
+        epoch, place = np.divmod(positions, sizes.sum())
+        place = _shuffle(place, seed, 0, epoch, sizes.sum())
+        ends = np.cumsum(sizes)
+        which = np.searchsorted(ends, place, side="right")
+        return which, epoch, place - (ends - sizes)[which]
+    slots = _apportion(clips.weights)
+    ends = np.cumsum(slots)
+    block, slot = np.divmod(positions, MIXTURE_SLOTS)
+    slot = _shuffle(slot, seed, 1, block, MIXTURE_SLOTS)
+    which = np.searchsorted(ends, slot, side="right")
+    # How many positions of this data set came before: whole patterns, then slots of this one.
+    rank = block * slots[which] + slot - (ends - slots)[which]
+    epoch, place = np.divmod(rank, sizes[which])
+    return which, epoch, _shuffle(place, seed, 2 + which, epoch, sizes[which])
+
+
+def _shuffle(place, seed: int, stream, epoch, size) -> np.ndarray:
+    """`place` under a permutation of range(size) that (seed, stream, epoch) keys, elementwise."""
+    shuffled = np.empty_like(place)
+    keys = np.stack(np.broadcast_arrays(stream, epoch, size), axis=1)
+    for key in np.unique(keys, axis=0):
+        here = np.all(keys == key, axis=1)
+        shuffled[here] = _permutation(seed, *key.tolist())[place[here]]
+    return shuffled
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
+    """A permutation of range(size): 0.1 s and 16 MB for two million clips, once an epoch.
+
+    TensorFlow's keyed shuffle needs neither, but with its four rounds the order is hardly random:
+    of 100 clips half keep their place, and only 256 orders exist.
+    """
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, epoch))))
+    return random.permutation(size)
+
+
+def _is_weight(text: str | None) -> bool:
+    try:
+        return text is None or 0.0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def _apportion(weights: Sequence[float]) -> np.ndarray:
+    """MIXTURE_SLOTS shared out in proportion by largest remainder, at least one each."""
+    shares = np.asarray(weights) / np.sum(weights) * MIXTURE_SLOTS
+    slots = np.maximum(np.floor(shares).astype(np.int64), 1)
+    rest = MIXTURE_SLOTS - slots.sum()
+    slots[np.argsort(slots - shares)[: max(rest, 0)]] += 1
+    slots[np.argmax(slots)] -= max(-rest, 0)
+    return slots

@@ -1,0 +1,241 @@
+"""Batches: exact, resumable, the same for any number of processes, every held-out clip once."""
+
+import numpy as np
+import pytest
+
+from maeast_jax import data, demo_audio, fbank, shard_writer, shards
+from maeast_jax.data import DataConfig
+from maeast_jax.mixture import Clips
+
+FRAMES = 16
+SAMPLES = fbank.num_samples(FRAMES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`ramps`: clip i's sample j is 100 i + j % 100 (mod 2^15), so a window tells its origin."""
+    path = tmp_path_factory.mktemp("data")
+
+    def ramps(first, count):
+        for index in range(first, first + count):
+            length = 1_000 if index % 2 else SAMPLES + 500
+            yield f"r{index}", (100 * index + np.arange(length) % 100).astype(np.int16), None
+
+    shard_writer.write(
+        "ramps", path, {"train": lambda: ramps(0, 13), "valid": lambda: ramps(13, 5)}
+    )
+    return path
+
+
+def config(folder, **fields):
+    return DataConfig(dir=str(folder), train="ramps", eval="ramps", threads=2, **fields)
+
+
+def train(folder, start=0, stop=10, process=0, processes=1, seed=0, batch_size=4, **fields):
+    settings = config(folder, **fields)
+    return list(
+        data.train_batches(
+            settings,
+            data.open_train(settings),
+            seed=seed,
+            batch_size=batch_size,
+            num_frames=FRAMES,
+            start_step=start,
+            total_steps=stop,
+            process=process,
+            process_count=processes,
+        )
+    )
+
+
+def evaluate(folder, batch_size=4, process=0, processes=1, max_clips=0, **fields):
+    settings = config(folder, **fields)
+    return list(
+        data.eval_batches(
+            settings,
+            data.open_eval(settings),
+            seed=0,
+            batch_size=batch_size,
+            num_frames=FRAMES,
+            max_clips=max_clips,
+            process=process,
+            process_count=processes,
+        )
+    )
+
+
+def origins(batch):
+    return (batch["audio"] // 100).min(axis=1).tolist()
+
+
+def test_batches_are_int16_of_one_shape_and_an_epoch_has_each_clip_once(folder):
+    batches = train(folder, stop=13)
+    assert all(b["audio"].shape == (4, SAMPLES) and b["audio"].dtype == np.int16 for b in batches)
+    seen = [origin for batch in batches for origin in origins(batch)]
+    assert [sorted(seen[13 * e : 13 * (e + 1)]) for e in range(4)] == [list(range(13))] * 4
+
+
+def test_any_start_continues_the_same_stream_bit_for_bit(folder):
+    whole = train(folder)
+    for got, wanted in zip(train(folder, start=7), whole[7:], strict=True):
+        np.testing.assert_array_equal(got["audio"], wanted["audio"])
+    far = train(folder, start=10_000_000, stop=10_000_001)
+    assert far[0]["audio"].shape == (4, SAMPLES)
+
+
+def test_global_batches_are_the_same_for_any_number_of_processes(folder):
+    whole = train(folder)
+    parts = [train(folder, process=p, processes=2) for p in range(2)]
+    for step, batch in enumerate(whole):
+        rows = np.concatenate([parts[p][step]["audio"] for p in range(2)])
+        np.testing.assert_array_equal(rows, batch["audio"])
+
+
+def test_seeds_change_order_and_crop(folder):
+    first, other = train(folder, stop=1), train(folder, stop=1, seed=1)
+    assert origins(first[0]) != origins(other[0])
+
+
+def test_crops_are_windows_and_short_clips_go_round(folder):
+    starts = {}
+    for batch in train(folder, stop=130):
+        for origin, window in zip(origins(batch), batch["audio"], strict=True):
+            # Both lengths are whole hundreds, so the ramp goes on across the joint.
+            phase = window[0] - 100 * origin
+            np.testing.assert_array_equal(window, 100 * origin + (phase + np.arange(SAMPLES)) % 100)
+            starts.setdefault(origin, set()).add(int(phase))
+    assert all(len(found) > 15 for found in starts.values()), "crops hardly move"
+
+
+def test_evaluation_counts_every_clip_once_and_is_the_same_each_time(folder):
+    batches = evaluate(folder)
+    assert [b["mask"].tolist() for b in batches] == [[True] * 4, [True, False, False, False]]
+    seen = [o for b in batches for o, real in zip(origins(b), b["mask"], strict=True) if real]
+    assert sorted(seen) == [13, 14, 15, 16, 17]
+    assert not batches[-1]["audio"][1:].any()
+    for got, wanted in zip(evaluate(folder), batches, strict=True):
+        np.testing.assert_array_equal(got["audio"], wanted["audio"])
+
+
+def test_evaluation_on_two_processes_has_full_batches_on_both(folder):
+    whole = evaluate(folder)
+    parts = [evaluate(folder, process=p, processes=2) for p in range(2)]
+    for step, batch in enumerate(whole):
+        for name in ("audio", "mask"):
+            np.testing.assert_array_equal(
+                np.concatenate([part[step][name] for part in parts]), batch[name]
+            )
+
+
+def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
+    settings = DataConfig(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
+    clips = data.open_eval(settings)
+    (batch,) = data.eval_batches(
+        settings, clips, seed=0, batch_size=12, num_frames=FRAMES, max_clips=9
+    )
+    assert batch["mask"].sum() == data.eval_count(clips, 9) == 9
+    held_out = [o >= 13 for o in origins(batch)[:9]]
+    assert len(set(origins(batch)[:9])) == 9 and 2 <= sum(held_out) <= 3
+
+
+def test_weights_have_no_place_in_evaluation(folder):
+    with pytest.raises(ValueError, match="has weights, but every clip counts once"):
+        data.open_eval(DataConfig(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5"))
+
+
+def test_host_fbank_is_the_devices(folder):
+    audio = train(folder, stop=1)[0]["audio"]
+    host = train(folder, stop=1, fbank="host")[0]
+    assert set(host) == {"fbank"}
+    np.testing.assert_allclose(host["fbank"], fbank.fbank(audio), atol=1e-3)
+
+
+def test_mixtures_read_from_several_sets(folder):
+    settings = DataConfig(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
+    clips = data.open_train(settings)
+    batches = data.train_batches(
+        settings, clips, seed=0, batch_size=100, num_frames=FRAMES, start_step=0, total_steps=4
+    )
+    held_out = np.mean([origin >= 13 for batch in batches for origin in origins(batch)])
+    assert 0.4 < held_out < 0.6
+
+
+def test_synthetic_noise_is_a_function_of_seed_and_position():
+    settings = DataConfig(source="synthetic")
+
+    def noise(start, process=0, processes=1, seed=0):
+        return next(
+            data.train_batches(
+                settings, None, seed=seed, batch_size=4, num_frames=FRAMES, start_step=start,
+                total_steps=9, process=process, process_count=processes,
+            )
+        )["audio"]  # fmt: skip
+
+    assert noise(0).shape == (4, SAMPLES) and noise(0).std() > 1000
+    np.testing.assert_array_equal(noise(3), noise(3))
+    assert np.any(noise(3) != noise(4)) and np.any(noise(3) != noise(3, seed=1))
+    np.testing.assert_array_equal(np.concatenate([noise(3, p, 2) for p in (0, 1)]), noise(3))
+
+
+class Hollow:
+    """A split of somebody else's data set, with a clip that holds nothing."""
+
+    name, split, sample_rate_hz = "hollow/1.0.0", "train", 16_000
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def __len__(self):
+        return 1
+
+    def read(self, indices):
+        return [{"audio": self.stored} for _ in indices]
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [(np.zeros(0, np.int64), "it holds no samples"), (np.full(9, 40_000), "40000")],
+)
+def test_a_clip_that_is_none_is_named(stored, message):
+    zero = np.array([0])
+    clips = Clips((Hollow(stored),), None)
+    with pytest.raises(shards.DataError, match=f"hollow/1.0.0@train example 0: .*{message}"):
+        data.read(clips, zero, zero, zero, 0, SAMPLES)
+
+
+def test_a_clip_that_is_none_stops_the_stream_with_its_own_message():
+    batches = data.train_batches(
+        DataConfig(train="hollow", threads=1), Clips((Hollow(np.zeros(0, np.int64)),), None),
+        seed=0, batch_size=1, num_frames=FRAMES, start_step=0, total_steps=1,
+    )  # fmt: skip
+    with pytest.raises(shards.DataError, match="holds no samples"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "synthetic", "train": "a"}, "have no meaning with data.source=synthetic"),
+        ({"source": "synthetic", "fbank": "host"}, "data.fbank=host needs data.source=tfds"),
+        ({"threads": -1}, "data.threads=-1 must not be negative"),
+    ],
+)
+def test_fields_that_contradict_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)
+
+
+def test_a_batch_that_processes_do_not_divide_is_refused(folder):
+    with pytest.raises(ValueError, match="batch_size=3 must be a multiple of 2, the processes"):
+        train(folder, batch_size=3, processes=2)
+
+
+def test_the_embedded_corpus_is_built_once_and_named_in_no_config(tmp_path, monkeypatch):
+    built = []
+    real = shard_writer.write
+    monkeypatch.setattr(shard_writer, "write", lambda *a, **k: built.append(a[0]) or real(*a, **k))
+    settings = DataConfig(dir=str(tmp_path))
+    assert settings.is_demo and settings.has_eval
+    assert len(data.open_train(settings)) == 900
+    assert len(data.open_eval(settings)) == 100
+    assert built == [demo_audio.NAME]

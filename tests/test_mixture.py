@@ -1,0 +1,130 @@
+"""The stream's addresses: exact epochs, proportions, any start, any number of processes."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from maeast_jax import mixture
+from maeast_jax.mixture import MIXTURE_SLOTS, Clips, Component, address, parse_mixture
+
+
+class Sized:
+    name, split = "sized", "train"
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+
+def clips(*sizes, weights=None):
+    return Clips(tuple(Sized(size) for size in sizes), weights)
+
+
+def rows(positions, of, seed=0):
+    return list(zip(*(column.tolist() for column in address(positions, of, seed)), strict=True))
+
+
+def test_an_epoch_holds_every_clip_once_in_an_order_of_its_own():
+    union = clips(7, 5)
+    epochs = [rows(np.arange(12 * e, 12 * (e + 1)), union) for e in range(3)]
+    everything = {(0, i) for i in range(7)} | {(1, i) for i in range(5)}
+    orders = []
+    for number, epoch in enumerate(epochs):
+        assert {e for _, e, _ in epoch} == {number}
+        order = [(which, example) for which, _, example in epoch]
+        assert set(order) == everything
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize("size", [2, 11, 900])
+def test_an_epochs_order_is_random(size):
+    """As many clips keep their place, and stay beside their neighbour, as chance has it."""
+    epochs = 400
+    _, _, example = address(np.arange(size * epochs), clips(size), 0)
+    orders = example.reshape(epochs, size)
+    fixed = np.mean(np.sum(orders == np.arange(size), axis=1))
+    assert abs(fixed - 1) < 5 / np.sqrt(epochs)
+    beside = np.mean(np.sum(np.abs(np.diff(orders, axis=1)) == 1, axis=1))
+    expected = 2 * (size - 1) / size
+    assert abs(beside - expected) < 5 * np.sqrt(expected / epochs)
+    distinct = len({tuple(order) for order in orders.tolist()})
+    assert distinct == 2 if size == 2 else distinct == epochs
+
+
+def test_any_start_gives_the_same_addresses_and_far_ones_too():
+    union = clips(1000)
+    whole = rows(np.arange(3000), union)
+    assert rows(np.arange(1777, 2222), union) == whole[1777:2222]
+    assert [rows(np.array([k]), union)[0] for k in (0, 999, 1000)] == [
+        whole[k] for k in (0, 999, 1000)
+    ]
+    far = rows(np.arange(10**12, 10**12 + 5), union)
+    assert {epoch for _, epoch, _ in far} == {10**9}
+
+
+def test_seeds_shuffle_differently():
+    assert rows(np.arange(100), clips(100), seed=0) != rows(np.arange(100), clips(100), seed=1)
+
+
+def test_weights_are_met_exactly_in_each_pattern_and_mixed_within():
+    weighted = clips(7, 5000, weights=(3.0, 1.0))
+    which, epoch, example = address(np.arange(2 * MIXTURE_SLOTS), weighted, 0)
+    for pattern in (which[:MIXTURE_SLOTS], which[MIXTURE_SLOTS:]):
+        assert Counter(pattern.tolist()) == {0: 7500, 1: 2500}
+    assert 0.7 < np.mean(which[:1000] == 0) < 0.8, "the pattern is not shuffled"
+    # Each data set goes through epochs of its own, every clip once an epoch.
+    for number, size in ((0, 7), (1, 5000)):
+        seen = Counter(
+            zip(epoch[which == number].tolist(), example[which == number].tolist(), strict=True)
+        )
+        assert set(seen.values()) == {1}
+        full_epochs = sum(which == number) // size
+        assert {e for e, _ in seen if e < full_epochs} == set(range(full_epochs))
+        assert len(seen) == sum(which == number)
+
+
+def test_weights_start_anywhere_too():
+    weighted = clips(7, 50, weights=(0.2, 0.8))
+    whole = rows(np.arange(30_000), weighted)
+    assert rows(np.arange(19_990, 20_010), weighted) == whole[19_990:20_010]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1e-9, 1.0, 1.0), (0.1, 0.2, 0.7)])
+def test_apportioned_slots_add_up_and_none_is_empty(weights):
+    slots = mixture._apportion(weights)
+    assert slots.sum() == MIXTURE_SLOTS and slots.min() >= 1
+    np.testing.assert_allclose(slots / MIXTURE_SLOTS, np.array(weights) / sum(weights), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mine", [Component("mine", "train", None)]),
+        ("/data/mine@test", [Component("/data/mine", "test", None)]),
+        ("a@train[:90%]*0.7, b/cfg:1.0.0 *0.3", [
+            Component("a", "train[:90%]", 0.7), Component("b/cfg:1.0.0", "train", 0.3)
+        ]),
+        ("a*1e-3", [Component("a", "train", 1e-3)]),
+        ("a@train[5:,10:]", [Component("a", "train[5:,10:]", None)]),
+    ],
+)  # fmt: skip
+def test_mixtures_parse(text, expected):
+    assert parse_mixture(text, "train") == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a,", "@train", "a*0", "a*x", "a*1.2.3", "a*nan", "a*-1", "a*0.5,b"]
+)
+def test_mixtures_that_do_not_parse_are_one_line(text):
+    with pytest.raises(ValueError, match=r"must read NAME_OR|give all or none") as error:
+        parse_mixture(text, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_description_has_sizes_and_shares():
+    assert "sized@train: 7 clips x 75.0%" in clips(7, 5, weights=(3.0, 1.0)).describe()
