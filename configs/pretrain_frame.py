@@ -1,0 +1,17 @@
+"""MAE-AST with frame tokens (2 frames of 128 bands) and random masks, the paper's other model.
+
+python -m maeast_jax.train --config=configs/pretrain_frame.py --workdir=runs/pretrain_frame \
+    --config.data.dir=data --config.data.train=audioset,librispeech --config.data.eval=audioset
+
+Source: the paper's Table 1, "MAE-AST frame". As configs/pretrain.py otherwise. Expect better scores
+on speech (keywords, speakers) and worse ones on sound events than the patch model has.
+"""
+
+from maeast_jax import config as configuration
+
+
+def get_config():
+    config = configuration.pretrain()
+    config.model.tokens = "frame"
+    config.model.mask = "random"
+    return config

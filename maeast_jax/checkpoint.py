@@ -1,0 +1,126 @@
+"""Checkpoints of a run: `WORKDIR/checkpoints/STEP/`, written by Orbax, and `WORKDIR/config.json`.
+
+A checkpoint is two parts, so that weights load without the optimiser: `weights` {params,
+statistics} and `progress` {step, opt_state}. Orbax writes it under another name and renames it
+when it is whole, so the newest folder with a bare number for a name is complete. It deletes old
+ones where they lie: a kill can leave an older one short.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, or is not what was asked for; one line."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest `keep` of them."""
+
+    def __init__(self, workdir: str | os.PathLike, keep: int, config: dict[str, Any]):
+        self._config = config
+        _clear_half_written(epath.Path(workdir) / CHECKPOINTS)
+        # Both policies are given: by default Orbax saves at every idle step and keeps everything.
+        self._checkpointer = ocp.training.Checkpointer(
+            Path(workdir).absolute() / CHECKPOINTS,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        )
+
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, parts: dict[str, Any]) -> None:
+        """Starts writing; returns once the values are off the device, which may then be donated.
+
+        A step that is saved already is left as it is: the state is a function of the step.
+        """
+        if step != self.latest_step():
+            self._checkpointer.save_checkpointables_async(
+                step, parts, force=True, custom_metadata={"config": self._config}
+            )
+
+    def restore(self, step: int, abstract_parts: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint of `step`, placed as `abstract_parts` (shapes, types, shardings) says."""
+        return self._checkpointer.load_checkpointables(step, abstract_parts)
+
+    def wait(self) -> None:
+        """Until all that was asked for is on the disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def saved_steps(workdir: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in a workdir, ascending; the last one is complete."""
+    folder = epath.Path(workdir) / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+
+def find(path: str | os.PathLike) -> epath.Path:
+    """The folder of one checkpoint: `path` itself, or the newest one of the run at `path`.
+
+    Raises CheckpointError where there is none.
+    """
+    path = epath.Path(path)
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS and path.exists():
+        return path
+    steps = saved_steps(path)
+    if not steps:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; name a run's workdir or WORKDIR/{CHECKPOINTS}/STEP"
+        )
+    return path / CHECKPOINTS / str(steps[-1])
+
+
+def checkpoint_config(folder: epath.Path) -> dict[str, Any]:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises CheckpointError where the folder holds something else, or no longer all.
+    """
+    try:
+        return ocp.checkpointables_metadata(folder).custom_metadata["config"]
+    except (KeyError, TypeError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of this program, or not all of one; remove that folder"
+        ) from error
+
+
+def load_weights(folder: epath.Path, abstract_weights: Any) -> Any:
+    """{params, statistics} of a checkpoint, without its optimiser."""
+    return ocp.load_checkpointables(folder, {"weights": abstract_weights})["weights"]
+
+
+def _clear_half_written(folder: epath.Path) -> None:
+    """Removes what a kill left of a save; Orbax clears only some of its temporary folders."""
+    if folder.exists():
+        for entry in folder.iterdir():
+            if "orbax-checkpoint-tmp" in entry.name:
+                entry.rmtree()
+
+
+def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Atomic, so that a kill leaves the old file or the new one."""
+    partial = epath.Path(workdir) / f"{CONFIG}.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    partial.replace(epath.Path(workdir) / CONFIG)
+
+
+def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Shapes and types of a tree, to be placed by `sharding`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

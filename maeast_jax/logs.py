@@ -1,0 +1,247 @@
+"""What a run says: metrics on disk, progress on the terminal, the table printed at its start."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+_SPLITS = ("train", "eval")
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard's event files beside it.
+
+    A run that was killed has written lines for steps after its last checkpoint, perhaps half a line
+    at the end. Opening drops both, so that after the resumed run every step is there once.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+        """Opens the files for a run that has done `resume_step` steps; 0 is a run from the start.
+
+        Raises:
+          ValueError: metrics.jsonl holds a line, other than the last, that is not a metrics row.
+          OSError: `workdir` cannot be written.
+        """
+        self._path = Path(workdir) / METRICS_FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # From the start, an evaluation before step 1 will be written again: nothing is kept.
+        rows = _read_rows(self._path) if resume_step > 0 and self._path.exists() else []
+        rows = [row for row in rows if row["step"] <= resume_step]
+        self._written = {(row["step"], row["split"]) for row in rows}
+        temporary = self._path.with_name(f".{METRICS_FILE}.tmp")
+        temporary.write_text("".join(map(_json_line, rows)), encoding="ascii")
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a", encoding="ascii")  # noqa: SIM115 (closed by close)
+        # TensorBoard hides the events at purge_step and later that came before this one.
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir),
+            purge_step=resume_step + 1 if resume_step > 0 else 0,
+            flush_secs=5,  # what waits in memory is lost to a kill
+            filename_suffix=f".from{resume_step}",  # else a resume within a second would overwrite
+        )
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends one line, flushed at once, and one TensorBoard scalar `{split}/{key}` a value.
+
+        What the file already holds for this step and split stays: a resumed run that evaluates
+        again at the step of its checkpoint computes the same numbers.
+
+        Raises:
+          ValueError: `split` is not "train" or "eval", or a value is named "step" or "split".
+        """
+        if split not in _SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {', '.join(_SPLITS)}")
+        if taken := {"step", "split"} & set(values):
+            raise ValueError(f"a value is named {min(taken)!r}; the line has it already: rename it")
+        step = int(step)
+        if (step, split) in self._written:
+            return
+        self._written.add((step, split))
+        values = {key: float(value) for key, value in values.items()}
+        self._file.write(_json_line({"step": step, "split": split, **values}))
+        self._file.flush()
+        for key, value in values.items():
+            self._events.add_scalar(f"{split}/{key}", value, step)
+
+    def has(self, step: int, split: str) -> bool:
+        """Whether that line is written."""
+        return (step, split) in self._written
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds a picture, uint8 [H, W, 3], to TensorBoard."""
+        self._events.add_image(name, image, int(step), dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict]:
+    """The rows of `workdir/metrics.jsonl`, in the order written; None where a value was not finite.
+
+    A last line that is still being written, or was cut short by a kill, is left out.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line other than the last is not a metrics row.
+    """
+    return _read_rows(Path(workdir) / METRICS_FILE)
+
+
+def last_row(workdir: str | os.PathLike, split: str) -> dict[str, float]:
+    """The values of the last row of a split; {} where there is none."""
+    rows = [row for row in read_metrics(workdir) if row["split"] == split]
+    return (
+        {name: value for name, value in rows[-1].items() if name not in ("step", "split")}
+        if rows
+        else {}
+    )
+
+
+def _read_rows(path: Path) -> list[dict]:
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row["step"], int) and "split" in row
+        except (ValueError, KeyError):
+            whole = False
+        if whole:
+            rows.append(row)
+        elif number < len(lines):  # what follows the last newline is empty, or was cut short
+            raise ValueError(
+                f"{path} line {number} is {line[:60]!r}; it must be a JSON object with step and "
+                "split: repair or remove that line"
+            )
+    return rows
+
+
+def _json_line(row: Mapping) -> str:
+    # JSON has no NaN or infinity. The names Python would write make a strict reader (jq, a browser,
+    # pandas) refuse the whole file, and a string would put text in a column of numbers: null says
+    # "no number here" to all of them. The step and its loss still stand in the run's error message.
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+class Progress:
+    """A progress bar with loss, clips a second and time left; plain lines where no one watches.
+
+    The time left is for the steps ahead at the mean rate since the first update, which pays for the
+    compilation and starts the clock.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Starts at `start_step`, writes to `stream` (None: stderr); `clock` gives seconds."""
+        self._total_steps = total_steps
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm.tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {desc}",
+            )
+
+    def update(self, step: int, loss: float, clips_per_second: float | None = None) -> None:
+        """Shows that `step` steps are done."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (step, now)
+        parts = [f"step {step}/{self._total_steps}", f"loss {float(loss):.3f}"]
+        if clips_per_second is not None:
+            parts.append(f"{clips_per_second:.1f} clips/s")
+        steps, seconds = step - self._first[0], now - self._first[1]
+        if steps > 0:
+            left_seconds = seconds / steps * (self._total_steps - step)
+            parts.append(f"{_clock_face(left_seconds)} left")
+        line = "  ".join(parts)
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+            return
+        self._bar.n = step
+        self._bar.set_description_str(line, refresh=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Throughput:
+    """Clips a second between two logged steps."""
+
+    def __init__(self, batch_size: int, clock: Callable[[], float] = time.monotonic):
+        """`batch_size` is the global one: the clips of a step; `clock` gives seconds."""
+        self._batch_size = batch_size
+        self._clock = clock
+        self._last: tuple[int, float] | None = None
+
+    def rate(self, step: int) -> float | None:
+        """Clips a second since the last call; None at the first, or where no step has passed."""
+        last, self._last = self._last, (step, self._clock())
+        if last is None or step <= last[0] or self._last[1] <= last[1]:
+            return None
+        return self._batch_size * (step - last[0]) / (self._last[1] - last[1])
+
+
+def announce(lines: Mapping[str, str]) -> str:
+    """What a run will do, as an aligned table: a line a key, its value beside it.
+
+    A value of several lines goes on under its own first line.
+    """
+    width = max(map(len, lines), default=0)
+    indent = "\n" + " " * (width + 2)
+    return "\n".join(
+        f"{key:<{width}}  {str(value).replace(chr(10), indent)}".rstrip()
+        for key, value in lines.items()
+    )
+
+
+def si(value: float, unit: str = "") -> str:
+    """A quantity to three digits: si(86_400_000) is "86.4 M", si(1.75e9, "B") is "1.75 GB"."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.5 or prefix == "E":
+            break
+        value /= 1000
+    # "#" keeps the zeros of 1.50 G; a count below a thousand is whole and needs none.
+    whole = not prefix and float(value).is_integer()
+    number = f"{value:.0f}" if whole else f"{value:#.3g}".rstrip(".")
+    return f"{number} {prefix}{unit}".rstrip()
+
+
+def _clock_face(seconds: float) -> str:
+    """83 as 1:23, 3683 as 1:01:23."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,245 @@
+"""The training loop: steps, late metrics, evaluations, checkpoints, and an orderly stop."""
+
+import itertools
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from maeast_jax import logs, plots
+from maeast_jax.checkpoint import Checkpoints
+from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
+
+Batch = dict[str, np.ndarray]
+# Steps handed to the device ahead of the one it works on: enough to keep it busy, few enough
+# that their batches do not fill its memory.
+STEPS_IN_FLIGHT = 2
+RECONSTRUCTIONS = "reconstructions.png"
+CURVES = "curves.png"
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C, after the state was saved; `exit_code` is the shell's 128 + signal."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} at step {step}, which is saved; "
+            "the same command goes on from there"
+        )
+        self.exit_code = 128 + signal_number
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient that is not finite."""
+
+
+class Loop:
+    """Runs steps over a stream of batches; everything with a side effect in training is here.
+
+    `step`, `eval_step`, `reconstruct` and `calibrate` (None: a checkpoint has the statistics) are
+    compiled or jitted functions of train_step.py; `put` and `put_eval` place a host batch on the
+    devices; `eval_batches` starts a pass over the evaluation set (None: no evaluation).
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ConfigDict,
+        workdir: str | os.PathLike,
+        start_step: int,
+        checkpoints: Checkpoints,
+        step: Callable,
+        eval_step: Callable,
+        reconstruct: Callable,
+        calibrate: Callable | None,
+        put: Callable[[Batch], dict[str, jax.Array]],
+        put_eval: Callable[[Batch], dict[str, jax.Array]],
+        eval_batches: Callable[[], Iterator[Batch]] | None,
+    ):
+        self._config = config
+        self._workdir = Path(workdir)
+        self._start_step = start_step
+        self._checkpoints = checkpoints
+        self._step = step
+        self._eval_step = eval_step
+        self._reconstruct = reconstruct
+        self._calibrate = calibrate
+        self._put = put
+        self._put_eval = put_eval
+        self._eval_batches = eval_batches
+        self._writer = logs.MetricsWriter(workdir, start_step)
+        self._progress = logs.Progress(config.total_steps, start_step)
+        self._throughput = logs.Throughput(config.batch_size)
+        # Steps since the last line, and the closed intervals whose values are still on the device.
+        self._interval: list[tuple[int, Metrics]] = []
+        self._closed: list[tuple[int, float | None, list[tuple[int, Metrics]]]] = []
+
+    def run(self, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
+        """To the last step, or to Interrupted or NonFiniteError; the last evaluation's metrics."""
+        total_steps = self._config.total_steps
+        self._throughput.rate(self._start_step)
+        evaluation = {}
+        try:
+            with _stop_signals() as self._stop:
+                if self._calibrate is not None:
+                    first = _next(batches, 0)
+                    batches = itertools.chain([first], batches)
+                    state = self._calibrate(state, self._put(first))
+                if self._is_due(self._start_step, self._config.eval_every):
+                    # The run before may have been stopped on its way through this evaluation.
+                    evaluation = self._evaluate(state, self._start_step)
+                for step in range(self._start_step, total_steps):
+                    # Saved before the next batch is taken: the state has seen `step` batches. Read
+                    # once: a signal between two looks would stop without having saved.
+                    stopping = bool(self._stop)
+                    due = step > self._start_step and step % self._config.checkpoint_every == 0
+                    if stopping or due:
+                        self._save(state, step)
+                    if stopping:
+                        self._checkpoints.wait()
+                        raise Interrupted(self._stop[0], step)
+                    state, metrics = self._step(state, self._put(_next(batches, step)))
+                    self._interval.append((step + 1, metrics))
+                    if len(self._interval) > STEPS_IN_FLIGHT:
+                        jax.block_until_ready(self._interval[-1 - STEPS_IN_FLIGHT])
+                    if self._is_due(step + 1, self._config.log_every):
+                        self._log(step + 1)
+                    if self._is_due(step + 1, self._config.eval_every):
+                        evaluation = self._evaluate(state, step + 1)
+                self._save(state, total_steps)
+                self._checkpoints.wait()
+        finally:
+            self._progress.close()
+            self._writer.close()
+            self._checkpoints.close()
+        return evaluation
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self._config.total_steps
+
+    def _log(self, step: int) -> None:
+        """Closes the interval that ends here, writes the one before: the device never waits."""
+        self._closed.append((step, self._throughput.rate(step), self._interval))
+        self._interval = []
+        if len(self._closed) > 1:
+            self._write(*self._closed.pop(0))
+
+    def _flush(self) -> None:
+        """Writes all closed intervals; waits for the device."""
+        while self._closed:
+            self._write(*self._closed.pop(0))
+
+    def _write(self, step: int, clips_per_second: float | None, interval) -> None:
+        values = self._finite(jax.device_get(interval))
+        row = _means([metrics for _, metrics in values])
+        row["learning_rate"] = _means([values[-1][1]])["learning_rate"]
+        if clips_per_second is not None:
+            row["clips_per_second"] = clips_per_second
+        self._writer.write(step, "train", row)
+        self._progress.update(step, row["loss"], clips_per_second)
+
+    def _finite(self, values: list[tuple[int, Metrics]]) -> list[tuple[int, Metrics]]:
+        for step, metrics in values:
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(metrics[name][0]):
+                    last = self._checkpoints.latest_step()
+                    kept = "no checkpoint yet" if last is None else f"step {last} is saved"
+                    raise NonFiniteError(
+                        f"{name} is {float(metrics[name][0])} at step {step} ({kept}); lower "
+                        "optimizer.learning_rate or raise optimizer.warmup_steps"
+                    )
+        return values
+
+    def _save(self, state: TrainState, step: int) -> None:
+        # Read before saving: lines for steps up to a checkpoint are on the disk when it is, so that
+        # none is lost to a kill; and a state past a loss that is not finite is never saved.
+        if self._interval:
+            self._log(step)
+        self._flush()
+        self._checkpoints.save(step, checkpoint_parts(state))
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Writes and returns the held-out metrics; {} without an evaluation set or when stopped."""
+        self._flush()
+        if self._eval_batches is None or self._writer.has(step, "eval"):
+            return {}
+        sums = []
+        for index, batch in enumerate(self._eval_batches()):
+            if self._stop:
+                return {}
+            if index == 0:
+                self._picture(state, step, batch)
+            sums.append(self._eval_step(state, self._put_eval(batch), np.int32(index)))
+            if len(sums) > STEPS_IN_FLIGHT:
+                jax.block_until_ready(sums[-1 - STEPS_IN_FLIGHT])
+        row = _means(jax.device_get(sums))
+        self._writer.write(step, "eval", row)
+        terms = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", "mse", "info_nce"))
+        self._progress.say(f"step {step}: held-out {terms}")
+        plots.write_png(self._workdir / CURVES, plots.curves(logs.read_metrics(self._workdir)))
+        # The clock starts anew: the next rate is that of training alone.
+        self._throughput.rate(step)
+        return row
+
+    def _picture(self, state: TrainState, step: int, batch: Batch) -> None:
+        """Held-out clips: what they are, what the encoder saw, what came back."""
+        count = int(min(self._config.eval.pictures, batch["mask"].sum()))
+        if count:
+            few = {name: rows[:count] for name, rows in batch.items() if name != "mask"}
+            image = plots.reconstructions(
+                *jax.device_get(self._reconstruct(state, few)),
+                kept_percent=100.0 * (1.0 - self._config.model.mask_ratio),
+            )
+            self._writer.image(step, "reconstructions", image)
+            plots.write_png(self._workdir / RECONSTRUCTIONS, image)
+
+
+def _means(metrics: list[Metrics]) -> dict[str, float]:
+    """(sum, count) pairs of several batches as one mean each."""
+    return {
+        name: math.fsum(m[name][0] for m in metrics) / math.fsum(m[name][1] for m in metrics)
+        for name in metrics[0]
+    }
+
+
+def _next(batches: Iterator[Batch], step: int) -> Batch:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"the batches ended before step {step}; give an endless iterator or lower total_steps"
+        ) from None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that holds the signal once SIGTERM or Ctrl-C has come; a second Ctrl-C acts at once.
+
+    Signals can be caught in the main thread only; elsewhere the list stays empty.
+    """
+    caught: list[int] = []
+
+    def catch(number, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {
+            number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+    except ValueError:
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,168 @@
+"""Pictures of a run, as arrays of pixels: spectrograms reconstructed, and curves of the metrics.
+
+Every figure is its own `matplotlib.figure.Figure` on an Agg canvas: no display, no pyplot state.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+MASKED_GREY = (160, 160, 160)  # what `reconstructions` paints where there is no value
+_SPLIT_STYLES = {
+    "train": {"color": "#4c78a8", "linewidth": 1.2},
+    "eval": {"color": "#e45756", "linewidth": 1.8, "marker": "o", "markersize": 3.5},
+}
+_CURVES = ("loss", "mse", "info_nce")
+_FRAME_SECONDS = 0.01
+_DPI = 110
+
+
+def reconstructions(
+    original: np.ndarray,
+    masked: np.ndarray,
+    reconstructed: np.ndarray,
+    kept_percent: float | None = None,
+) -> np.ndarray:
+    """Draws spectrograms beside what the encoder saw of them and what the model made of that.
+
+    A row a clip, and one colour scale a row: from the 1st to the 99.5th percentile of its original.
+    Values that are not finite are drawn in MASKED_GREY.
+
+    Args:
+      original: float [n, frames, bands], normalised log-mel energies.
+      masked: the same, NaN where a token was dropped.
+      reconstructed: the same, as the decoder gave it.
+      kept_percent: the share of tokens kept, for the middle column's heading; None measures it as
+        the share of finite values in `masked`.
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      ValueError: no clips, or shapes that differ.
+    """
+    original, masked, reconstructed = (
+        np.asarray(x, np.float32) for x in (original, masked, reconstructed)
+    )
+    if original.ndim != 3 or original.size == 0:
+        raise ValueError(
+            f"original has shape {list(original.shape)}; it must be [n, frames, bands], none of "
+            "them 0: pass one clip as x[None]"
+        )
+    for name, x in (("masked", masked), ("reconstructed", reconstructed)):
+        if x.shape != original.shape:
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}; it must have that of original, "
+                f"{list(original.shape)}: pass the three of the same clips"
+            )
+    rows, frames, bands = original.shape
+    if kept_percent is None:
+        kept_percent = 100 * float(np.isfinite(masked).mean())
+
+    panel_inches = min(max(frames / 85, 2.4), 8.0)  # a pixel a frame or more, up to 8 seconds
+    figure = _figure(3 * panel_inches + 0.7, 1.55 * rows + 0.6)
+    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    palette = _palette()
+    for row in range(rows):
+        low, high = np.nanpercentile(_finite_or_nan(original[row]), [1, 99.5])
+        for axis, x in zip(axes[row], (original, masked, reconstructed), strict=True):
+            axis.imshow(
+                _finite_or_nan(x[row]).T,
+                cmap=palette,
+                vmin=low,
+                vmax=max(high, low + 1e-6),
+                origin="lower",
+                aspect="auto",
+                interpolation="nearest",  # blending would smear the grey into the kept tokens
+                extent=(0, frames * _FRAME_SECONDS, 0, bands),
+            )
+            axis.tick_params(labelsize=7, length=2)
+        axes[row, 0].set_ylabel("mel band", fontsize=8)
+        axes[row, 0].set_yticks(np.linspace(0, bands, 5))
+    headings = ("original", f"kept {kept_percent:.3g} %", "reconstructed")
+    for axis, heading in zip(axes[0], headings, strict=True):
+        axis.set_title(heading, fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds", fontsize=8)
+    return _pixels(figure)
+
+
+def curves(rows: Iterable[Mapping]) -> np.ndarray:
+    """Draws loss, mse and info_nce of a run over its steps: a panel each, a line a split.
+
+    Args:
+      rows: as in metrics.jsonl: `step`, `split` ("train" or "eval") and values. A row that lacks a
+        value is left out of that panel; None or a value that is not finite breaks the line.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    rows = sorted(rows, key=lambda row: row["step"])
+    figure = _figure(3.6 * len(_CURVES), 2.8)
+    for axis, key in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
+        for split, style in _SPLIT_STYLES.items():
+            drawn = [row for row in rows if row["split"] == split and key in row]
+            values = [math.nan if row[key] is None else row[key] for row in drawn]
+            if drawn:
+                steps = [row["step"] for row in drawn]
+                axis.plot(steps, _finite_or_nan(values), label=split, **style)
+        axis.set_title(key, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8, frameon=False)
+    return _pixels(figure)
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as a PNG file, whole or not at all: a reader never meets half a file.
+
+    Raises:
+      ValueError: `image` is of another type or shape.
+      OSError: the file cannot be written.
+    """
+    from matplotlib.image import imsave
+
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3]: scale to "
+            "0..255 and convert"
+        )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename is atomic
+    try:
+        imsave(temporary, image, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _figure(width_inches: float, height_inches: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, height_inches), dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _pixels(figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _palette():
+    from matplotlib import colormaps
+
+    return colormaps["magma"].with_extremes(bad=tuple(level / 255 for level in MASKED_GREY))
+
+
+def _finite_or_nan(values) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    return np.where(np.isfinite(values), values, np.nan)

@@ -1,0 +1,92 @@
+"""The edge of programs that take a configuration: flags in, one-line errors and exit codes out."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from maeast_jax.loop import Interrupted, NonFiniteError
+
+EXIT_SYSTEM = 1
+EXIT_USAGE = 2
+EXIT_NON_FINITE = 3
+
+
+def run(main: Callable[[ConfigDict, str], None]) -> None:
+    """Parses --config and --workdir, calls `main(config, workdir)`, and ends the process.
+
+    Exit codes: 0; 1 for what the system refused (a full disk, a folder); 2 for a ValueError, a
+    mistake in flags, configuration, data or checkpoint; 3 for a loss that is not finite; 143 or
+    130 after SIGTERM or Ctrl-C, once the state is saved.
+    """
+    # TensorFlow, which reads the data, greets with a page of its own unless told not to, and
+    # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    config = config_flags.DEFINE_config_file("config", lock_config=True)
+    workdir = flags.DEFINE_string("workdir", None, "Folder the run lives in.", required=True)
+    flags.mark_flag_as_required("config")
+    # absl's --help shows the flags of the main module alone.
+    for name in ("config", "workdir"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    def call(argv: Sequence[str]) -> None:
+        if unread := argv[1:]:
+            _fail(f"{unread[0]!r} is not a flag; fields are set as --config.field=value")
+        if not flags.FLAGS["verbosity"].present:
+            # Orbax reports each file that it writes at INFO, which absl shows by default.
+            logging.set_verbosity(logging.WARNING)
+        try:
+            main(config.value, workdir.value)
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(stop.exit_code)
+        except NonFiniteError as error:
+            _fail(error, EXIT_NON_FINITE)
+        except ValueError as error:
+            _fail(error)
+        except OSError as error:
+            _fail(f"{error.filename or ''} {error.strerror or error}".strip(), EXIT_SYSTEM)
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C before it could save", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+
+    app.run(call, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with one line where the configuration file or a field is not there."""
+    overrides = [word for word in argv if word.startswith("--config.")]
+    try:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.keys()  # a file that did not load is an error only when looked into
+        return rest
+    except OSError as error:
+        _fail(f"--config: {str(error).splitlines()[-1].strip()}; see configs/")
+    except flags.Error as error:
+        _fail(" ".join(str(error).split()))
+    except (AttributeError, KeyError):
+        # An override of a field that does not exist; ml_collections does not say which do. It
+        # reads overrides from sys.argv, so the plain configuration is had by leaving them out.
+        sys.argv = [word for word in argv if word not in overrides]
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(sys.argv)
+        for word in overrides:
+            _check_field(flags.FLAGS.config, word.removeprefix("--config.").split("=")[0])
+        raise
+
+
+def _check_field(section: ConfigDict, path: str) -> None:
+    for name in path.split("."):
+        if not isinstance(section, ConfigDict) or name not in section:
+            known = ", ".join(sorted(section)) if isinstance(section, ConfigDict) else "no fields"
+            _fail(f"--config.{path}: {name!r} is not a field; known here: {known}")
+        section = section[name]
+
+
+def _fail(message: object, exit_code: int = EXIT_USAGE) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)

@@ -1,0 +1,107 @@
+"""What a run says before it starts and after it ends."""
+
+import math
+import os
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from maeast_jax import checkpoint, data, flops, logs, masking
+from maeast_jax.loop import CURVES, RECONSTRUCTIONS
+from maeast_jax.model import ModelConfig
+from maeast_jax.run import Run
+
+_OWN_RECORDINGS = """your own recordings:
+python -m maeast_jax.build_dataset --audio_dir=FOLDER --data_dir=data --name=mine"""
+_LONGER = """longer, from these weights (a finished run's learning rate has come down to 0):
+the same command with --workdir=NEW --config.init_from={}"""
+
+
+def describe(run: Run, abstract_params: Any, compiled_step: jax.stages.Compiled) -> str:
+    """The table printed before the first step."""
+    config, model = run.config, run.model
+    time_tokens, band_tokens = model.grid(config.num_frames)
+    num_tokens = time_tokens * band_tokens
+    kept = masking.num_kept(num_tokens, model.mask_ratio)
+    work = 3 * flops.pretrain_forward(model, config.num_frames)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params))
+    start = "from the start"
+    if run.start_step:
+        start = "resumed"
+    elif run.init_folder is not None:
+        start += f", weights of {run.init_folder}"
+    return logs.announce(
+        {
+            "model": f"{model.encoder_layers} + {model.decoder_layers} layers of {model.width}, "
+            f"{logs.si(parameters)} parameters, {model.dtype}",
+            "tokens": f"{num_tokens} {model.tokens} tokens a clip of {config.num_frames / 100:g} s "
+            f"({time_tokens} x {band_tokens}): {kept} kept, {num_tokens - kept} masked "
+            f"({model.mask})",
+            "step": f"{config.batch_size} clips, {logs.si(work, 'FLOP')} a clip, "
+            f"{logs.si(planned_bytes(compiled_step), 'B')} planned a device",
+            "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
+            "train": _describe_train(run),
+            "eval": _describe_eval(run),
+            "steps": f"{run.start_step} -> {config.total_steps}, {start}",
+            "workdir": os.fspath(run.workdir),
+        }
+    )
+
+
+def _describe_train(run: Run) -> str:
+    if run.batches is not None:
+        return "the caller's batches"
+    if run.train_clips is None:
+        return "SYNTHETIC NOISE (data.source=synthetic): for speed, not for learning"
+    epochs = run.config.total_steps * run.config.batch_size / len(run.train_clips)
+    sets = f"{run.train_clips.describe()}; {epochs:.1f} epochs in all"
+    if not run.data.is_demo:
+        return sets
+    return (
+        f"{sets}\n"
+        "NO DATA SET NAMED: this is the small embedded corpus of synthesised sounds.\n"
+        "For your own recordings: python -m maeast_jax.build_dataset --help"
+    )
+
+
+def _describe_eval(run: Run) -> str:
+    if not run.has_eval:
+        return "none (data.eval is empty)"
+    count = data.eval_count(run.eval_clips, run.config.eval.max_clips)
+    if run.eval_clips is None:
+        return f"{count} clips of synthetic noise"
+    sets = run.eval_clips.describe()
+    return sets if count == len(run.eval_clips) else f"{count:,} clips, spread over {sets}"
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory that XLA plans for a program: arguments, results and temporaries."""
+    plan = compiled.memory_analysis()
+    return (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        + plan.temp_size_in_bytes
+        - plan.alias_size_in_bytes
+    )
+
+
+def farewell(config: ConfigDict, workdir: str | os.PathLike) -> str:
+    """What came out, against what it started from, and the next command to type."""
+    model = ModelConfig(**config.model.to_dict())
+    time_tokens, band_tokens = model.grid(config.num_frames)
+    num_tokens = time_tokens * band_tokens
+    masked = num_tokens - masking.num_kept(num_tokens, model.mask_ratio)
+    rows = [row for row in logs.read_metrics(workdir) if row["split"] == "eval"]
+    lines = {"checkpoint": f"{workdir}/{checkpoint.CHECKPOINTS}/{config.total_steps}"}
+    if rows:
+        first, last = rows[0], rows[-1]
+        lines["held-out loss"] = f"{first['loss']:.3f} -> {last['loss']:.3f}"
+        lines["info_nce"] = (
+            f"{first['info_nce']:.3f} -> {last['info_nce']:.3f} (a blind guess among {masked} "
+            f"masked patches: {math.log(masked):.3f}), right in {last['info_nce_accuracy']:.1%}"
+        )
+        lines["mse"] = f"{first['mse']:.4f} -> {last['mse']:.4f}"
+        lines["pictures"] = f"{workdir}/{RECONSTRUCTIONS}  {workdir}/{CURVES}"
+    lines["next"] = _OWN_RECORDINGS if not config.data.train else _LONGER.format(workdir)
+    return logs.announce(lines)

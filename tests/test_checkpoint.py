@@ -1,0 +1,103 @@
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from maeast_jax import checkpoint
+
+CONFIG = {"model": {"width": 16}, "seed": 3}
+
+
+def load_part(folder, name):
+    """One part of a checkpoint as numpy arrays, without saying what it holds."""
+    metadata = ocp.checkpointables_metadata(folder).metadata[name]
+    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
+    return ocp.load_checkpointables(folder, {name: shapes})[name]
+
+
+def parts(value):
+    return {
+        "weights": {"params": {"w": jnp.full((3, 4), value, jnp.float32)}, "statistics": {}},
+        "progress": {"step": jnp.asarray(int(value), jnp.int32), "opt_state": ()},
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    assert checkpoints.latest_step() is None
+    for step in (5, 10, 15):
+        checkpoints.save(step, parts(step))
+    checkpoints.close()
+    return tmp_path
+
+
+def placed(tree):
+    return checkpoint.abstract(tree, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def test_the_newest_are_kept_and_come_back_whole(saved):
+    assert checkpoint.saved_steps(saved) == [10, 15]
+    checkpoints = checkpoint.Checkpoints(saved, 2, CONFIG)
+    for step in (10, 15):
+        restored = checkpoints.restore(step, placed(parts(0.0)))
+        assert jax.tree.structure(restored) == jax.tree.structure(parts(0.0))
+        np.testing.assert_array_equal(restored["weights"]["params"]["w"], np.full((3, 4), step))
+        assert int(restored["progress"]["step"]) == step
+    checkpoints.close()
+
+
+def test_values_are_off_the_device_when_save_returns(tmp_path):
+    """The step that follows donates them."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    state = parts(1.0)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    checkpoints.save(1, state)
+    overwrite(state)
+    checkpoints.close()
+    part = load_part(checkpoint.find(tmp_path), "weights")
+    np.testing.assert_array_equal(part["params"]["w"], np.ones((3, 4)))
+
+
+def test_a_step_that_is_saved_stays_as_it_is(saved):
+    checkpoints = checkpoint.Checkpoints(saved, 2, CONFIG)
+    checkpoints.save(15, parts(99))
+    checkpoints.close()
+    part = load_part(checkpoint.find(saved), "weights")
+    np.testing.assert_array_equal(part["params"]["w"], np.full((3, 4), 15))
+
+
+def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(saved, tmp_path):
+    assert checkpoint.find(saved).name == "15"
+    assert checkpoint.find(saved / "checkpoints" / "10").name == "10"
+    for wrong in (saved / "checkpoints" / "11", tmp_path / "nowhere", saved / "checkpoints"):
+        with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint; name a run's"):
+            checkpoint.find(wrong)
+
+
+def test_weights_load_without_the_optimiser_and_bring_their_configuration(saved):
+    folder = checkpoint.find(saved)
+    assert checkpoint.checkpoint_config(folder) == CONFIG
+    weights = checkpoint.load_weights(folder, placed(parts(0.0)["weights"]))
+    np.testing.assert_array_equal(weights["params"]["w"], np.full((3, 4), 15))
+
+
+def test_what_a_kill_leaves_half_written_is_not_a_checkpoint_and_is_cleared(saved):
+    half = saved / "checkpoints" / "20.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "checkpoints" / "15", half)
+    (half / "commit_success.txt").unlink()
+    assert checkpoint.saved_steps(saved) == [10, 15]
+    assert checkpoint.find(saved).name == "15"
+    checkpoint.Checkpoints(saved, 2, CONFIG).close()
+    assert not half.exists()
+
+
+def test_the_configuration_file_is_replaced_whole(tmp_path):
+    checkpoint.write_config(tmp_path, CONFIG)
+    checkpoint.write_config(tmp_path, CONFIG | {"seed": 4})
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG | {"seed": 4}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,71 @@
+"""Imports only downwards, and TensorFlow and torch only where they may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "maeast_jax"
+# A file imports files of lower levels only.
+LEVELS = [
+    {"fbank", "patches", "masking", "losses", "optimizer", "layers", "authors", "config"},
+    {"sharding", "checkpoint", "logs", "plots", "audio", "synthesis"},
+    {"demo_audio", "shard_writer", "manifest", "model"},
+    {"shards", "decode_pool", "train_step", "flops"},
+    {"mixture", "loop"},
+    {"data", "program"},
+    {"run"},
+    {"summary"},
+    {"train", "build_dataset"},
+]
+TENSORFLOW = {"data", "shards", "shard_writer", "fbank"}
+
+
+def imports(path: Path, top_only: bool = False) -> set[str]:
+    """Modules that a file imports: siblings by their own name, others by their top package."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+            if node.module == "maeast_jax":
+                names = [f"maeast_jax.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, _, rest = name.partition(".")
+            found.add(f"maeast_jax.{rest}" if first == "maeast_jax" and rest else first)
+    return found
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_every_file_has_a_level():
+    assert sorted(set().union(*LEVELS)) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    level = next(i for i, names in enumerate(LEVELS) if module in names)
+    below = {f"maeast_jax.{name}" for names in LEVELS[:level] for name in names}
+    siblings = {n for n in imports(PACKAGE / f"{module}.py") if n.startswith("maeast_jax.")}
+    assert siblings <= below
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tensorflow_is_imported_by_few_and_inside_functions(module):
+    heavy = {"tensorflow", "tensorflow_datasets", "torch"}
+    path = PACKAGE / f"{module}.py"
+    assert not imports(path, top_only=True) & heavy
+    if module not in TENSORFLOW:
+        assert not imports(path) & heavy
+
+
+def test_the_model_knows_nothing_of_losses_optimiser_or_data():
+    for module in ("model", "layers"):
+        siblings = imports(PACKAGE / f"{module}.py")
+        assert not siblings & {f"maeast_jax.{m}" for m in ("losses", "optimizer", "data", "shards")}

@@ -1,0 +1,264 @@
+"""Metrics survive a kill with every step once; progress is plain arithmetic on a clock."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from maeast_jax import logs
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def text(workdir):
+    return (workdir / "metrics.jsonl").read_text()
+
+
+def write_steps(workdir, steps, resume_step=0):
+    writer = logs.MetricsWriter(workdir, resume_step=resume_step)
+    for step in steps:
+        writer.write(step, "train", {"loss": 10.0 / step})
+    writer.close()
+
+
+def events(workdir):
+    """Every TensorBoard event under a folder: records of length, crc, bytes, crc."""
+    found = []
+    for path in sorted(workdir.glob("events.out.tfevents*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def test_a_line_is_on_disk_at_once_and_comes_back(tmp_path):
+    writer = logs.MetricsWriter(tmp_path / "run")
+    writer.write(np.int64(10), "train", {"loss": np.float32(0.5), "clips_per_second": 64})
+    line = '{"step": 10, "split": "train", "loss": 0.5, "clips_per_second": 64.0}\n'
+    assert text(tmp_path / "run") == line
+    writer.write(10, "eval", {"loss": 0.25})
+    writer.close()
+    assert logs.read_metrics(tmp_path / "run") == [
+        {"step": 10, "split": "train", "loss": 0.5, "clips_per_second": 64.0},
+        {"step": 10, "split": "eval", "loss": 0.25},
+    ]
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    writer = logs.MetricsWriter(tmp_path)
+    writer.write(1, "train", {"a": float("nan"), "b": float("inf"), "c": np.float32("-inf")})
+    writer.close()
+    row = json.loads(text(tmp_path), parse_constant=refuse)
+    assert row == {"step": 1, "split": "train", "a": None, "b": None, "c": None}
+    assert logs.read_metrics(tmp_path) == [row]
+
+
+def test_wrong_splits_and_names_are_refused_and_leave_no_line(tmp_path):
+    writer = logs.MetricsWriter(tmp_path)
+    with pytest.raises(ValueError, match="split is 'valid'; it must be one of train, eval"):
+        writer.write(1, "valid", {"loss": 1.0})
+    with pytest.raises(ValueError, match="a value is named 'step'"):
+        writer.write(1, "train", {"step": 1.0})
+    writer.close()
+    assert text(tmp_path) == ""
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+    write_steps(tmp_path / "whole", range(10, 70, 10))
+    write_steps(tmp_path / "killed", range(10, 50, 10))
+    logs.MetricsWriter(tmp_path / "killed", resume_step=20).close()
+    assert [row["step"] for row in logs.read_metrics(tmp_path / "killed")] == [10, 20]
+    write_steps(tmp_path / "killed", range(30, 70, 10), resume_step=20)
+    assert text(tmp_path / "killed") == text(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20, 42])
+def test_resuming_after_a_kill_in_the_middle_of_a_line(tmp_path, cut):
+    write_steps(tmp_path / "whole", range(10, 70, 10))
+    write_steps(tmp_path / "killed", range(10, 50, 10))
+    path = tmp_path / "killed" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert len(logs.read_metrics(tmp_path / "killed")) == (4 if cut == 1 else 3)
+    # The step of the last line is done or is to come: both ways it is there once in the end.
+    write_steps(tmp_path / "killed", range(40, 70, 10), resume_step=30 if cut % 2 else 40)
+    assert text(tmp_path / "killed") == text(tmp_path / "whole")
+
+
+def test_evaluating_again_at_the_step_of_the_checkpoint_adds_no_line(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    writer = logs.MetricsWriter(tmp_path, resume_step=20)
+    writer.write(20, "eval", {"loss": 3.0})
+    writer.close()
+    writer = logs.MetricsWriter(tmp_path, resume_step=20)
+    writer.write(20, "eval", {"loss": 3.0})
+    writer.close()
+    rows = logs.read_metrics(tmp_path)
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (10, "train"),
+        (20, "train"),
+        (20, "eval"),
+    ]
+
+
+def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
+    writer = logs.MetricsWriter(tmp_path)
+    writer.write(0, "eval", {"loss": 9.0})
+    writer.write(10, "train", {"loss": 8.0})
+    writer.close()
+    logs.MetricsWriter(tmp_path).close()
+    assert text(tmp_path) == ""
+    assert not list(tmp_path.glob(".metrics*"))
+
+
+def test_a_broken_line_that_no_kill_explains_is_named_and_kept(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("oops\n" + path.read_text())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is b'oops'; .* remove that line"):
+        logs.read_metrics(tmp_path)
+    with pytest.raises(ValueError, match="line 1"):
+        logs.MetricsWriter(tmp_path, resume_step=20)
+    assert path.read_bytes() == before
+
+
+def test_reading_where_nothing_was_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        logs.read_metrics(tmp_path)
+
+
+def test_tensorboard_gets_scalars_pictures_and_the_step_to_purge_from(tmp_path):
+    writer = logs.MetricsWriter(tmp_path, resume_step=20)
+    writer.write(30, "eval", {"loss": 0.5, "mse": 0.25})
+    writer.image(30, "reconstructions", np.zeros((4, 6, 3), np.uint8))
+    writer.close()
+    found = events(tmp_path)
+    values = {(event.step, value.tag): value for event in found for value in event.summary.value}
+    assert values[30, "eval/loss"].simple_value == 0.5
+    assert values[30, "eval/mse"].simple_value == 0.25
+    picture = values[30, "reconstructions"].image
+    assert (picture.height, picture.width, picture.colorspace) == (4, 6, 3)
+    assert [event.step for event in found if event.HasField("session_log")] == [21]
+
+
+def test_a_resumed_run_keeps_the_event_file_of_the_first(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    write_steps(tmp_path, [30], resume_step=20)
+    steps = [event.step for event in events(tmp_path) if event.summary.value]
+    assert sorted(steps) == [10, 20, 30]
+
+
+def test_plain_progress_is_a_line_an_update():
+    out, clock = io.StringIO(), Clock()
+    progress = logs.Progress(1500, start_step=100, stream=out, clock=clock)
+    clock.seconds = 300.0  # compilation: no part of the rate
+    progress.update(110, np.float32(5.5))
+    clock.seconds = 390.0
+    progress.update(200, 5.1234, 64.06)
+    progress.say("saved step 200")
+    progress.update(1500, 2.0, 64.0)
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "step 110/1500  loss 5.500",
+        "step 200/1500  loss 5.123  64.1 clips/s  21:40 left",
+        "saved step 200",
+        "step 1500/1500  loss 2.000  64.0 clips/s  0:00 left",
+    ]
+
+
+def test_progress_counts_hours():
+    out, clock = io.StringIO(), Clock()
+    progress = logs.Progress(4603, stream=out, clock=clock)
+    progress.update(900, 1.0)
+    clock.seconds = 100.0
+    progress.update(1000, 1.0)
+    assert out.getvalue().endswith("  1:00:03 left\n")
+
+
+def test_progress_on_a_terminal_is_one_bar_with_lines_above():
+    out, clock = Terminal(), Clock()
+    progress = logs.Progress(200, start_step=50, stream=out, clock=clock)
+    progress.update(100, 5.0)
+    clock.seconds = 10.0
+    progress.update(150, 4.0, 320.0)
+    progress.say("saved step 150")
+    progress.close()
+    shown = out.getvalue()
+    assert shown.startswith("\r 25%|")
+    assert "\r 75%|" in shown
+    assert "step 150/200  loss 4.000  320.0 clips/s  0:10 left" in shown
+    assert "\rsaved step 150\n" in shown
+    assert shown.count("\n") == 2  # the line that was said, and the bar's own end
+
+
+def test_progress_goes_to_stderr(capsys):
+    progress = logs.Progress(2)
+    progress.update(1, 1.0)
+    progress.close()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "step 1/2  loss 1.000\n"
+
+
+def test_throughput_is_between_two_calls():
+    clock = Clock()
+    throughput = logs.Throughput(32, clock=clock)
+    assert throughput.rate(100) is None
+    clock.seconds = 4.0
+    assert throughput.rate(110) == 80.0
+    clock.seconds = 5.0
+    assert throughput.rate(115) == 160.0
+    assert throughput.rate(120) is None  # no time has passed
+    clock.seconds = 6.0
+    assert throughput.rate(120) is None  # nor a step
+    clock.seconds = 8.0
+    assert throughput.rate(121) == 16.0
+
+
+def test_announcement_is_aligned():
+    table = logs.announce({"model": "mae_ast", "tokens": "128 kept\n384 masked", "to": "/runs/1"})
+    assert table == ("model   mae_ast\ntokens  128 kept\n        384 masked\nto      /runs/1")
+    assert logs.announce({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "expected"),
+    [
+        (0, "", "0"),
+        (512, "", "512"),
+        (512, "B", "512 B"),
+        (999, "", "999"),
+        (0.25, "s", "0.250 s"),
+        (1000, "", "1.00 k"),
+        (86_400_000, "", "86.4 M"),
+        (1.75e9, "B", "1.75 GB"),
+        (1.5e9, "B", "1.50 GB"),
+        (38.4e9, "F", "38.4 GF"),
+        (384e9, "F", "384 GF"),
+        (999_600, "", "1.00 M"),
+        (-2_500, "", "-2.50 k"),
+        (4.2e18, "F", "4.20 EF"),
+    ],
+)
+def test_quantities_have_three_digits(value, unit, expected):
+    assert logs.si(value, unit) == expected

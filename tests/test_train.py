@@ -1,0 +1,381 @@
+"""Whole runs: kill and resume, signals, refusals, and what they leave behind."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_checkpoint import load_part
+from test_config import shrink
+
+from maeast_jax import checkpoint, logs, shard_writer
+from maeast_jax import config as configuration
+from maeast_jax import train as train_module
+from maeast_jax.loop import NonFiniteError
+from maeast_jax.run import alone
+from maeast_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A data set `sounds` of noise of several lengths: 11 clips to train on, 5 held out."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def clips(count, seed):
+        random = np.random.default_rng(seed)
+        for index in range(count):
+            samples = random.integers(-9000, 9000, 4_000 + 1_500 * index).astype(np.int16)
+            yield f"{seed}-{index}", samples, None
+
+    shard_writer.write(
+        "sounds", folder, {"train": lambda: clips(11, 0), "valid": lambda: clips(5, 1)}
+    )
+    return folder
+
+
+def command(workdir, data_dir, *overrides):
+    return [
+        sys.executable, "-m", "maeast_jax.train", f"--config=tests/tiny.py:{data_dir}",
+        f"--workdir={workdir}", *overrides,
+    ]  # fmt: skip
+
+
+def environment():
+    """One CPU device, as a user has; two runs compare bit for bit on the same number."""
+    return os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+def run(workdir, data_dir, *overrides):
+    return subprocess.run(
+        command(workdir, data_dir, *overrides),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def run_until(workdir, data_dir, step, signal_number):
+    """Starts a run, sends the signal as soon as it reports `step`, returns its exit code."""
+    with subprocess.Popen(
+        command(workdir, data_dir),
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        reported = any(line.startswith(f"step {step}/") for line in process.stderr)
+        assert reported, f"the run ended before step {step}"
+        process.send_signal(signal_number)
+        process.stderr.read()
+        return process.wait()
+
+
+def weights(workdir):
+    folder = checkpoint.find(workdir)
+    assert folder.name == "40"
+    return jax.tree.leaves_with_path([load_part(folder, name) for name in ("weights", "progress")])
+
+
+def train_rows(workdir):
+    timeless = ("clips_per_second",)
+    return [
+        {key: value for key, value in row.items() if key not in timeless}
+        for row in logs.read_metrics(workdir)
+    ]
+
+
+def test_killed_and_stopped_runs_end_bit_for_bit_as_one_that_was_not(tmp_path, data_dir):
+    whole = run(tmp_path / "whole", data_dir)
+    assert whole.returncode == 0, whole.stderr
+    broken = tmp_path / "broken"
+    moment = random.randrange(11, 28)
+    print("killed at", moment)
+    assert run_until(broken, data_dir, moment, signal.SIGKILL) == -signal.SIGKILL
+    saved = checkpoint.saved_steps(broken)[-1]
+    # One save may be on its way to the disk, and a second one waits for it.
+    assert saved % 5 == 0 and saved >= moment - 10
+    moment = random.randrange(saved + 1, max(saved + 2, 34))
+    print("stopped at", moment)
+    assert run_until(broken, data_dir, moment, signal.SIGTERM) == 128 + signal.SIGTERM
+    stopped = checkpoint.saved_steps(broken)[-1]
+    assert stopped >= moment, "SIGTERM did not save the step it stopped at"
+    end = run(broken, data_dir)
+    assert end.returncode == 0, end.stderr
+    assert f"{stopped} -> 40, resumed" in end.stdout
+    for fact in ("held-out loss", "a blind guess among 24 masked patches", "next"):
+        assert fact in end.stdout
+    for (path, got), (_, wanted) in zip(weights(broken), weights(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(got, wanted, jax.tree_util.keystr(path))
+    assert train_rows(broken) == train_rows(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
+    assert run_until(tmp_path, data_dir, 6, signal.SIGINT) == 128 + signal.SIGINT
+    assert checkpoint.saved_steps(tmp_path)[-1] >= 6
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.modle=3", "--config.modle: 'modle' is not a field; known here: accumulation_"),
+        ("--config.model.layers=3", "'layers' is not a field; known here: attention_dropout"),
+        ("--config.total_steps=many", "--config.total_steps=many: invalid literal for int()"),
+        ("--config.batch_size=0", "config.batch_size=0 must be at least 1"),
+        ("--config.data.train=absent", "absent"),
+        ("--config=nowhere.py", "--config: [Errno 2] No such file or directory: 'nowhere.py'"),
+        ("total_steps=3", "'total_steps=3' is not a flag"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, data_dir, override, message):
+    words = command(tmp_path / "run", data_dir, override)
+    if override.startswith("--config="):
+        words.pop(3)
+    result = subprocess.run(
+        words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_the_flags_and_the_exit_codes():
+    result = subprocess.run(
+        [sys.executable, "-m", "maeast_jax.train", "--help"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    for words in ("--config", "--workdir", "Exit codes", "143 or 130"):
+        assert words in result.stdout
+
+
+def noise(config):
+    """An endless stream of the caller's own, from any step."""
+
+    def batches(start_step):
+        samples = 400 + 160 * (config.num_frames - 1)
+        step = start_step
+        while True:
+            random = np.random.default_rng(step)
+            shape = (config.batch_size, samples)
+            yield {"audio": random.integers(-9000, 9000, shape).astype(np.int16)}
+            step += 1
+
+    return batches
+
+
+def short_config(**changes):
+    config = shrink(configuration.pretrain(), steps=4)
+    config.model.update(dtype="float32", input_dropout=0.0, dropout=0.0, attention_dropout=0.0)
+    config.update(changes)
+    return config
+
+
+def test_training_takes_the_callers_batches_and_goes_on_where_they_were(tmp_path):
+    config = short_config(checkpoint_every=2)
+    train(config, tmp_path / "whole", batches=noise(config)(0))
+    train(short_config(checkpoint_every=2, total_steps=4), tmp_path / "part", batches=noise(config))
+    for got, wanted in zip(*(final(tmp_path / name, 4) for name in ("part", "whole")), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def final(workdir, step):
+    assert checkpoint.saved_steps(workdir)[-1] == step
+    return jax.tree.leaves(load_part(checkpoint.find(workdir), "weights"))
+
+
+def test_batches_that_end_or_do_not_fit_are_named(tmp_path):
+    config = short_config()
+    with pytest.raises(ValueError, match="the batches ended before step 2"):
+        train(config, tmp_path / "a", batches=iter([next(noise(config)(0))] * 2))
+    with pytest.raises(ValueError, match=r"'audio' is int16 \(8, 99\), but int16 \(8, 10480\)"):
+        train(config, tmp_path / "b", batches=iter([{"audio": np.zeros((8, 99), np.int16)}]))
+    with pytest.raises(ValueError, match=r"has the fields \['wave'\], but 'audio' is needed"):
+        train(config, tmp_path / "c", batches=iter([{"wave": np.zeros((8, 99), np.int16)}]))
+
+
+def test_each_step_is_in_one_row_whatever_the_intervals(tmp_path):
+    config = short_config(total_steps=7, log_every=5, checkpoint_every=3, eval_every=4)
+    train(config, tmp_path)
+    assert [(row["step"], row["split"]) for row in logs.read_metrics(tmp_path)] == [
+        (0, "eval"), (3, "train"), (4, "eval"), (5, "train"), (6, "train"), (7, "train"),
+        (7, "eval"),
+    ]  # fmt: skip
+
+
+def refuse(*_):
+    raise AssertionError("compiled before the mistake was found")
+
+
+def test_a_finished_run_is_left_alone_and_returns_its_evaluation(tmp_path, monkeypatch, capsys):
+    evaluation = train(short_config(), tmp_path)
+    monkeypatch.setattr(train_module, "_compile_step", refuse)
+    assert train(short_config(), tmp_path) == evaluation
+    assert "has done its 4 steps already" in capsys.readouterr().out
+
+
+def test_a_second_process_in_the_same_workdir_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "_compile_step", refuse)
+    with alone(tmp_path), pytest.raises(ValueError, match="another process is training in"):
+        train(short_config(), tmp_path)
+
+
+def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
+    train(short_config(), tmp_path / "run")
+    monkeypatch.setattr(train_module, "_compile_step", refuse)
+    (tmp_path / "foreign" / "checkpoints" / "12").mkdir(parents=True)
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "run", broken)
+    (broken / "metrics.jsonl").write_text("not json\n{}\n")
+    longer = short_config(total_steps=20)
+    for workdir, config, message in (
+        (tmp_path / "foreign", longer, r"12 is not a checkpoint of this program"),
+        (broken, longer, r"metrics.jsonl line 1 is b'not json'"),
+        ("gs://bucket/run", longer, r"gs://bucket/run must be a folder of this machine"),
+        (tmp_path / "new", short_config(num_frames=65), r"num_frames=65 must be a multiple of 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, workdir)
+
+
+def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    config = short_config()
+    config.data.source = "tfds"
+    config.data.dir = str(tmp_path / "file" / "data")
+    with pytest.raises(ValueError, match=r"file/data"):
+        train(config, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_good_checkpoint(tmp_path):
+    config = short_config(total_steps=40, checkpoint_every=4, log_every=10)
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.clip_norm = 1e30
+    train(short_config(), tmp_path, batches=noise(config))
+    before = final(tmp_path, 4)
+    with pytest.raises(NonFiniteError, match=r"at step \d+ \(step 4 is saved\); lower"):
+        train(config, tmp_path, batches=noise(config))
+    for got, wanted in zip(final(tmp_path, 4), before, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_another_architecture_is_refused_and_other_settings_are_said(tmp_path, capsys):
+    train(short_config(), tmp_path)
+    before = final(tmp_path, 4)
+    config = short_config()
+    config.model.width = 32
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.width=16, the configuration 32"):
+        train(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 16
+    with pytest.raises(ValueError, match="has reached step 4, past total_steps=3"):
+        train(short_config(total_steps=3), tmp_path)
+    capsys.readouterr()
+    train(short_config(total_steps=6), tmp_path)
+    out = capsys.readouterr().out
+    assert "resuming with other settings than before: total_steps 4 -> 6" in out
+    assert any(np.any(a != b) for a, b in zip(final(tmp_path, 6), before, strict=True))
+
+
+def test_weights_come_from_another_run_and_the_count_starts_anew(tmp_path, capsys):
+    train(short_config(), tmp_path / "first")
+    source = final(tmp_path / "first", 4)
+    config = short_config(total_steps=1, init_from=str(tmp_path / "first"))
+    config.optimizer.learning_rate = 1e-12
+    train(config, tmp_path / "second")
+    assert "0 -> 1, from the start, weights of" in capsys.readouterr().out
+    params = load_part(checkpoint.find(tmp_path / "second"), "weights")["params"]
+    first = load_part(checkpoint.find(tmp_path / "first"), "weights")["params"]
+    assert source
+    for got, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-9)
+
+
+def test_a_run_leaves_what_it_promises_and_says_what_it_will_do(tmp_path, data_dir, capsys):
+    config = tiny.get_config(str(data_dir))
+    config.total_steps, config.eval_every, config.mesh.data = 12, 6, 4
+    evaluation = train(config, tmp_path)
+    said = capsys.readouterr().out
+    for fact in (
+        "2 + 1 layers of 16",
+        "32 patch tokens a clip of 0.64 s (4 x 8): 8 kept, 24 masked (chunk)",
+        "4 x cpu",
+        "sounds/1.0.0@train: 11 clips",
+        "sounds/1.0.0@valid: 5 clips",
+        "0 -> 12, from the start",
+        "FLOP a clip",
+        "B planned a device",
+    ):
+        assert fact in said
+    assert checkpoint.saved_steps(tmp_path) == [10, 12]
+    rows = logs.read_metrics(tmp_path)
+    assert [r["step"] for r in rows if r["split"] == "eval"] == [0, 6, 12]
+    train_rows = [r for r in rows if r["split"] == "train"]
+    assert [r["step"] for r in train_rows] == list(range(1, 13))
+    assert {"loss", "mse", "info_nce", "learning_rate", "grad_norm"} <= set(train_rows[-1])
+    assert "clips_per_second" in train_rows[-1]
+    last = train_rows[-1]
+    np.testing.assert_allclose(last["loss"], 10 * last["mse"] + last["info_nce"], rtol=1e-5)
+    assert evaluation == {k: v for k, v in rows[-1].items() if k not in ("step", "split")}
+    for name in ("reconstructions.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+
+
+def test_host_and_device_fbank_train_alike(tmp_path, data_dir):
+    ends = []
+    for place in ("device", "host"):
+        config = tiny.get_config(str(data_dir))
+        config.total_steps, config.eval_every, config.mesh.data = 3, 3, 1
+        config.data.fbank = place
+        ends.append(train(config, tmp_path / place)["loss"])
+    np.testing.assert_allclose(*ends, rtol=1e-3)
+
+
+HIDDEN = """
+import sys
+class Without:
+    # A finder that does not see some packages, as where they are not installed.
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *where):
+        if name.split(".")[0] not in ("tensorflow", "tensorflow_datasets", "torch"):
+            return self.finder.find_spec(name, *where)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+sys.path.insert(0, "tests")
+from maeast_jax import train
+import tiny
+config = tiny.get_config()
+config.total_steps = config.eval_every = 2
+config.optimizer.warmup_steps = 1
+try:
+    train.train(config, sys.argv[1] + "/refused")
+except ValueError as error:
+    print(error)
+config.data.train = config.data.eval = ""
+config.data.source = "synthetic"
+print(train.train(config, sys.argv[1] + "/trained")["loss"] > 0)
+import numpy as np
+from flax import nnx
+from maeast_jax.model import MaeAst, ModelConfig
+model = MaeAst(ModelConfig(**config.model.to_dict()), nnx.Rngs(0))
+out = model.encode(np.zeros((1, 5360), np.float32), np.array([5360]))
+print(out.hidden_states.shape == (2, 1, 16, 16))
+"""
+
+
+def test_synthetic_training_runs_where_tensorflow_is_not_installed(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", HIDDEN, str(tmp_path)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "pip install tensorflow-cpu tensorflow-datasets" in lines[0]
+    assert lines[-2:] == ["True", "True"]
+    assert checkpoint.saved_steps(tmp_path / "trained") == [2]
+    assert not (tmp_path / "refused").exists()
