@@ -75,7 +75,8 @@ def find(path: str | os.PathLike) -> epath.Path:
 
     Raises CheckpointError where there is none.
     """
-    path = epath.Path(path)
+    # Orbax reads absolute paths only, and warns at length of others.
+    path = epath.Path(path).expanduser().absolute()
     if path.name.isdigit() and path.parent.name == CHECKPOINTS and path.exists():
         return path
     steps = saved_steps(path)

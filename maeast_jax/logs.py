@@ -164,6 +164,7 @@ class Progress:
                 file=self._stream,
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}%|{bar}| {desc}",
+                desc=f"step {start_step}/{total_steps}",
             )
 
     def update(self, step: int, loss: float, clips_per_second: float | None = None) -> None:

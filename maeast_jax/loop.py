@@ -84,7 +84,6 @@ class Loop:
     def run(self, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         """To the last step, or to Interrupted or NonFiniteError; the last evaluation's metrics."""
         total_steps = self._config.total_steps
-        self._throughput.rate(self._start_step)
         evaluation = {}
         try:
             with _stop_signals() as self._stop:
@@ -100,6 +99,8 @@ class Loop:
                     # once: a signal between two looks would stop without having saved.
                     stopping = bool(self._stop)
                     due = step > self._start_step and step % self._config.checkpoint_every == 0
+                    if stopping:
+                        self._progress.say(f"asked to stop: saving step {step}")
                     if stopping or due:
                         self._save(state, step)
                     if stopping:
@@ -184,8 +185,9 @@ class Loop:
         terms = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", "mse", "info_nce"))
         self._progress.say(f"step {step}: held-out {terms}")
         plots.write_png(self._workdir / CURVES, plots.curves(logs.read_metrics(self._workdir)))
-        # The clock starts anew: the next rate is that of training alone.
-        self._throughput.rate(step)
+        # The clock starts anew at the next line: until the device is busy again, it is handed steps
+        # faster than it does them.
+        self._throughput = logs.Throughput(self._config.batch_size)
         return row
 
     def _picture(self, state: TrainState, step: int, batch: Batch) -> None:

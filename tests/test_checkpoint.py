@@ -79,6 +79,12 @@ def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(saved, tm
             checkpoint.find(wrong)
 
 
+def test_relative_paths_are_made_absolute(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    folder = checkpoint.find(saved.name)
+    assert folder.is_absolute() and checkpoint.checkpoint_config(folder) == CONFIG
+
+
 def test_weights_load_without_the_optimiser_and_bring_their_configuration(saved):
     folder = checkpoint.find(saved)
     assert checkpoint.checkpoint_config(folder) == CONFIG
