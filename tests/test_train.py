@@ -198,15 +198,6 @@ def test_batches_that_end_or_do_not_fit_are_named(tmp_path):
         train(config, tmp_path / "c", batches=iter([{"wave": np.zeros((8, 99), np.int16)}]))
 
 
-def test_each_step_is_in_one_row_whatever_the_intervals(tmp_path):
-    config = short_config(total_steps=7, log_every=5, checkpoint_every=3, eval_every=4)
-    train(config, tmp_path)
-    assert [(row["step"], row["split"]) for row in logs.read_metrics(tmp_path)] == [
-        (0, "eval"), (3, "train"), (4, "eval"), (5, "train"), (6, "train"), (7, "train"),
-        (7, "eval"),
-    ]  # fmt: skip
-
-
 def refuse(*_):
     raise AssertionError("compiled before the mistake was found")
 
