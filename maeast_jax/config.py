@@ -1,4 +1,4 @@
-"""Every configuration field, its default (the paper's) and what it means; nothing else reads flags.
+"""Every configuration field, its default (the paper's) and what it means.
 
 Files in configs/ start from `pretrain()` and state only what differs. From the shell any field is
 set as `--config.section.field=value`.
@@ -68,7 +68,7 @@ def pretrain() -> ConfigDict:
     data.threads = 0  # that read batches; 0 is one a core
 
     evaluation = config.eval = ConfigDict()
-    evaluation.max_clips = 2_000  # the first so many of data.eval; 0 takes all
+    evaluation.max_clips = 2_000  # spread evenly over data.eval; 0 takes all
     evaluation.pictures = 4  # held-out clips drawn at each evaluation
 
     config.mesh = ConfigDict({"data": -1})  # devices that share a batch; -1 is all

@@ -25,9 +25,8 @@ NUM_MEL_BANDS = 128
 # an energy that is not computed.
 WINDOW_POWERS = {"mae_ast": 0.85, "ssast": 1.0}
 
-_FFT_LENGTH = (
-    512  # the frame's length, zero-padded to a power of two (Kaldi's round_to_power_of_two)
-)
+# The frame's length, zero-padded to a power of two (Kaldi's round_to_power_of_two).
+_FFT_LENGTH = 512
 _NUM_BINS = _FFT_LENGTH // 2  # Kaldi's mel bands leave out the bin at Nyquist
 _PRE_EMPHASIS = 0.97
 _LOWEST_HZ = 20.0
