@@ -10,18 +10,17 @@ import collections
 import dataclasses
 import functools
 import inspect
-import os
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from tqdm import tqdm
 
-from maeast_jax import audio, shard_writer
-from maeast_jax.decode_pool import DecodePool, DecoderDiedError, num_cores
+from maeast_jax import audio, program, shard_writer
+from maeast_jax.decode_pool import DecodePool, num_cores
 from maeast_jax.manifest import AudioFile, ManifestError, assign_splits, list_folder, read_manifest
 from maeast_jax.shard_writer import DataError
 
@@ -272,35 +271,12 @@ def _define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace the data set of that name, once built.")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        left = flags.FLAGS(argv)
-        if left[1:]:
-            raise flags.Error(f"unexpected argument {left[1]!r}; flags are --name=value")
-        for name in ("data_dir", "name"):
-            if not flags.FLAGS[name].value:
-                raise flags.Error(f"--{name} is missing")
-    except flags.Error as error:
-        print(f"build_dataset: {error} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-    return left
-
-
-def main(argv: list[str]) -> None:
-    del argv
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notes
-    logging.set_verbosity(logging.WARNING)  # TFDS tells absl of each split
-    names = list(inspect.signature(build).parameters)
-    try:
-        build(**{name: flags.FLAGS[name].value for name in names})
-    except (ManifestError, DataError, DecoderDiedError, OSError) as error:
-        print(f"build_dataset: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("build_dataset: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(130)
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise ManifestError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
+    build(**{name: flags.FLAGS[name].value for name in inspect.signature(build).parameters})
 
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main, flags_parser=_parse_flags)
+    program.run_flags(main, required=("data_dir", "name"))

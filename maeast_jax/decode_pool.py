@@ -14,7 +14,7 @@ import numpy as np
 from maeast_jax import audio
 
 
-class DecoderDiedError(RuntimeError):
+class DecoderDiedError(OSError):
     """A decoding process was killed: by a decoder that crashed, or for want of memory."""
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import logs, plots
 from maeast_jax.checkpoint import Checkpoints
+from maeast_jax.program import Interrupted, NonFiniteError
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
 
 Batch = dict[str, np.ndarray]
@@ -23,21 +24,6 @@ Batch = dict[str, np.ndarray]
 STEPS_IN_FLIGHT = 2
 RECONSTRUCTIONS = "reconstructions.png"
 CURVES = "curves.png"
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C, after the state was saved; `exit_code` is the shell's 128 + signal."""
-
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(
-            f"stopped by {signal.Signals(signal_number).name} at step {step}, which is saved; "
-            "the same command goes on from there"
-        )
-        self.exit_code = 128 + signal_number
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or a gradient that is not finite."""
 
 
 class Loop:

@@ -1,4 +1,4 @@
-"""The edge of programs that take a configuration: flags in, one-line errors and exit codes out."""
+"""The edge of programs: flags in, one-line errors and exit codes out."""
 
 import os
 import signal
@@ -8,11 +8,24 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from maeast_jax.loop import Interrupted, NonFiniteError
-
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C, after the state was saved; `exit_code` is the shell's 128 + signal."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} at step {step}, which is saved; "
+            "the same command goes on from there"
+        )
+        self.exit_code = 128 + signal_number
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient that is not finite."""
 
 
 def run(main: Callable[[ConfigDict, str], None]) -> None:
@@ -22,10 +35,6 @@ def run(main: Callable[[ConfigDict, str], None]) -> None:
     mistake in flags, configuration, data or checkpoint; 3 for a loss that is not finite; 143 or
     130 after SIGTERM or Ctrl-C, once the state is saved.
     """
-    # TensorFlow, which reads the data, greets with a page of its own unless told not to, and
-    # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     config = config_flags.DEFINE_config_file("config", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Folder the run lives in.", required=True)
     flags.mark_flag_as_required("config")
@@ -36,25 +45,60 @@ def run(main: Callable[[ConfigDict, str], None]) -> None:
     def call(argv: Sequence[str]) -> None:
         if unread := argv[1:]:
             _fail(f"{unread[0]!r} is not a flag; fields are set as --config.field=value")
-        if not flags.FLAGS["verbosity"].present:
-            # Orbax reports each file that it writes at INFO, which absl shows by default.
-            logging.set_verbosity(logging.WARNING)
-        try:
-            main(config.value, workdir.value)
-        except Interrupted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(stop.exit_code)
-        except NonFiniteError as error:
-            _fail(error, EXIT_NON_FINITE)
-        except ValueError as error:
-            _fail(error)
-        except OSError as error:
-            _fail(f"{error.filename or ''} {error.strerror or error}".strip(), EXIT_SYSTEM)
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C before it could save", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+        _guard(lambda: main(config.value, workdir.value), "stopped before it could save")
 
-    app.run(call, flags_parser=_parse)
+    _start(call, _parse)
+
+
+def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) -> None:
+    """Parses the flags that are defined, calls `main(arguments)`, and ends the process.
+
+    `required` names flags that must not be empty. Exit codes are those of `run`, or what `main`
+    returns; a Ctrl-C is taken to have left nothing behind.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            left = flags.FLAGS(argv)
+            for name in required:
+                if not flags.FLAGS[name].value:
+                    raise flags.Error(f"--{name} is missing")
+            return left
+        except flags.Error as error:
+            _fail(f"{' '.join(str(error).split())} (--help lists the flags)")
+
+    def call(argv: Sequence[str]) -> None:
+        _guard(lambda: sys.exit(main(list(argv[1:]))), "interrupted, nothing was written")
+
+    _start(call, parse)
+
+
+def _start(call: Callable, parse: Callable) -> None:
+    # TensorFlow, which reads the data, greets with a page of its own unless told not to, and
+    # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    app.run(call, flags_parser=parse)
+
+
+def _guard(main: Callable[[], None], interrupted: str) -> None:
+    """Calls `main`; what goes wrong is one line and an exit code."""
+    if not flags.FLAGS["verbosity"].present:
+        # Orbax reports each file that it writes at INFO, which absl shows by default.
+        logging.set_verbosity(logging.WARNING)
+    try:
+        main()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except NonFiniteError as error:
+        _fail(error, EXIT_NON_FINITE)
+    except ValueError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename or ''} {error.strerror or error}".strip(), EXIT_SYSTEM)
+    except KeyboardInterrupt:
+        _fail(interrupted, 128 + signal.SIGINT)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -40,7 +40,7 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path, arguments, pattern):
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("build_dataset: ")
+    assert done.stderr.startswith("error: ")
     assert pattern in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -96,6 +96,6 @@ def test_interrupted_it_says_so_and_clears_up(tmp_path, long_build):
     os.killpg(long_build.pid, signal.SIGINT)  # as a terminal does
     _, told = long_build.communicate(timeout=60)
     assert long_build.returncode == 130
-    assert told.decode().endswith("build_dataset: interrupted, nothing was written\n")
+    assert told.decode().endswith("error: interrupted, nothing was written\n")
     assert b"Traceback" not in told
     assert not list((tmp_path / "data").iterdir())
