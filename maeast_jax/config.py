@@ -17,7 +17,9 @@ def pretrain() -> ConfigDict:
     config.batch_size = 32  # clips a step over all devices
     config.accumulation_steps = 1  # parts a batch is computed in, to save memory
     config.num_frames = 1024  # 10 ms each; shorter clips are looped, longer ones cropped
-    config.init_from = ""  # a run's workdir, or one checkpoint in it, to start the weights from
+    # A checkpoint to start the weights from, of which the model's architecture is then taken: a
+    # run's workdir, one checkpoint in it, or a .pt or .safetensors file of the authors' layout.
+    config.init_from = ""
 
     # All in steps.
     config.log_every = 100
@@ -26,13 +28,14 @@ def pretrain() -> ConfigDict:
     config.keep = 3  # checkpoints, the newest
 
     model = config.model = ConfigDict()
-    model.tokens = "patch"  # patch (16 x 16) | frame (2 frames of 128 bands)
+    model.tokens = "patch"  # patch (16 x 16) | frame (2 frames of 128 bands) | 8x32 and the like
     model.encoder_layers = 12
     model.decoder_layers = 2
     model.width = 768
     model.heads = 12
     model.mlp_width = 3072
     model.decoder_width = 768
+    model.decoder_projection = False  # between equal widths too; unequal ones always have it
     model.mask = "chunk"  # random | chunk | span
     model.mask_ratio = 0.75
     model.input_dropout = 0.1  # after the token projection

@@ -21,7 +21,7 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
         num_tokens, num_tokens, decoder_width, config.mlp_width
     ) + _layer(num_tokens, masked, decoder_width, config.mlp_width)
     projections = _product(kept, values, width)
-    if decoder_width != width:
+    if config.projects_to_decoder:
         projections += _product(kept, width, decoder_width)
     heads = 2 * _product(masked, decoder_width, values)
     scores = _product(masked, values, masked)

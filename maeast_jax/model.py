@@ -5,7 +5,8 @@ token, D width of the encoder, E width of the decoder, L layers.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,17 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank, masking, patches
+from maeast_jax.input_norm import InputNorm
 from maeast_jax.layers import REMAT_POLICIES, Transformer, dropout, take_tokens
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-BATCH_NORM_MOMENTUM = 0.1
-BATCH_NORM_EPSILON = 1e-5
-# AST's input scale: mean 0, deviation 0.5.
-INPUT_SCALE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture and masking; the defaults are the paper's (12 + 2 layers, patches, chunks).
 
+    No decoder layers make an encoder alone: no mask token and no heads either.
     Raises ValueError, in one line, for values that do not fit together.
     """
 
@@ -36,6 +35,7 @@ class ModelConfig:
     heads: int = 12
     mlp_width: int = 3072
     decoder_width: int = 768
+    decoder_projection: bool = False  # between equal widths too; unequal ones always have it
     mask: str = "chunk"
     mask_ratio: float = 0.75
     input_dropout: float = 0.1
@@ -49,7 +49,6 @@ class ModelConfig:
 
     def __post_init__(self):
         for field, known in (
-            ("tokens", patches.PATCH_SHAPES),
             ("mask", masking.MASKS),
             ("dtype", COMPUTE_DTYPES),
             ("remat", REMAT_POLICIES),
@@ -57,13 +56,24 @@ class ModelConfig:
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"model.{field}={value!r} is unknown; known: {', '.join(known)}")
-        for field in ("encoder_layers", "decoder_layers", "width", "heads", "mlp_width"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
+        try:
+            patches.patch_shape(self.tokens, fbank.NUM_MEL_BANDS)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+        for field, least in (
+            ("encoder_layers", 1),
+            ("decoder_layers", 0),
+            ("width", 1),
+            ("heads", 1),
+            ("mlp_width", 1),
+        ):
+            if getattr(self, field) < least:
+                raise ValueError(f"model.{field}={getattr(self, field)} must be at least {least}")
         for field in ("width", "decoder_width"):
-            if getattr(self, field) % (2 * self.heads):
+            value = getattr(self, field)
+            if value % self.heads or value % 2:
                 raise ValueError(
-                    f"model.{field}={getattr(self, field)} must be a multiple of twice "
+                    f"model.{field}={value} must be even and a multiple of "
                     f"model.heads={self.heads}; change either"
                 )
         if not 0.0 < self.mask_ratio < 1.0:
@@ -75,7 +85,15 @@ class ModelConfig:
     @property
     def patch_shape(self) -> tuple[int, int]:
         """(frames, bands) a token."""
-        return patches.PATCH_SHAPES[self.tokens]
+        return patches.patch_shape(self.tokens, fbank.NUM_MEL_BANDS)
+
+    @property
+    def projects_to_decoder(self) -> bool:
+        return self.decoder_projection or self.decoder_width != self.width
+
+    @property
+    def is_encoder_only(self) -> bool:
+        return self.decoder_layers == 0
 
     def grid(self, num_frames: int) -> tuple[int, int]:
         """(tokens along time, tokens along frequency) of a clip of `num_frames`.
@@ -88,43 +106,6 @@ class ModelConfig:
                 f"of a {self.tokens} token"
             )
         return patches.grid_shape(num_frames, fbank.NUM_MEL_BANDS, self.patch_shape)
-
-
-class InputNorm(nnx.Module):
-    """Batch norm over all frames and bands of the batch, no affine, times 0.5.
-
-    Takes the batch's statistics while training and moves the running ones a tenth of the way,
-    with the unbiased variance, as torch does; uses the running ones in evaluation.
-    """
-
-    def __init__(self):
-        self.mean = nnx.BatchStat(jnp.zeros((), jnp.float32))
-        self.variance = nnx.BatchStat(jnp.ones((), jnp.float32))
-        self.num_batches = nnx.BatchStat(jnp.zeros((), jnp.int32))
-
-    def __call__(self, fbank_BxTxF: jax.Array, training: bool) -> jax.Array:
-        mean, variance = self.mean[...], self.variance[...]
-        if training:
-            mean, variance = _moments(fbank_BxTxF)
-            unbiased = variance * (fbank_BxTxF.size / (fbank_BxTxF.size - 1))
-            self.mean[...] += BATCH_NORM_MOMENTUM * (mean - self.mean[...])
-            self.variance[...] += BATCH_NORM_MOMENTUM * (unbiased - self.variance[...])
-            self.num_batches[...] += 1
-        return (fbank_BxTxF - mean) * (INPUT_SCALE * jax.lax.rsqrt(variance + BATCH_NORM_EPSILON))
-
-    def calibrate(self, fbank_BxTxF: jax.Array) -> None:
-        """Sets the running statistics to a batch's own."""
-        self.mean[...], self.variance[...] = _moments(fbank_BxTxF)
-
-    def undo(self, normalized: jax.Array) -> jax.Array:
-        """Normalised values back to log energies, by the running statistics."""
-        deviation = jnp.sqrt(self.variance[...] + BATCH_NORM_EPSILON)
-        return normalized / INPUT_SCALE * deviation + self.mean[...]
-
-
-def _moments(fbank_BxTxF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    mean = jnp.mean(fbank_BxTxF)
-    return mean, jnp.mean(jnp.square(fbank_BxTxF - mean))
 
 
 class Encoding(NamedTuple):
@@ -164,11 +145,12 @@ class MaeAst(nnx.Module):
         self.input_norm = InputNorm()
         self.token_projection = torch_linear(values, config.width, dtype, rngs)
         self.encoder = transformer(config.encoder_layers, config.width, config.layer_drop)
-        # The authors' post_enc_proj, there only where the widths differ.
+        if config.is_encoder_only:
+            return
         self.decoder_projection = (
-            None
-            if config.decoder_width == config.width
-            else torch_linear(config.width, config.decoder_width, dtype, rngs)
+            torch_linear(config.width, config.decoder_width, dtype, rngs)
+            if config.projects_to_decoder
+            else None
         )
         self.mask_token = nnx.Param(
             jax.random.uniform(rngs.params(), (config.decoder_width,), jnp.float32)
@@ -190,8 +172,11 @@ class MaeAst(nnx.Module):
     ) -> Predictions:
         """Predictions at the masked places from the kept patches alone.
 
-        `key` draws dropout and layer drop; None runs without (evaluation).
+        `key` draws dropout and layer drop; None runs without (evaluation). An encoder alone raises
+        ValueError.
         """
+        if self.config.is_encoder_only:
+            raise ValueError("the model is an encoder alone (decoder_layers=0): no heads to train")
         input_key, encoder_key, decoder_key = (
             [None] * 3 if key is None else jax.random.split(key, 3)
         )
@@ -224,16 +209,33 @@ class MaeAst(nnx.Module):
         _, hidden_states = self.encoder(x_BxNxD, padding_BxN)
         return Encoding(hidden_states.astype(jnp.float32), padding_BxN)
 
-    def encode(self, waveforms_BxS: jax.Array, lengths_B: jax.Array) -> Encoding:
+    def encode(self, waveforms_BxS: jax.Array, lengths_B: jax.Array | None = None) -> Encoding:
         """Hidden states of float32 or int16 waveforms at 16 kHz with true lengths in samples.
 
-        Each clip needs 400 samples at least. Samples past a clip's length are never looked at.
+        Samples past a clip's length are never looked at; None takes all clips as full. As in the
+        authors' model, a clip's last patch, where only partly filled, is a token if a longer clip
+        of the batch leaves room for it, and is dropped from the longest. Compiled once a shape.
+
+        Raises ValueError for another shape, and for lengths under 400 samples (one frame) or past
+        the waveform.
         """
-        fbank_BxTxF = fbank.fbank(waveforms_BxS)
-        lengths_frames_B = 1 + (lengths_B - fbank.FRAME_LENGTH) // fbank.FRAME_SHIFT
-        is_real_BxT = jnp.arange(fbank_BxTxF.shape[1])[None, :] < lengths_frames_B[:, None]
-        fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
-        return self.encode_fbank(fbank_BxTxF, lengths_frames_B)
+        if len(waveforms_BxS.shape) != 2:
+            raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
+        num_clips, num_samples = waveforms_BxS.shape
+        if lengths_B is None:
+            lengths_B = np.full(num_clips, num_samples, np.int32)
+        if not isinstance(lengths_B, jax.core.Tracer):
+            lengths_B = np.asarray(lengths_B, np.int32)
+            if lengths_B.shape != (num_clips,):
+                raise ValueError(f"lengths are {lengths_B.shape}, expected one a clip, {num_clips}")
+            for length in lengths_B:
+                if not fbank.FRAME_LENGTH <= length <= num_samples:
+                    raise ValueError(
+                        f"a length of {length} samples, expected {fbank.FRAME_LENGTH} (25 ms, one "
+                        f"frame) to {num_samples}, those of the waveforms; pad shorter clips"
+                    )
+        graph, state = nnx.split(self)
+        return _encode(graph, state, jnp.asarray(waveforms_BxS), jnp.asarray(lengths_B))
 
     def _embed(self, patches_BxKxP: jax.Array, key: jax.Array | None) -> jax.Array:
         x_BxKxD = self.token_projection(patches_BxKxP)
@@ -251,6 +253,31 @@ class MaeAst(nnx.Module):
             masking.restore_order(kept_BxK, masked_BxM),
         )
         return x_BxNxE + jnp.asarray(patches.sinusoid(num_tokens, width), x_BxNxE.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph: nnx.GraphDef, state, waveforms_BxS: jax.Array, lengths_B: jax.Array) -> Encoding:
+    fbank_BxTxF = fbank.fbank(waveforms_BxS)
+    lengths_frames_B = 1 + (lengths_B - fbank.FRAME_LENGTH) // fbank.FRAME_SHIFT
+    is_real_BxT = jnp.arange(fbank_BxTxF.shape[1])[None, :] < lengths_frames_B[:, None]
+    fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
+    return nnx.merge(graph, state).encode_fbank(fbank_BxTxF, lengths_frames_B)
+
+
+def split_model(model: MaeAst) -> tuple[nnx.GraphDef, Any, Any]:
+    """A module as (graph, parameters, statistics), the latter two nested dicts of arrays."""
+    graph, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+
+
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The static half of a model; computes nothing."""
+    return nnx.graphdef(abstract_model(config))
+
+
+def abstract_model(config: ModelConfig) -> MaeAst:
+    """A model of shapes and types alone."""
+    return nnx.eval_shape(lambda: MaeAst(config, nnx.Rngs(0)))
 
 
 def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> nnx.Linear:

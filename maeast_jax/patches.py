@@ -8,6 +8,22 @@ import numpy as np
 PATCH_SHAPES = {"patch": (16, 16), "frame": (2, 128)}
 
 
+def patch_shape(tokens: str, num_bands: int) -> tuple[int, int]:
+    """(frames, bands) a token, of "patch", "frame" or any "FRAMESxBANDS" such as "8x32".
+
+    Raises ValueError for another name, and for bands that do not divide `num_bands`.
+    """
+    if tokens in PATCH_SHAPES:
+        return PATCH_SHAPES[tokens]
+    frames, separator, bands = tokens.partition("x")
+    if not (separator and frames.isdecimal() and bands.isdecimal() and int(frames) and int(bands)):
+        known = ", ".join(PATCH_SHAPES)
+        raise ValueError(f"tokens={tokens!r} is unknown; known: {known}, FRAMESxBANDS like 8x32")
+    if num_bands % int(bands):
+        raise ValueError(f"tokens={tokens!r}: {bands} bands must divide the {num_bands} there are")
+    return int(frames), int(bands)
+
+
 def grid_shape(num_frames: int, num_bands: int, patch_shape: tuple[int, int]) -> tuple[int, int]:
     """(tokens along time, tokens along frequency) of a spectrogram; a partial patch is dropped."""
     return num_frames // patch_shape[0], num_bands // patch_shape[1]

@@ -12,7 +12,7 @@ from flax import nnx
 
 from maeast_jax import fbank, losses, masking
 from maeast_jax.layers import take_tokens
-from maeast_jax.model import MaeAst, ModelConfig
+from maeast_jax.model import MaeAst, ModelConfig, model_graph, split_model
 from maeast_jax.patches import unpatchify
 
 Batch = dict[str, jax.Array]
@@ -50,18 +50,6 @@ def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
     """The key of one named stream of random numbers at one step."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def split_model(model: MaeAst) -> tuple[nnx.GraphDef, Any, Any]:
-    """A module as (graph, parameters, statistics), the latter two nested dicts of arrays."""
-    graph, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
-
-
-def model_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The static half of a model; computes nothing."""
-    model = nnx.eval_shape(lambda: MaeAst(config, nnx.Rngs(0)))
-    return nnx.graphdef(model)
 
 
 def init_state(

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from maeast_jax import authors, layers
-from maeast_jax.model import MaeAst, ModelConfig
-from maeast_jax.train_step import model_graph, split_model
+from maeast_jax.model import MaeAst, ModelConfig, model_graph, split_model
 
 TINY = ModelConfig(
     encoder_layers=3,
@@ -246,7 +245,7 @@ def test_initial_values_are_the_authors():
     ("changes", "message"),
     [
         ({"tokens": "pixel"}, "model.tokens='pixel' is unknown; known: patch, frame"),
-        ({"heads": 5}, "model.width=64 must be a multiple of twice model.heads=5"),
+        ({"heads": 5}, "model.width=64 must be even and a multiple of model.heads=5"),
         ({"mask_ratio": 1.0}, "model.mask_ratio=1.0 must lie between 0 and 1"),
         ({"dropout": 1.0}, r"model.dropout=1.0 must be in \[0, 1\)"),
         ({"encoder_layers": 0}, "model.encoder_layers=0 must be at least 1"),
