@@ -1,4 +1,4 @@
-"""The authors' parameter names and layouts (fairseq, torch) against ours: numpy in, numpy out.
+"""The authors' parameter names and layouts (fairseq, torch) against ours, there and back.
 
 | authors                                   | ours                                    |
 |-------------------------------------------|-----------------------------------------|
@@ -18,21 +18,32 @@ The authors' encoder_mask_emb and layer_norm take no part in any result and have
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-Tree = dict
+Tree = dict[str, Any]
+Tensors = dict[str, Any]
+
+# Named tensors that only decoding needs; files without them are encoders.
+DECODER_PREFIXES = (
+    "decoder.", "decoder_mask_emb", "final_proj_", "post_enc_proj.", "dec_sine_pos_embed."
+)  # fmt: skip
 
 
 def parameters(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
     """The authors' named tensors as our nested parameters, float32, layers stacked.
 
-    Works for anything with the parameters' names and shapes, gradients too. Raises KeyError for a
-    name that is missing.
+    Works for anything with the parameters' names and shapes, gradients too; tensors of an encoder
+    alone give the parameters of one. Raises KeyError for a name that is missing.
     """
     tree = {
         "token_projection": _linear(tensors, "post_extract_proj"),
         "encoder": _transformer(tensors, "encoder", heads),
+    }
+    if not any(name.startswith(DECODER_PREFIXES) for name in tensors):
+        return tree
+    tree |= {
         "mask_token": _float32(tensors["decoder_mask_emb"]),
         "decoder": _transformer(tensors, "decoder", heads),
         "reconstruction_head": _linear(tensors, "final_proj_reconstruction"),
@@ -52,6 +63,32 @@ def statistics(tensors: Mapping[str, np.ndarray]) -> Tree:
             "num_batches": np.asarray(tensors["batch_norm.num_batches_tracked"], np.int32),
         }
     }
+
+
+def tensors_of(params: Tree, statistics: Tree) -> Tensors:
+    """The inverse of `parameters` and `statistics`: every tensor of the authors' with a part in it.
+
+    Takes numpy and jax arrays, and traced ones, so that shapes alone can be had.
+    """
+    norm = statistics["input_norm"]
+    tensors = {
+        "batch_norm.running_mean": norm["mean"].reshape(1),
+        "batch_norm.running_var": norm["variance"].reshape(1),
+        "batch_norm.num_batches_tracked": norm["num_batches"],
+        **_linear_tensors("post_extract_proj", params["token_projection"]),
+        **_transformer_tensors("encoder", params["encoder"]),
+    }
+    if "decoder" not in params:
+        return tensors
+    tensors |= {
+        "decoder_mask_emb": params["mask_token"],
+        **_transformer_tensors("decoder", params["decoder"]),
+        **_linear_tensors("final_proj_reconstruction", params["reconstruction_head"]),
+        **_linear_tensors("final_proj_classification", params["classification_head"]),
+    }
+    if "decoder_projection" in params:
+        tensors |= _linear_tensors("post_enc_proj", params["decoder_projection"])
+    return tensors
 
 
 def _float32(tensor) -> np.ndarray:
@@ -108,3 +145,40 @@ def _stack(trees: list[Tree]) -> Tree:
     if not isinstance(first, dict):
         return np.stack(trees)
     return {key: _stack([tree[key] for tree in trees]) for key in first}
+
+
+def _linear_tensors(name: str, linear: Tree) -> Tensors:
+    return {f"{name}.weight": linear["kernel"].T, f"{name}.bias": linear["bias"]}
+
+
+def _norm_tensors(name: str, norm: Tree) -> Tensors:
+    return {f"{name}.weight": norm["scale"], f"{name}.bias": norm["bias"]}
+
+
+def _attention_tensors(name: str, attention: Tree) -> Tensors:
+    kernel_Dx3xHxK, bias_3xHxK = attention["qkv_kernel"], attention["qkv_bias"]
+    width = kernel_Dx3xHxK.shape[0]
+    tensors = {}
+    for index, which in enumerate("qkv"):
+        tensors[f"{name}.{which}_proj.weight"] = kernel_Dx3xHxK[:, index].reshape(width, -1).T
+        tensors[f"{name}.{which}_proj.bias"] = bias_3xHxK[index].reshape(-1)
+    tensors[f"{name}.out_proj.weight"] = attention["out_kernel"].reshape(-1, width).T
+    tensors[f"{name}.out_proj.bias"] = attention["out_bias"]
+    return tensors
+
+
+def _transformer_tensors(name: str, transformer: Tree) -> Tensors:
+    tensors = {}
+    layers = transformer["layers"]
+    for index in range(layers["attention_norm"]["scale"].shape[0]):
+        layer, prefix = _at(layers, index), f"{name}.layers.{index}"
+        tensors |= _attention_tensors(f"{prefix}.self_attn", layer["attention"])
+        tensors |= _norm_tensors(f"{prefix}.self_attn_layer_norm", layer["attention_norm"])
+        tensors |= _linear_tensors(f"{prefix}.fc1", layer["mlp"]["up"])
+        tensors |= _linear_tensors(f"{prefix}.fc2", layer["mlp"]["down"])
+        tensors |= _norm_tensors(f"{prefix}.final_layer_norm", layer["mlp_norm"])
+    return tensors | _norm_tensors(f"{name}.layer_norm", transformer["norm"])
+
+
+def _at(tree: Tree, index: int) -> Tree:
+    return {k: _at(v, index) if isinstance(v, dict) else v[index] for k, v in tree.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -87,22 +88,47 @@ def find(path: str | os.PathLike) -> epath.Path:
     return path / CHECKPOINTS / str(steps[-1])
 
 
-def checkpoint_config(folder: epath.Path) -> dict[str, Any]:
-    """The configuration of the run that wrote a checkpoint.
+def metadata(folder: epath.Path) -> dict[str, Any]:
+    """What was said of a checkpoint as it was written; `config` is its run's configuration.
 
     Raises CheckpointError where the folder holds something else, or no longer all.
     """
     try:
-        return ocp.checkpointables_metadata(folder).custom_metadata["config"]
+        found = ocp.checkpointables_metadata(folder).custom_metadata
+        return {"config": found["config"], **found}
     except (KeyError, TypeError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint of this program, or not all of one; remove that folder"
         ) from error
 
 
-def load_weights(folder: epath.Path, abstract_weights: Any) -> Any:
-    """{params, statistics} of a checkpoint, without its optimiser."""
-    return ocp.load_checkpointables(folder, {"weights": abstract_weights})["weights"]
+def write_parts(
+    workdir: str | os.PathLike, parts: dict[str, Any], metadata: dict[str, Any]
+) -> epath.Path:
+    """Makes a workdir of weights alone, at step 0: for `init_from` and loading, not to resume.
+
+    `metadata` has the key `config`. Returns the checkpoint's folder; raises CheckpointError where
+    the workdir holds checkpoints already.
+    """
+    if saved_steps(workdir):
+        raise CheckpointError(f"{workdir} holds checkpoints already; choose another folder")
+    folder = epath.Path(workdir).absolute() / CHECKPOINTS / "0"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    ocp.save_checkpointables(folder, parts, custom_metadata=metadata)
+    write_config(workdir, metadata["config"])
+    return folder
+
+
+def has_part(folder: epath.Path, name: str) -> bool:
+    """Whether a checkpoint holds the tree `name`."""
+    return name in ocp.checkpointables_metadata(folder).metadata
+
+
+def load_part(folder: epath.Path, name: str) -> Any:
+    """One tree of a checkpoint as numpy arrays, whatever it holds."""
+    metadata = ocp.checkpointables_metadata(folder).metadata[name]
+    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
+    return ocp.load_checkpointables(folder, {name: shapes})[name]
 
 
 def _clear_half_written(folder: epath.Path) -> None:

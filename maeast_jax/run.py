@@ -1,5 +1,6 @@
 """A pretraining run before anything is compiled: its configuration checked, its inputs opened."""
 
+import copy
 import dataclasses
 import fcntl
 import math
@@ -15,26 +16,19 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, data, fbank, logs, masking, sharding
+from maeast_jax import checkpoint, data, fbank, logs, masking, pretrained, sharding
 from maeast_jax import config as configuration
 from maeast_jax.mixture import Clips
 from maeast_jax.model import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
+from maeast_jax.pretrained import Pretrained
 from maeast_jax.train_step import LossConfig
 
 Batch = dict[str, np.ndarray]
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
 # Fields that decide which arrays a checkpoint holds and what they mean.
-ARCHITECTURE = (
-    "tokens",
-    "encoder_layers",
-    "decoder_layers",
-    "width",
-    "heads",
-    "mlp_width",
-    "decoder_width",
-    "pre_norm",
-)
+_ENCODER = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
+_DECODER = ("decoder_layers", "decoder_width", "decoder_projection")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Run:
     data: data.DataConfig
     mesh: Mesh
     start_step: int  # of the newest checkpoint, 0 for a new run
-    init_folder: epath.Path | None
+    init_from: Pretrained | None  # whose weights a new run starts from
     batches: Batches | None
     train_clips: Clips | None
     eval_clips: Clips | None
@@ -66,8 +60,11 @@ def check_run(
     workdir = Path(workdir).expanduser()
     configuration.check(config)
     configuration.check_loop(config)
+    start_step, config, init_from = _start(workdir, config)
     settings = config.to_dict()
     model = ModelConfig(**settings["model"])
+    if model.is_encoder_only:
+        raise ValueError("model.decoder_layers=0 leaves no decoder to pretrain; set 1 or more")
     optimizer_config = OptimizerConfig(**settings["optimizer"])
     learning_rate = schedule(optimizer_config, config.total_steps)
     data_config = data.DataConfig(**settings["data"])
@@ -79,8 +76,6 @@ def check_run(
     masking.num_kept(math.prod(model.grid(config.num_frames)), model.mask_ratio)
     mesh = sharding.make_mesh(**settings["mesh"])
     sharding.check_batch(mesh, config.batch_size, config.accumulation_steps)
-    start_step = _resume_step(workdir, settings)
-    init_folder = _init_folder(settings) if config.init_from and not start_step else None
     has_eval = bool(data_config.eval) or (batches is None and data_config.has_eval)
     train_clips = data.open_train(data_config) if batches is None else None
     eval_clips = data.open_eval(data_config) if has_eval else None
@@ -96,7 +91,7 @@ def check_run(
         data=data_config,
         mesh=mesh,
         start_step=start_step,
-        init_folder=init_folder,
+        init_from=init_from,
         batches=batches,
         train_clips=train_clips,
         eval_clips=eval_clips,
@@ -180,40 +175,63 @@ def _stream_settings(run: Run) -> dict[str, int]:
     }
 
 
-def _resume_step(workdir, settings: dict) -> int:
+def _start(workdir: Path, config: ConfigDict) -> tuple[int, ConfigDict, Pretrained | None]:
+    """The step to go on from, the configuration with its architecture settled, and `init_from`.
+
+    A configuration with `init_from` takes the architecture of that checkpoint; a run that is
+    resumed has its own already, whether or not the other is still there.
+    """
     steps = checkpoint.saved_steps(workdir)
+    newest = pretrained.read(workdir) if steps else None
+    init_from = None
+    if config.init_from:
+        init_from = newest or pretrained.read(config.init_from)
+        config = _with_architecture(config, init_from)
     if not steps:
-        return 0
-    old = checkpoint.checkpoint_config(checkpoint.find(workdir))
-    _check_architecture(old, settings, f"the run in {workdir}", "choose another --workdir")
-    if steps[-1] > settings["total_steps"]:
+        return 0, config, init_from
+    _check_resume(workdir, steps[-1], newest, config)
+    return steps[-1], config, None
+
+
+def _with_architecture(config: ConfigDict, source: Pretrained) -> ConfigDict:
+    """`config` with the architecture of `source`; of an encoder alone, but for the decoder."""
+    names = _ENCODER if source.config.is_encoder_only else _ENCODER + _DECODER
+    taken = {name: getattr(source.config, name) for name in names}
+    changed = {name: value for name, value in taken.items() if config.model[name] != value}
+    if changed:
+        listed = ", ".join(f"model.{k} {config.model[k]!r} -> {v!r}" for k, v in changed.items())
+        print(f"the architecture is that of {source.path}: {listed}", flush=True)
+    config = copy.deepcopy(config)
+    config.model.update(taken)
+    return config
+
+
+def _check_resume(workdir: Path, step: int, newest: Pretrained, config: ConfigDict) -> None:
+    if not checkpoint.has_part(epath.Path(newest.path), "progress"):
+        raise checkpoint.CheckpointError(
+            f"{workdir} holds weights alone, which no run can go on from; start one from them with "
+            f"--config.init_from={workdir} and another --workdir"
+        )
+    wanted = ModelConfig(**config.model.to_dict())
+    for name in _ENCODER + _DECODER:
+        was, is_ = getattr(newest.config, name), getattr(wanted, name)
+        if was != is_:
+            raise checkpoint.CheckpointError(
+                f"the run in {workdir} has model.{name}={was!r}, the configuration {is_!r}; choose "
+                "another --workdir"
+            )
+    if step > config.total_steps:
         raise ValueError(
-            f"{workdir} has reached step {steps[-1]}, past total_steps={settings['total_steps']}; "
+            f"{workdir} has reached step {step}, past total_steps={config.total_steps}; "
             "raise total_steps or choose another --workdir"
         )
-    if (Path(workdir) / logs.METRICS_FILE).exists():
+    if (workdir / logs.METRICS_FILE).exists():
         logs.read_metrics(workdir)  # raises where a line is broken
-    changed = configuration.differences(old, settings)
+    old = checkpoint.metadata(epath.Path(newest.path))["config"]
+    changed = configuration.differences(old, config.to_dict())
     if changed:
         listed = ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
         print(f"resuming with other settings than before: {listed}", flush=True)
-    return steps[-1]
-
-
-def _init_folder(settings: dict) -> epath.Path:
-    folder = checkpoint.find(settings["init_from"])
-    old = checkpoint.checkpoint_config(folder)
-    _check_architecture(old, settings, f"init_from {folder}", "set the model fields to match")
-    return folder
-
-
-def _check_architecture(old: dict, new: dict, what: str, remedy: str) -> None:
-    for name in ARCHITECTURE:
-        if old["model"][name] != new["model"][name]:
-            raise checkpoint.CheckpointError(
-                f"{what} has model.{name}={old['model'][name]!r}, the configuration "
-                f"{new['model'][name]!r}; {remedy}"
-            )
 
 
 def _check_workdir(workdir) -> None:

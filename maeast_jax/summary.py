@@ -5,13 +5,14 @@ import os
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, data, flops, logs, masking
 from maeast_jax.loop import CURVES, RECONSTRUCTIONS
 from maeast_jax.model import ModelConfig
 from maeast_jax.run import Run
 
+_EMBED = """embeddings of audio files:
+python -m maeast_jax.embed FOLDER --checkpoint={} --output=embeddings.npz"""
 _OWN_RECORDINGS = """your own recordings:
 python -m maeast_jax.build_dataset --audio_dir=FOLDER --data_dir=data --name=mine"""
 _LONGER = """longer, from these weights (a finished run's learning rate has come down to 0):
@@ -29,8 +30,8 @@ def describe(run: Run, abstract_params: Any, compiled_step: jax.stages.Compiled)
     start = "from the start"
     if run.start_step:
         start = "resumed"
-    elif run.init_folder is not None:
-        start += f", weights of {run.init_folder}"
+    elif run.init_from is not None:
+        start += f", weights of {run.init_from.path}"
     return logs.announce(
         {
             "model": f"{model.encoder_layers} + {model.decoder_layers} layers of {model.width}, "
@@ -86,14 +87,16 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def farewell(config: ConfigDict, workdir: str | os.PathLike) -> str:
-    """What came out, against what it started from, and the next command to type."""
-    model = ModelConfig(**config.model.to_dict())
-    time_tokens, band_tokens = model.grid(config.num_frames)
+def farewell(workdir: str | os.PathLike) -> str:
+    """What came out of a run, against what it started from, and the next commands to type."""
+    newest = checkpoint.find(workdir)
+    config = checkpoint.metadata(newest)["config"]
+    model = ModelConfig(**config["model"])
+    time_tokens, band_tokens = model.grid(config["num_frames"])
     num_tokens = time_tokens * band_tokens
     masked = num_tokens - masking.num_kept(num_tokens, model.mask_ratio)
     rows = [row for row in logs.read_metrics(workdir) if row["split"] == "eval"]
-    lines = {"checkpoint": f"{workdir}/{checkpoint.CHECKPOINTS}/{config.total_steps}"}
+    lines = {"checkpoint": f"{workdir}/{checkpoint.CHECKPOINTS}/{newest.name}"}
     if rows:
         first, last = rows[0], rows[-1]
         lines["held-out loss"] = f"{first['loss']:.3f} -> {last['loss']:.3f}"
@@ -103,5 +106,6 @@ def farewell(config: ConfigDict, workdir: str | os.PathLike) -> str:
         )
         lines["mse"] = f"{first['mse']:.4f} -> {last['mse']:.4f}"
         lines["pictures"] = f"{workdir}/{RECONSTRUCTIONS}  {workdir}/{CURVES}"
-    lines["next"] = _OWN_RECORDINGS if not config.data.train else _LONGER.format(workdir)
+    then = _LONGER.format(workdir) if config["data"]["train"] else _OWN_RECORDINGS
+    lines["next"] = f"{_EMBED.format(workdir)}\n{then}"
     return logs.announce(lines)

@@ -63,7 +63,7 @@ def _train(checked: Run) -> dict[str, float]:
     print(summary.describe(checked, abstract_state.params, step), flush=True)
     common = {"seed": config.seed, "num_frames": config.num_frames}
     calibrate = None
-    if not checked.start_step and checked.init_folder is None:
+    if not checked.start_step and checked.init_from is None:
         calibrate = jax.jit(
             make_calibrate(checked.model, num_frames=config.num_frames),
             donate_argnums=0,
@@ -106,15 +106,18 @@ def _first_state(
     if checked.start_step:
         return state_from_parts(checkpoints.restore(checked.start_step, parts))
     state = initial()
-    if checked.init_folder is None:
+    if checked.init_from is None:
         return state
-    weights = checkpoint.load_weights(checked.init_folder, parts["weights"])
-    return dataclasses.replace(state, **weights)
+    params, statistics = checked.init_from.read_weights()
+    if checked.init_from.config.is_encoder_only:
+        print(f"{checked.init_from.path} has no decoder: it starts from initial values", flush=True)
+    loaded = {"params": {**state.params, **params}, "statistics": statistics}
+    return dataclasses.replace(state, **jax.device_put(loaded, sharding.replicated(checked.mesh)))
 
 
 def main(config: ConfigDict, workdir: str) -> None:
     train(config, workdir)
-    print(summary.farewell(config, os.path.expanduser(workdir)))
+    print(summary.farewell(os.path.expanduser(workdir)))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_checkpoint import load_part
 from test_config import shrink
 
 from maeast_jax import checkpoint, logs, shard_writer
 from maeast_jax import config as configuration
 from maeast_jax import train as train_module
-from maeast_jax.loop import NonFiniteError
+from maeast_jax.program import NonFiniteError
 from maeast_jax.run import alone
 from maeast_jax.train import train
 
@@ -78,7 +77,9 @@ def run_until(workdir, data_dir, step, signal_number):
 def weights(workdir):
     folder = checkpoint.find(workdir)
     assert folder.name == "40"
-    return jax.tree.leaves_with_path([load_part(folder, name) for name in ("weights", "progress")])
+    return jax.tree.leaves_with_path(
+        [checkpoint.load_part(folder, name) for name in ("weights", "progress")]
+    )
 
 
 def train_rows(workdir):
@@ -185,7 +186,7 @@ def test_training_takes_the_callers_batches_and_goes_on_where_they_were(tmp_path
 
 def final(workdir, step):
     assert checkpoint.saved_steps(workdir)[-1] == step
-    return jax.tree.leaves(load_part(checkpoint.find(workdir), "weights"))
+    return jax.tree.leaves(checkpoint.load_part(checkpoint.find(workdir), "weights"))
 
 
 def test_batches_that_end_or_do_not_fit_are_named(tmp_path):
@@ -278,8 +279,8 @@ def test_weights_come_from_another_run_and_the_count_starts_anew(tmp_path, capsy
     config.optimizer.learning_rate = 1e-12
     train(config, tmp_path / "second")
     assert "0 -> 1, from the start, weights of" in capsys.readouterr().out
-    params = load_part(checkpoint.find(tmp_path / "second"), "weights")["params"]
-    first = load_part(checkpoint.find(tmp_path / "first"), "weights")["params"]
+    params = checkpoint.load_part(checkpoint.find(tmp_path / "second"), "weights")["params"]
+    first = checkpoint.load_part(checkpoint.find(tmp_path / "first"), "weights")["params"]
     assert source
     for got, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-9)

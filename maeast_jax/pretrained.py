@@ -1,0 +1,128 @@
+"""A pretrained model from any checkpoint: a run's, or a file in the authors' layout."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maeast_jax import authors_file, checkpoint, fbank
+from maeast_jax.model import MaeAst, ModelConfig, model_graph
+
+# The paper's clips: what a checkpoint that does not say was trained on.
+_NUM_FRAMES = 1024
+# The parts of an imported checkpoint beside its weights: what else stood in the authors' file.
+EXTRAS = "extras"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a checkpoint says of itself, and its weights once they are asked for.
+
+    Attributes:
+      path: the checkpoint's folder or file.
+      config: its architecture; `dtype` and the dropouts are those it was trained with.
+      num_frames: length of the clips it was trained on, 10 ms each.
+      cfg: the authors' configuration, where it was once a file of theirs; else None.
+      read_weights: reads (parameters, statistics), nested dicts of float32 numpy arrays.
+      read_extras: reads the tensors of the authors' file that have no part in any result.
+    """
+
+    path: str
+    config: ModelConfig
+    num_frames: int
+    cfg: dict[str, dict[str, Any]] | None
+    read_weights: Callable[[], tuple[Any, Any]]
+    read_extras: Callable[[], dict[str, np.ndarray]]
+
+    def model(self, dtype: str = "float32") -> MaeAst:
+        """The flax.nnx module, computing in `dtype` (float32, bfloat16)."""
+        config = dataclasses.replace(self.config, dtype=dtype)
+        return nnx.merge(model_graph(config), *jax.tree.map(jnp.asarray, self.read_weights()))
+
+    @property
+    def window_frames(self) -> int:
+        """The clips it was trained on, in whole tokens: what longer clips are best cut into."""
+        patch_frames, _ = self.config.patch_shape
+        return max(1, self.num_frames // patch_frames) * patch_frames
+
+    def encoder_only(self) -> "Pretrained":
+        """The same without decoder and heads."""
+        config = dataclasses.replace(
+            self.config, decoder_layers=0, decoder_width=self.config.width, decoder_projection=False
+        )
+
+        def weights():
+            params, statistics = self.read_weights()
+            return {name: params[name] for name in ("token_projection", "encoder")}, statistics
+
+        return dataclasses.replace(self, config=config, read_weights=weights)
+
+
+def load(path: str | os.PathLike, dtype: str = "float32") -> MaeAst:
+    """A pretrained model in evaluation mode, its ModelConfig at `.config`.
+
+    Args:
+      path: a run's workdir (its newest checkpoint), one checkpoint in it
+        (`DIR/checkpoints/STEP`), or a `.pt` or `.safetensors` file in the authors' layout.
+      dtype: what it computes in, float32 or bfloat16.
+
+    Raises:
+      ValueError: no checkpoint there, or not one of this model; one line. OSError.
+    """
+    return read(path).model(dtype)
+
+
+def read(path: str | os.PathLike) -> Pretrained:
+    """Finds a checkpoint and what it says of itself; its weights are read when asked for.
+
+    Raises as `load` does.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    return _from_file(path) if Path(path).is_file() else _from_run(path)
+
+
+def _from_run(path: str) -> Pretrained:
+    folder = checkpoint.find(path)
+    metadata = checkpoint.metadata(folder)
+    has_extras = checkpoint.has_part(folder, EXTRAS)
+
+    def weights():
+        parts = checkpoint.load_part(folder, "weights")
+        return parts["params"], parts["statistics"]
+
+    return Pretrained(
+        path=str(folder),
+        config=ModelConfig(**metadata["config"]["model"]),
+        num_frames=metadata["config"]["num_frames"],
+        cfg=metadata.get("authors_cfg"),
+        read_weights=weights,
+        read_extras=lambda: checkpoint.load_part(folder, EXTRAS) if has_extras else {},
+    )
+
+
+def _from_file(path: str) -> Pretrained:
+    file = authors_file.read(path)
+    try:
+        config = authors_file.model_config(file)
+        weights = authors_file.weights(file, config)
+    except ValueError as error:
+        raise authors_file.AuthorsFileError(f"{path}: {error}") from None
+    return Pretrained(
+        path=path,
+        config=config,
+        num_frames=_num_frames(file),
+        cfg=file.cfg,
+        read_weights=lambda: weights,
+        read_extras=lambda: authors_file.extras(file),
+    )
+
+
+def _num_frames(file: authors_file.AuthorsFile) -> int:
+    samples = file.cfg["task"].get("max_sample_size") or fbank.num_samples(_NUM_FRAMES)
+    return max(1, fbank.num_frames(samples))

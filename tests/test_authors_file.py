@@ -1,0 +1,182 @@
+"""Files of the authors' layout: what their cfg means, what is wrong with one, and one of ours."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from maeast_jax import authors_file, patches
+from maeast_jax.authors_file import AuthorsFile, AuthorsFileError
+from maeast_jax.model import MaeAst, ModelConfig, split_model
+
+CONFIG = ModelConfig(
+    encoder_layers=2, decoder_layers=1, width=16, heads=2, mlp_width=32, decoder_width=16
+)
+
+
+def build(config=CONFIG, **options):
+    _, params, statistics = split_model(MaeAst(config, nnx.Rngs(0)))
+    return authors_file.build(config, params, statistics, max_token_length=40, **options)
+
+
+def change(file: AuthorsFile, **fields) -> AuthorsFile:
+    cfg = {part: dict(section) for part, section in file.cfg.items()}
+    for name, value in fields.items():
+        part = "task" if name in cfg["task"] else "model"
+        cfg[part][name] = value
+        if value is None:
+            del cfg[part][name]
+    return AuthorsFile(cfg, dict(file.tensors))
+
+
+def test_the_architecture_is_taken_from_cfg():
+    file = change(
+        build(),
+        ast_kernel_size_time=8, ast_kernel_stride_time=8,
+        ast_kernel_size_chan=32, ast_kernel_stride_chan=32,
+        encoder_layers=5, encoder_embed_dim=24, encoder_ffn_embed_dim=40, encoder_attention_heads=3,
+        layer_norm_first=True, decoder_embed_dim=12, decoder_layers=4, use_post_enc_proj=True,
+        dropout=0.2, attention_dropout=0.3, encoder_layerdrop=0.4, dropout_input=0.5,
+        random_mask_prob=0.6, mask_type="random_mask_batched",
+    )  # fmt: skip
+    assert authors_file.model_config(file) == ModelConfig(
+        tokens="8x32", encoder_layers=5, width=24, mlp_width=40, heads=3, pre_norm=True,
+        decoder_width=12, decoder_layers=4, decoder_projection=True, dropout=0.2,
+        attention_dropout=0.3, layer_drop=0.4, input_dropout=0.5, mask_ratio=0.6, mask="random",
+    )  # fmt: skip
+
+
+def test_the_golden_files_are_read_as_they_were_made(golden):
+    cfg = golden["cfg"]
+    file = AuthorsFile({"model": cfg, "task": {"mask_type": "chunk_mask"}}, golden["weights"])
+    config = authors_file.model_config(file)
+    assert (config.tokens, config.encoder_layers, config.width) == (golden["tokens"], 3, 64)
+    authors_file.weights(file, config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"encoder_attention_heads": None}, "cfg.model.encoder_attention_heads is missing"),
+        ({"activation_fn": "relu"}, "cfg.model.activation_fn='relu', but only 'gelu' is built"),
+        ({"enc_conv_pos": True}, "cfg.model.enc_conv_pos=True, but only False"),
+        ({"dec_sine_pos": False}, "cfg.model.dec_sine_pos=False, but only True"),
+        ({"feature_dim": 80}, "cfg.task.feature_dim=80, but only 128"),
+        ({"sample_rate": 8000}, "cfg.task.sample_rate=8000, but only 16000"),
+        ({"ast_kernel_stride_time": 10}, r"\(16, 16\) with strides \(10, 16\)"),
+        ({"mask_type": "stripes"}, "cfg.task.mask_type='stripes' is unknown; known: chunk_mask"),
+        ({"encoder_attention_heads": 3}, "model.width=16 must be even and a multiple of"),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_not_built_here_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        authors_file.model_config(change(build(), **fields))
+
+
+def test_tensors_that_do_not_fit_the_cfg_are_named():
+    file = build()
+    config = authors_file.model_config(file)
+    name = "encoder.layers.1.fc1.weight"
+    missing = AuthorsFile(file.cfg, {n: t for n, t in file.tensors.items() if n != name})
+    with pytest.raises(AuthorsFileError, match=f"tensor {name} is missing"):
+        authors_file.weights(missing, config)
+    wider = AuthorsFile(file.cfg, file.tensors | {name: np.zeros((33, 16))})
+    with pytest.raises(AuthorsFileError, match=rf"{name} is \[33, 16\], but its cfg makes it \[32"):
+        authors_file.weights(wider, config)
+    more = AuthorsFile(file.cfg, file.tensors | {"label_embs": np.zeros(3)})
+    with pytest.raises(AuthorsFileError, match="no place for the tensor label_embs"):
+        authors_file.weights(more, config)
+    words = AuthorsFile(file.cfg, file.tensors | {name: "words"})
+    with pytest.raises(AuthorsFileError, match=f"model.{name} is a str, not a tensor"):
+        authors_file.weights(words, config)
+    table = file.tensors["enc_sine_pos_embed.pe"] * np.float32(1.01)
+    other = AuthorsFile(file.cfg, file.tensors | {"enc_sine_pos_embed.pe": table})
+    with pytest.raises(AuthorsFileError, match=r"enc_sine_pos_embed.pe does not hold the sinusoid"):
+        authors_file.weights(other, config)
+
+
+def test_half_precision_is_read_as_float32():
+    file = build()
+    half = {
+        name: tensor.astype(np.float16) if tensor.dtype == np.float32 else tensor
+        for name, tensor in file.tensors.items()
+    }
+    params, statistics = authors_file.weights(AuthorsFile(file.cfg, half), CONFIG)
+    floats = [leaf for leaf in jax.tree.leaves((params, statistics)) if leaf.dtype != np.int32]
+    assert {leaf.dtype for leaf in floats} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(
+        params["token_projection"]["kernel"],
+        file.tensors["post_extract_proj.weight"].T.astype(np.float16),
+    )
+
+
+@pytest.mark.parametrize("leave", [(), ("dec_sine_pos_embed.pe", "decoder_mask_emb")])
+def test_a_file_without_a_decoder_is_an_encoder(leave):
+    file = build(dataclasses.replace(CONFIG, decoder_width=8))
+    encoder = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if not name.startswith(("decoder.", "final_proj", "post_enc")) and name not in leave
+    }
+    file = AuthorsFile(file.cfg, encoder)
+    config = authors_file.model_config(file)
+    assert config.is_encoder_only and config.decoder_width == 16
+    params, _ = authors_file.weights(file, config)
+    assert set(params) == {"token_projection", "encoder"}
+
+
+@pytest.mark.parametrize("mask", ["random", "chunk", "span"])
+@pytest.mark.parametrize("changes", [{}, {"decoder_width": 8}, {"pre_norm": True}], ids=str)
+def test_what_is_written_reads_back(mask, changes):
+    config = dataclasses.replace(CONFIG, mask=mask, mask_ratio=0.75, **changes)
+    file = build(config)
+    back = authors_file.model_config(file)
+    assert back == dataclasses.replace(config, decoder_projection=config.projects_to_decoder)
+    _, params, statistics = split_model(MaeAst(config, nnx.Rngs(0)))
+    jax.tree.map(
+        np.testing.assert_array_equal, authors_file.weights(file, back), (params, statistics)
+    )
+
+
+def test_position_tables_are_as_long_as_cfg_says_and_idle_tensors_are_there():
+    config = dataclasses.replace(CONFIG, decoder_width=8)
+    tensors = build(config).tensors
+    np.testing.assert_array_equal(tensors["enc_sine_pos_embed.pe"], patches.sinusoid(40, 16)[None])
+    np.testing.assert_array_equal(tensors["dec_sine_pos_embed.pe"], patches.sinusoid(40, 8)[None])
+    assert tensors["encoder_mask_emb"].shape == (16,)
+    assert tensors["layer_norm.weight"].shape == tensors["layer_norm.bias"].shape == (128,)
+    assert tensors["batch_norm.num_batches_tracked"].dtype == np.int64
+
+
+def test_an_encoder_alone_holds_no_more_than_strict_loading_needs():
+    config = dataclasses.replace(CONFIG, decoder_layers=0)
+    file = build(config)
+    assert file.cfg["model"]["decoder_layers"] == 0
+    assert not any(name.startswith(("decoder.layers", "dec_sine")) for name in file.tensors)
+    assert authors_file.model_config(file).is_encoder_only
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": 1}, "expected the keys cfg and model, found keys weights"),
+        ([1], "found no dict"),
+        ({"cfg": {"model": {}}, "model": {}}, "holds no cfg.task"),
+        ({"cfg": None, "model": {}}, "holds no cfg.model"),
+    ],
+    ids=str,
+)
+def test_another_kind_of_file_is_refused(tmp_path, content, message):
+    torch = pytest.importorskip("torch")
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(AuthorsFileError, match=message):
+        authors_file.read(tmp_path / "x.pt")
+
+
+def test_a_broken_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"not one")
+    with pytest.raises(AuthorsFileError, match=r"x.safetensors is not a whole safetensors file"):
+        authors_file.read(tmp_path / "x.safetensors")

@@ -1,0 +1,196 @@
+"""Models from any checkpoint."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_config import shrink
+
+import maeast_jax
+from maeast_jax import checkpoint, pretrained, torch_file
+from maeast_jax import config as configuration
+from maeast_jax.model import MaeAst, split_model
+from maeast_jax.train import train
+
+GOLDEN = Path(__file__).parent / "golden"
+WAVE = np.random.default_rng(0).integers(-9000, 9000, (2, 6000)).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = shrink(configuration.pretrain(), steps=2)
+    config.checkpoint_every = 1
+    train(config, folder)
+    return folder
+
+
+def test_the_authors_file_gives_the_authors_hidden_states(golden):
+    values = golden["values"]
+    model = maeast_jax.load(GOLDEN / f"tiny_{golden['tokens']}.pt")
+    assert isinstance(model, MaeAst) and model.config.tokens == golden["tokens"]
+    out = model.encode_fbank(
+        values["features.fbank"], np.asarray(values["features.lengths_frames"], np.int32)
+    )
+    wanted = values["features.hidden_states"]
+    np.testing.assert_allclose(out.hidden_states, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_run_and_each_of_its_checkpoints_load(workdir):
+    newest, first = (maeast_jax.load(path) for path in (workdir, workdir / "checkpoints" / "1"))
+    part = checkpoint.load_part(checkpoint.find(workdir), "weights")
+    _, params, statistics = split_model(newest)
+    jax.tree.map(np.testing.assert_array_equal, params, part["params"])
+    jax.tree.map(np.testing.assert_array_equal, statistics, part["statistics"])
+    assert np.any(first.encode(WAVE).hidden_states != newest.encode(WAVE).hidden_states)
+
+
+def test_it_computes_in_float32_unless_told_otherwise(workdir):
+    assert pretrained.read(workdir).config.dtype == "bfloat16"
+    exact, rough = (maeast_jax.load(workdir, *dtype) for dtype in ((), ("bfloat16",)))
+    assert (exact.config.dtype, rough.config.dtype) == ("float32", "bfloat16")
+    a, b = exact.encode(WAVE).hidden_states, rough.encode(WAVE).hidden_states
+    assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
+
+
+def test_encoding_compiles_once_a_shape(workdir):
+    model = maeast_jax.load(workdir)
+    model.encode(WAVE)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nnx, "merge", None)  # which tracing calls
+        model.encode(WAVE[::-1], [5000, 6000])
+        with pytest.raises(TypeError):
+            model.encode(WAVE[:, :-1600])
+
+
+def test_no_lengths_mean_full_ones(workdir):
+    model = maeast_jax.load(workdir)
+    np.testing.assert_array_equal(
+        model.encode(WAVE).hidden_states, model.encode(WAVE, [6000, 6000]).hidden_states
+    )
+
+
+@pytest.mark.parametrize(
+    ("waveforms", "lengths", "message"),
+    [
+        (WAVE[0], None, r"waveforms are \(6000,\), expected \[clips, samples\]"),
+        (WAVE, [6000], r"lengths are \(1,\), expected one a clip, 2"),
+        (WAVE, [6000, 399], "a length of 399 samples, expected 400"),
+        (WAVE, [6001, 6000], "a length of 6001 samples, expected 400 .* to 6000"),
+    ],
+)
+def test_wrong_waveforms_are_one_line(workdir, waveforms, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        maeast_jax.load(workdir).encode(waveforms, lengths)
+
+
+def test_an_encoder_alone_encodes_the_same_and_does_not_pretrain(workdir):
+    whole, alone = pretrained.read(workdir), pretrained.read(workdir).encoder_only()
+    assert set(alone.read_weights()[0]) == {"token_projection", "encoder"}
+    model = alone.model()
+    np.testing.assert_array_equal(
+        model.encode(WAVE).hidden_states, whole.model().encode(WAVE).hidden_states
+    )
+    with pytest.raises(ValueError, match="an encoder alone"):
+        model.pretrain(np.zeros((1, 8, 256)), np.zeros((1, 2), int), np.zeros((1, 6), int))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("nowhere", checkpoint.CheckpointError, "nowhere holds no checkpoint"),
+        ("file.pt", torch_file.TorchFileError, "file.pt"),
+        ("file.safetensors", ValueError, "file.safetensors is not a whole"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path, name, kind, message):
+    if "." in name:
+        (tmp_path / name).write_text("words")
+    with pytest.raises(kind, match=message) as error:
+        maeast_jax.load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cfg_at_odds_with_its_tensors_names_the_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    saved = torch.load(GOLDEN / "tiny_patch.pt", weights_only=True)
+    saved["cfg"]["model"]["encoder_layers"] = 2
+    torch.save(saved, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"odd.pt: its cfg has no place for the tensor encoder"):
+        maeast_jax.load(tmp_path / "odd.pt")
+
+
+def test_it_needs_neither_torch_nor_tensorflow():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['tensorflow'] = None\n"
+        "import maeast_jax, numpy as np\n"
+        f"model = maeast_jax.load({str(GOLDEN / 'tiny_frame.pt')!r})\n"
+        "print(model.encode(np.zeros((1, 4000), np.float32)).hidden_states.shape)\n"
+        "print(maeast_jax.fbank.fbank(np.zeros(400, np.float32)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["(3, 1, 11, 64)", "(1, 128)"], done.stderr
+
+
+def test_the_package_knows_its_modules_and_no_others():
+    assert maeast_jax.fbank.NUM_MEL_BANDS == 128
+    with pytest.raises(AttributeError, match="module 'maeast_jax' has no attribute 'nothing'"):
+        maeast_jax.nothing  # noqa: B018
+
+
+def test_training_starts_from_a_file_and_takes_its_architecture(tmp_path, capsys):
+    config = shrink(configuration.pretrain())
+    config.init_from = str(GOLDEN / "tiny_frame.pt")
+    config.optimizer.learning_rate = 1e-12
+    train(config, tmp_path)
+    said = capsys.readouterr().out
+    assert "model.tokens 'patch' -> 'frame', model.encoder_layers 2 -> 3" in said
+    assert "3 + 2 layers of 64" in said and "weights of" in said
+    model = pretrained.read(tmp_path)
+    assert model.config.tokens == "frame"
+    wanted = pretrained.read(config.init_from).read_weights()[0]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), model.read_weights()[0], wanted
+    )
+    config.total_steps = 3  # the same configuration, with patches in it, resumes
+    train(config, tmp_path)
+    assert "resumed" in capsys.readouterr().out
+
+
+def test_training_from_an_encoder_alone_starts_a_new_decoder(tmp_path, monkeypatch, capsys):
+    encoder = pretrained.read(GOLDEN / "tiny_patch.pt").encoder_only()
+    monkeypatch.setattr(pretrained, "read", lambda path: encoder)
+    config = shrink(configuration.pretrain())
+    config.init_from = "encoder.pt"
+    config.optimizer.learning_rate = 1e-12
+    config.model.update(decoder_layers=1, decoder_width=32)
+    train(config, tmp_path)
+    monkeypatch.undo()
+    assert "no decoder: it starts from initial values" in capsys.readouterr().out
+    params, _ = pretrained.read(tmp_path).read_weights()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9),
+        params["encoder"], encoder.read_weights()[0]["encoder"],
+    )  # fmt: skip
+    assert params["mask_token"].shape == (32,)
+    scale = params["decoder"]["layers"]["mlp"]["up"]["kernel"].std()
+    assert 0.01 < scale < 0.03  # normal(0, 0.02)
+
+
+def test_weights_alone_are_not_resumed(tmp_path):
+    source = pretrained.read(GOLDEN / "tiny_patch.pt")
+    params, statistics = source.read_weights()
+    config = shrink(configuration.pretrain())
+    config.model.update(dataclasses.asdict(source.config))
+    checkpoint.write_parts(
+        tmp_path,
+        {"weights": {"params": params, "statistics": statistics}},
+        {"config": config.to_dict()},
+    )
+    with pytest.raises(ValueError, match=r"holds weights alone.*--config.init_from="):
+        train(config, tmp_path)
