@@ -1,0 +1,169 @@
+"""Checkpoints to files and back, exactly."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_config import shrink
+
+from maeast_jax import authors_file, checkpoint, patches, pretrained
+from maeast_jax import config as configuration
+from maeast_jax.export import export
+from maeast_jax.train import train
+
+GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+
+
+def assert_same_weights(path, other):
+    a, b = pretrained.read(path), pretrained.read(other)
+    jax.tree.map(np.testing.assert_array_equal, a.read_weights(), b.read_weights())
+    # What is the run's alone: the compute type and how it is computed.
+    dropped = {"dtype": "float32", "unroll": False, "remat": "none", "decoder_projection": False}
+    assert dataclasses.replace(a.config, **dropped) == dataclasses.replace(b.config, **dropped)
+
+
+def assert_same_file(path, other):
+    a, b = authors_file.read(path), authors_file.read(other)
+    assert a.cfg == b.cfg
+    assert set(a.tensors) == set(b.tensors)
+    for name, tensor in a.tensors.items():
+        assert tensor.dtype == b.tensors[name].dtype, name
+        np.testing.assert_array_equal(tensor, b.tensors[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = shrink(configuration.pretrain())
+    config.model.update(decoder_width=8, decoder_layers=1, mask="span")
+    train(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", ["patch", "frame"])
+@pytest.mark.parametrize("between", ["dir", "x.pt", "x.safetensors"])
+def test_the_authors_file_comes_back_as_it_was(tmp_path, tokens, between):
+    pytest.importorskip("torch")
+    original = GOLDEN / f"tiny_{tokens}.pt"
+    export(original, tmp_path / between)
+    assert_same_weights(original, tmp_path / between)
+    export(tmp_path / between, tmp_path / "back.pt")
+    assert_same_file(original, tmp_path / "back.pt")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_run_goes_out_and_comes_back(workdir, tmp_path, name):
+    if name.endswith(".pt"):
+        pytest.importorskip("torch")
+    export(workdir, tmp_path / name)
+    assert_same_weights(workdir, tmp_path / name)
+    export(tmp_path / name, tmp_path / "dir")
+    assert_same_weights(workdir, tmp_path / "dir")
+    assert pretrained.read(tmp_path / "dir").num_frames == 1024
+    config = shrink(configuration.pretrain())
+    config.init_from = str(tmp_path / "dir")
+    train(config, tmp_path / "on")
+    assert pretrained.read(tmp_path / "on").config.decoder_width == 8
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "dir"])
+def test_an_encoder_alone(workdir, tmp_path, name):
+    if name.endswith(".pt"):
+        pytest.importorskip("torch")
+    export(workdir, tmp_path / name, encoder_only=True)
+    back = pretrained.read(tmp_path / name)
+    assert back.config.is_encoder_only
+    wanted = pretrained.read(workdir).encoder_only().read_weights()
+    jax.tree.map(np.testing.assert_array_equal, back.read_weights(), wanted)
+
+
+def test_an_encoder_of_the_authors_file_reads_back_as_one(tmp_path):
+    export(GOLDEN / "tiny_patch.pt", tmp_path / "x.safetensors", encoder_only=True)
+    assert pretrained.read(tmp_path / "x.safetensors").config.is_encoder_only
+    cfg = authors_file.read(tmp_path / "x.safetensors").cfg
+    assert cfg["task"]["mask_type"] == "chunk_mask"
+
+
+def test_position_tables_are_as_long_as_asked_for(workdir, tmp_path):
+    for length, wanted in ((None, 8192), (37, 37)):
+        output = tmp_path / f"{length}.safetensors"
+        export(workdir, output, max_token_length=length)
+        file = authors_file.read(output)
+        assert file.cfg["model"]["max_token_length"] == wanted
+        np.testing.assert_array_equal(
+            file.tensors["dec_sine_pos_embed.pe"], patches.sinusoid(wanted, 8)[None]
+        )
+    export(GOLDEN / "tiny_patch.pt", tmp_path / "x.safetensors", max_token_length=50)
+    file = authors_file.read(tmp_path / "x.safetensors")
+    assert file.tensors["enc_sine_pos_embed.pe"].shape == (1, 50, 64)
+
+
+def test_torch_reads_a_pt_as_data_alone_and_safetensors_has_its_configuration(workdir, tmp_path):
+    torch = pytest.importorskip("torch")
+    export(workdir, tmp_path / "x.pt")
+    export(workdir, tmp_path / "x.safetensors")
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert json.loads(file.metadata()["config"]) == saved["cfg"]
+        assert set(file.keys()) == set(saved["model"])
+        for name, tensor in saved["model"].items():
+            assert torch.equal(file.get_tensor(name), tensor), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "there.safetensors"}, "there.safetensors exists; choose another name or pass"),
+        ({"output": "x.onnx"}, "x.onnx: use .pt or .safetensors, or the name of a folder"),
+        ({"output": "."}, "holds checkpoints already; choose another folder"),
+        ({"output": "d", "max_token_length": 9}, r"--max_token_length=9 is for .pt and .safetens"),
+        ({"output": "x.safetensors", "max_token_length": 0}, r"--max_token_length=0 .* at least 1"),
+        ({"output": "x.safetensors", "source": "none"}, "none holds no checkpoint"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_and_write_nothing(workdir, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(workdir / "checkpoints", "checkpoints")
+    Path("there.safetensors").touch()
+    before = sorted(os.listdir())
+    with pytest.raises(ValueError, match=message):
+        export(**({"source": workdir} | options))
+    assert sorted(os.listdir()) == before and not Path("there.safetensors").stat().st_size
+
+
+def test_what_is_there_is_replaced_when_asked(workdir, tmp_path):
+    (tmp_path / "x.safetensors").touch()
+    export(workdir, tmp_path / "x.safetensors", overwrite=True)
+    assert_same_weights(workdir, tmp_path / "x.safetensors")
+
+
+def test_without_torch_a_pt_is_refused_with_the_remedy(workdir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"needs PyTorch: pip install torch, or write .safetensor"):
+        export(workdir, tmp_path / "x.pt")
+
+
+def test_the_program_says_what_it_wrote_and_needs_its_flags(workdir, tmp_path):
+    command = [sys.executable, "-m", "maeast_jax.export", f"--checkpoint={workdir}"]
+    done = subprocess.run(
+        [*command, f"--output={tmp_path / 'dir'}"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 + 1 layers of 16, patch tokens" in done.stdout
+    assert f"--config.init_from={tmp_path / 'dir'}" in done.stdout
+    assert checkpoint.saved_steps(tmp_path / "dir") == [0]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (
+        2, "error: --output is missing (--help lists the flags)\n"
+    )  # fmt: skip
