@@ -1,0 +1,147 @@
+"""s3prl's copy of the authors' model, to compare with: its expert, and checkpoints for it.
+
+Needs what requirements-test.txt and requirements-reference.txt name.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maeast_jax import fbank, patches
+
+INSTALL = "pip install --no-deps -r requirements-reference.txt"
+# Statistics of log-mel energies that a checkpoint trained on audio would hold.
+FBANK_MEAN, FBANK_VARIANCE = -6.5, 17.0
+
+
+def missing() -> str:
+    """What is not installed and the remedy, in one line; empty where nothing is missing."""
+    absent = [name for name in ("s3prl", "torchaudio") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed: {INSTALL}" if absent else ""
+
+
+def expert(path: Path | str):
+    """s3prl's UpstreamExpert, a torch module in evaluation mode, of a checkpoint as the authors'.
+
+    Raises ModuleNotFoundError, with the remedy, where s3prl is not installed.
+    """
+    return _s3prl("expert").UpstreamExpert(str(path)).eval()
+
+
+def hidden_states(expert, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What the expert says of a batch of float32 clips [samples], each of 400 samples or more.
+
+    Returns float32 [layers, b, N, D], tokens time-major with frequency fastest, and bool [b, N],
+    True where the expert's model takes a token for padding.
+    """
+    import torch
+
+    seen = []
+
+    def keep(module, inputs, output):
+        seen.append(output["padding_mask"].numpy())
+
+    with torch.no_grad(), expert.model.register_forward_hook(keep):
+        layers = expert([torch.from_numpy(clip) for clip in clips])["hidden_states"]
+    # The expert lays the bands of a moment side by side; its model has a row a token.
+    return np.stack([layer.numpy().reshape(*seen[0].shape, -1) for layer in layers]), seen[0]
+
+
+def make_checkpoint(
+    path: Path | str, *, tokens: str = "patch", seed: int = 0, max_tokens: int = 4096, **changes
+) -> Path:
+    """Writes a checkpoint of s3prl's MAE-AST in the authors' layout; returns its path.
+
+    The weights are random and far from initial values, where biases are 0, norms change nothing
+    and attention is nearly uniform, so that much could be wrong and not show. Base size unless
+    `changes`, fields of s3prl's MAE_AST_Config, say otherwise; unknown ones raise TypeError.
+
+    max_tokens: rows of the position tables; s3prl's default of 48,000 would fill 300 MB.
+    """
+    import torch
+
+    frames, bands = patches.patch_shape(tokens, fbank.NUM_MEL_BANDS)
+    config = _s3prl("mae_ast").MAE_AST_Config(
+        **{
+            "ast_kernel_size_time": frames,
+            "ast_kernel_stride_time": frames,
+            "ast_kernel_size_chan": bands,
+            "ast_kernel_stride_chan": bands,
+            "enc_sine_pos": True,
+            "dec_sine_pos": True,
+            "max_token_length": max_tokens,
+            **changes,
+        }
+    )
+    task = _s3prl("load_model").MAE_AST_Pretraining_Config(
+        data="",
+        feature_type="fbank",
+        feature_dim=fbank.NUM_MEL_BANDS,
+        deltas=False,
+        mask_type="chunk_mask" if tokens == "patch" else "random_mask",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _s3prl("mae_ast").MAE_AST(config, task)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter *= 2.0
+                else:
+                    parameter += 0.2 * torch.randn_like(parameter)
+            model.batch_norm.running_mean.fill_(FBANK_MEAN)
+            model.batch_norm.running_var.fill_(FBANK_VARIANCE)
+            model.batch_norm.num_batches_tracked.fill_(1000)
+    # fairseq, which the authors train with, adds the names.
+    cfg = {
+        "model": {**dataclasses.asdict(config), "_name": "mae_ast"},
+        "task": {**dataclasses.asdict(task), "_name": "mae_ast_pretraining"},
+    }
+    torch.save({"cfg": cfg, "model": model.state_dict()}, path)
+    return Path(path)
+
+
+@functools.cache
+def _s3prl(name: str) -> types.ModuleType:
+    """A module of s3prl's mae_ast."""
+    if message := missing():
+        raise ModuleNotFoundError(message)
+    with _torchaudio_of_python_alone():
+        return importlib.import_module(f"s3prl.upstream.mae_ast.{name}")
+
+
+@contextlib.contextmanager
+def _torchaudio_of_python_alone() -> Iterator[None]:
+    """While it lasts, `torchaudio` is no more than its compliance.kaldi.
+
+    Importing the package loads a library that is built for one version of torch with CUDA; s3prl
+    calls the filter bank and nothing else, and that is plain Python.
+    """
+    folder = importlib.util.find_spec("torchaudio").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location(
+        "torchaudio.compliance.kaldi", Path(folder) / "compliance" / "kaldi.py"
+    )
+    torchaudio = types.ModuleType("torchaudio")
+    torchaudio.compliance = types.ModuleType("torchaudio.compliance")
+    torchaudio.compliance.kaldi = importlib.util.module_from_spec(spec)
+    stand_ins = {
+        module.__name__: module
+        for module in (torchaudio, torchaudio.compliance, torchaudio.compliance.kaldi)
+    }
+    before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        spec.loader.exec_module(torchaudio.compliance.kaldi)
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+        sys.modules.update(before)
