@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+
+from maeast_jax.batching import Bucket, Row, Stream, pack
+
+SMALL, LARGE, LARGE_FLOAT = Bucket(4, 4, "int16"), Bucket(8, 2, "int16"), Bucket(8, 2, "float32")
+
+
+def row(bucket, value):
+    return Row(bucket, np.full(bucket.num_samples - 1, value, bucket.dtype), value, (0, value))
+
+
+class Recorder:
+    """Computes each row's first sample, and keeps the batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, batch):
+        self.batches.append(batch.audio.tolist())
+        return batch.audio[:, :1].astype(np.float32)
+
+    @property
+    def firsts(self):
+        return [[one[0] for one in batch] for batch in self.batches]
+
+
+def values(parts):
+    return [float(part[0]) for part in parts]
+
+
+def test_rows_are_padded_and_missing_ones_are_a_frame_of_silence():
+    batch = pack([row(SMALL, 3), row(SMALL, 5)], SMALL)
+    assert batch.audio.dtype == np.int16
+    np.testing.assert_array_equal(batch.audio, [[3, 3, 3, 0], [5, 5, 5, 0], [0] * 4, [0] * 4])
+    np.testing.assert_array_equal(batch.num_frames, [3, 5, 1, 1])
+    np.testing.assert_array_equal(batch.own, [[0, 3], [0, 5], [0, 0], [0, 0]])
+
+
+def test_clips_come_back_in_order_with_the_results_of_their_rows_in_order():
+    compute = Recorder()
+    stream = Stream(compute, most_steps=1000, most_bytes=1000)
+    clips = [
+        [row(SMALL, 1)],
+        [row(LARGE, 2), row(LARGE, 3), row(SMALL, 4)],
+        [row(LARGE_FLOAT, 5)],
+        [row(SMALL, 6), row(LARGE_FLOAT, 7)],
+        [row(LARGE, 8)],
+    ]
+    found = [parts for clip in clips for parts in stream.add(clip, 1, 1)]
+    found += stream.flush()
+    assert [values(parts) for parts in found] == [[1], [2, 3, 4], [5], [6, 7], [8]]
+    # Full ones at once; of the rest the longest first, filled up with shorter ones of their type.
+    assert compute.firsts == [[2, 3], [5, 7], [8, 1], [4, 6, 0, 0]]
+    assert list(stream.flush()) == []
+
+
+@pytest.mark.parametrize("limits", [(6, 1000), (1000, 6)])
+def test_a_clip_that_holds_up_others_is_computed_once_so_much_waits(limits):
+    compute = Recorder()
+    stream = Stream(compute, *limits)
+    given = [list(stream.add([row(SMALL, 1)], 1, 1))]
+    given += [list(stream.add([row(LARGE, value)], 1, 1)) for value in range(2, 7)]
+    assert given == [[]] * 6
+    assert compute.firsts == [[2, 3], [4, 5]]
+    # The seventh is one too many.
+    seventh = [values(parts) for parts in stream.add([row(LARGE, 7)], 1, 1)]
+    assert compute.firsts == [[2, 3], [4, 5], [6, 7], [1, 0, 0, 0]]
+    assert seventh[0] == [1]
+    rest = [values(parts) for parts in stream.flush()]
+    assert seventh + rest == [[value] for value in range(1, 8)]
+
+
+def test_a_clip_above_the_limits_goes_through_alone():
+    stream = Stream(Recorder(), most_steps=3, most_bytes=3)
+    assert [values(parts) for parts in stream.add([row(SMALL, 1)], 9, 9)] == [[1]]
+    assert [values(parts) for parts in stream.add([row(SMALL, 2)], 1, 1)] == []
+    assert [values(parts) for parts in stream.flush()] == [[2]]
+
+
+def test_two_batches_are_under_way_before_a_result_is_waited_for():
+    waited = []
+
+    class Result:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def __array__(self, dtype=None, copy=None):
+            waited.append(self.batch.audio[0, 0])
+            return self.batch.audio[:, :1]
+
+    stream = Stream(Result, most_steps=1000, most_bytes=1000)
+    for value in range(1, 9):
+        assert waited == [v for v in (1, 3, 5) if value > v + 5]
+        list(stream.add([row(LARGE, value)], 1, 1))
+
+
+def test_where_the_first_clips_result_is_on_its_way_no_partial_batch_is_started():
+    compute = Recorder()
+    stream = Stream(compute, most_steps=2, most_bytes=1000)
+    for value in (1, 2):
+        assert not list(stream.add([row(LARGE, value)], 1, 1))
+    assert [values(parts) for parts in stream.add([row(SMALL, 3)], 1, 1)] == [[1], [2]]
+    assert compute.firsts == [[1, 2]]
