@@ -1,0 +1,117 @@
+"""The HEAR 2021 common API over `embedder`.
+
+`python -m hearvalidator.validate maeast_jax.hear -m CKPT -d cpu` checks a checkpoint with it.
+Sounds and embeddings are torch tensors, which is the only use of torch; the model runs in JAX, on
+its device.
+"""
+
+import functools
+import os
+
+import numpy as np
+
+from maeast_jax import embedder, fbank, pretrained
+
+
+def load_model(
+    model_file_path: str | os.PathLike = "",
+    *,
+    layer: int = -1,
+    scene_pool: str = "time",
+    dtype: str = "float32",
+):
+    """A torch.nn.Module without parameters, for the two functions below.
+
+    It has `sample_rate` (Hz), `scene_embedding_size` and `timestamp_embedding_size`.
+
+    Args:
+      model_file_path: what pretrained.load takes: a run's workdir, one checkpoint in it, or a file
+        in the authors' layout.
+      layer: the encoder's layer that embeddings come from, counted as lists are.
+      scene_pool: "time", the mean over time alone with the bands side by side, or "mean", over
+        the bands too.
+      dtype: what the model computes in, float32 or bfloat16.
+
+    Raises:
+      ValueError: no path (there is no default checkpoint), or values that do not fit the model;
+        what pretrained.load raises.
+    """
+    if not os.fspath(model_file_path):
+        raise ValueError("no checkpoint is built in; name one: load_model(PATH), --model=PATH")
+    if scene_pool not in ("time", "mean"):
+        raise ValueError(f"scene_pool={scene_pool!r} is unknown; known: time, mean")
+    if isinstance(layer, str):
+        raise ValueError(f"layer={layer!r} must be a number: HEAR embeddings are of one layer")
+    source = pretrained.read(model_file_path)
+    model = source.model(dtype)
+    common = {"layer": layer, "window_frames": source.window_frames}
+    return _model_class()(
+        scene=embedder.Embedder(model, pool=scene_pool, **common),
+        timestamp=embedder.Embedder(model, pool="none", **common),
+    )
+
+
+def get_timestamp_embeddings(audio, model):
+    """Embeddings of every time step of sounds of one length, and when the steps are.
+
+    Args:
+      audio: float tensor [n_sounds, n_samples], in [-1, 1] at `model.sample_rate`. Sounds shorter
+        than one step are padded with zeros.
+      model: from `load_model`.
+
+    Returns:
+      (embeddings, timestamps), float32 tensors on the device of `audio`: [n_sounds, steps,
+      timestamp_embedding_size], the bands of a step side by side, and [n_sounds, steps], the middle
+      of each step in milliseconds. A last part shorter than a step has no embedding.
+
+    Raises ValueError for another shape or type.
+    """
+    import torch
+
+    embeddings = _embed(audio, model.timestamp)
+    step_ms = 1000 * model.timestamp.step_seconds
+    # A step's frames start a shift apart and the last of them reaches past its shift.
+    overhang_ms = 1000 * (fbank.FRAME_LENGTH - fbank.FRAME_SHIFT) / fbank.SAMPLE_RATE_HZ
+    middles_ms = step_ms * np.arange(embeddings.shape[1]) + (step_ms + overhang_ms) / 2
+    timestamps = torch.from_numpy(np.float32(middles_ms)).to(audio.device)
+    return embeddings, timestamps.repeat(len(audio), 1)
+
+
+def get_scene_embeddings(audio, model):
+    """One embedding a sound: float32 tensor [n_sounds, scene_embedding_size].
+
+    Arguments and errors are those of `get_timestamp_embeddings`.
+    """
+    return _embed(audio, model.scene)
+
+
+def _embed(audio, embed: embedder.Embedder):
+    import torch
+
+    if audio.ndim != 2 or not len(audio) or not audio.is_floating_point():
+        raise ValueError(
+            f"audio is {audio.dtype} {list(audio.shape)}; expected float [n_sounds, n_samples]"
+        )
+    sounds = audio.detach().cpu().float().numpy()
+    missing = max(0, fbank.FRAME_LENGTH - sounds.shape[1])
+    sounds = np.pad(sounds, ((0, 0), (0, missing)))
+    return torch.from_numpy(np.stack(list(embed(sounds)))).to(audio.device)
+
+
+@functools.cache
+def _model_class():
+    import torch
+
+    class Model(torch.nn.Module):
+        """Two embedders over one JAX model; HEAR asks for a module of torch or TensorFlow."""
+
+        sample_rate = fbank.SAMPLE_RATE_HZ
+
+        def __init__(self, scene: embedder.Embedder, timestamp: embedder.Embedder):
+            super().__init__()
+            self.scene = scene
+            self.timestamp = timestamp
+            self.scene_embedding_size = scene.embedding_size
+            self.timestamp_embedding_size = timestamp.embedding_size
+
+    return Model

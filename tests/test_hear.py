@@ -1,0 +1,135 @@
+"""The HEAR API: by the HEAR validator where it is installed, and by what the steps hold."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maeast_jax import embedder, fbank, hear, patches, pretrained
+
+torch = pytest.importorskip("torch")
+
+GOLDEN = Path(__file__).parent / "golden"
+WIDTH = 64
+
+
+@pytest.fixture(scope="module", params=["patch", "frame"])
+def tokens(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(tokens):
+    return hear.load_model(str(GOLDEN / f"tiny_{tokens}.pt"))
+
+
+def noise(sounds, samples, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((sounds, samples), generator=generator) * 2 - 1
+
+
+def test_the_validator_of_hear_has_no_complaint(tokens):
+    if importlib.util.find_spec("hearvalidator") is None:
+        pytest.skip("hearvalidator not installed: see requirements-reference.txt")
+    command = [sys.executable, "-m", "hearvalidator.validate", "maeast_jax.hear", "-d", "cpu"]
+    run = subprocess.run(
+        [*command, "-m", GOLDEN / f"tiny_{tokens}.pt"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("Looks good!\n")
+    assert ("suggest a interval" in run.stderr) == (tokens == "patch")  # 160 ms, 20 ms
+
+
+def test_the_model_is_what_hear_asks_for(model, tokens):
+    assert isinstance(model, torch.nn.Module)
+    assert model.sample_rate == 16_000
+    size = {"patch": 8 * WIDTH, "frame": WIDTH}[tokens]
+    assert (model.timestamp_embedding_size, model.scene_embedding_size) == (size, size)
+
+
+def test_embeddings_are_those_of_the_embedder(model, tokens):
+    audio = noise(3, 20_000)
+    plain = pretrained.load(GOLDEN / f"tiny_{tokens}.pt")
+    embeddings, _ = hear.get_timestamp_embeddings(audio, model)
+    wanted = np.stack(list(embedder.Embedder(plain, pool="none")(audio.numpy())))
+    assert embeddings.dtype == torch.float32 and embeddings.device == audio.device
+    np.testing.assert_array_equal(embeddings, wanted)
+    scenes = hear.get_scene_embeddings(audio, model)
+    assert scenes.dtype == torch.float32
+    np.testing.assert_allclose(scenes, embeddings.mean(dim=1), rtol=0, atol=1e-5)
+
+
+def test_timestamps_are_the_middle_of_the_samples_that_a_step_is_made_of(model, tokens):
+    audio = noise(2, 9_000)
+    embeddings, timestamps = hear.get_timestamp_embeddings(audio, model)
+    assert timestamps.shape == embeddings.shape[:2]
+    bands = {"patch": 8, "frame": 1}[tokens]
+
+    def steps(samples):
+        tokens_NxP = patches.patchify(
+            fbank.fbank(samples)[None], patches.patch_shape(tokens, fbank.NUM_MEL_BANDS)
+        )[0]
+        return jnp.sum(tokens_NxP.reshape(-1, bands * 256), axis=1)
+
+    influence = np.asarray(jax.jacobian(steps)(jnp.asarray(audio[0].numpy())))
+    assert len(influence) == timestamps.shape[1]
+    for row, timestamp_ms in zip(influence, timestamps[0], strict=True):
+        samples = np.flatnonzero(row)
+        middle = (samples[0] + samples[-1] + 1) / 2
+        assert timestamp_ms == pytest.approx(1000 * middle / 16_000, abs=1e-3)
+    np.testing.assert_array_equal(timestamps[0], timestamps[1])
+
+
+def test_a_sound_is_embedded_alike_alone_and_twice(model):
+    audio = noise(5, 16_000)
+    scenes = hear.get_scene_embeddings(audio, model)
+    np.testing.assert_array_equal(scenes, hear.get_scene_embeddings(audio, model))
+    alone = hear.get_scene_embeddings(audio[3:4], model)
+    np.testing.assert_allclose(alone[0], scenes[3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 399, 400, 2_000])
+def test_sounds_of_any_length_have_an_embedding(model, samples):
+    embeddings, timestamps = hear.get_timestamp_embeddings(noise(2, samples), model)
+    assert torch.isfinite(embeddings).all() and timestamps.shape[1] >= 1
+    assert hear.get_scene_embeddings(noise(2, samples), model).shape == (2, embeddings.shape[2])
+
+
+def test_a_layer_and_the_mean_over_bands_can_be_asked_for(model, tokens):
+    path = GOLDEN / f"tiny_{tokens}.pt"
+    other = hear.load_model(path, layer=0, scene_pool="mean")
+    assert other.scene_embedding_size == WIDTH
+    audio = noise(1, 8_000)
+    first, _ = hear.get_timestamp_embeddings(audio, other)
+    last, _ = hear.get_timestamp_embeddings(audio, model)
+    assert first.shape == last.shape and (first - last).abs().max() > 0.1
+    by_band = first.mean(dim=1).reshape(-1, WIDTH)
+    np.testing.assert_allclose(
+        hear.get_scene_embeddings(audio, other)[0], by_band.mean(dim=0), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "audio", [torch.zeros(800), torch.zeros(0, 800), torch.zeros(1, 800).int()]
+)
+def test_audio_of_another_kind_is_one_error(model, audio):
+    with pytest.raises(ValueError, match=r"expected float \[n_sounds, n_samples\]"):
+        hear.get_scene_embeddings(audio, model)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("", {}, "no checkpoint is built in; name one"),
+        ("x.pt", {"scene_pool": "max"}, "scene_pool='max' is unknown; known: time, mean"),
+        ("x.pt", {"layer": "all"}, "layer='all' must be a number"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_error(path, options, message):
+    with pytest.raises(ValueError, match=message):
+        hear.load_model(path, **options)
