@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import reference
-from maeast_jax import audio, fbank, manifest, pretrained
+from maeast_jax import audio, manifest  # no jax: one of the two processes is s3prl's
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
 
 
 def measure(command: list[str]) -> tuple[float, float]:
@@ -29,11 +29,15 @@ def measure(command: list[str]) -> tuple[float, float]:
     process = subprocess.Popen(command)
     most = 0
     while process.poll() is None:
-        most = max(most, sum(map(_resident_bytes, _descendants(process.pid))))
+        most = max(most, sum(map(_proportional_bytes, _descendants(process.pid))))
         time.sleep(_POLL_SECONDS)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return time.monotonic() - start, most / 1e9
+
+
+def num_frames(num_samples: int) -> int:
+    return 1 + (num_samples - 400) // 160
 
 
 def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
@@ -45,7 +49,7 @@ def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
             samples = len(audio.decode(files[index]))
         except audio.UndecodableError:
             continue
-        if samples >= fbank.num_samples(shortest_frames):
+        if num_frames(samples) >= shortest_frames:
             chosen.append(files[index])
         if len(chosen) == count:
             break
@@ -67,7 +71,7 @@ def embed_with_s3prl(checkpoint: str, listing: Path, output: Path, batch_size: i
         with torch.no_grad():
             last = expert([torch.from_numpy(clips[index]) for index in batch])["hidden_states"][-1]
         for row, index in enumerate(batch):
-            steps = fbank.num_frames(len(clips[index])) // patch_frames
+            steps = num_frames(len(clips[index])) // patch_frames
             embeddings[index] = last[row, :steps].mean(0).numpy()
     np.save(output, np.stack(embeddings))
 
@@ -92,6 +96,8 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> str:
+    from maeast_jax import pretrained
+
     checkpoint = options.checkpoint or str(
         reference.make_checkpoint(folder / "base.pt", tokens=options.tokens)
     )
@@ -140,12 +146,13 @@ def _descendants(pid: int) -> list[int]:
     return [pid, *(found for child in children for found in _descendants(int(child)))]
 
 
-def _resident_bytes(pid: int) -> int:
+def _proportional_bytes(pid: int) -> int:
+    """What a process holds, pages that it shares with others in part."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 if __name__ == "__main__":

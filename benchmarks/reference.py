@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from maeast_jax import fbank, patches
-
 INSTALL = "pip install --no-deps -r requirements-reference.txt"
 # Statistics of log-mel energies that a checkpoint trained on audio would hold.
 FBANK_MEAN, FBANK_VARIANCE = -6.5, 17.0
@@ -67,6 +65,8 @@ def make_checkpoint(
     max_tokens: rows of the position tables; s3prl's default of 48,000 would fill 300 MB.
     """
     import torch
+
+    from maeast_jax import fbank, patches  # not at the top: s3prl's process measures no jax
 
     frames, bands = patches.patch_shape(tokens, fbank.NUM_MEL_BANDS)
     config = _s3prl("mae_ast").MAE_AST_Config(

@@ -8,6 +8,7 @@ ones where they lie: a kill can leave an older one short.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,19 @@ def find(path: str | os.PathLike) -> epath.Path:
     """
     # Orbax reads absolute paths only, and warns at length of others.
     path = epath.Path(path).expanduser().absolute()
+    if path.name == CHECKPOINTS:
+        path = path.parent
     if path.name.isdigit() and path.parent.name == CHECKPOINTS and path.exists():
         return path
     steps = saved_steps(path)
+    if not steps and path.parent.name == CHECKPOINTS and (there := saved_steps(path.parent.parent)):
+        raise CheckpointError(
+            f"{path} is not there; the steps saved are {', '.join(map(str, there))}"
+        )
     if not steps:
         raise CheckpointError(
-            f"{path} holds no checkpoint; name a run's workdir or WORKDIR/{CHECKPOINTS}/STEP"
+            f"{path} holds no checkpoint; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, "
+            "or a .pt or .safetensors file"
         )
     return path / CHECKPOINTS / str(steps[-1])
 
@@ -95,7 +103,8 @@ def metadata(folder: epath.Path) -> dict[str, Any]:
     """
     try:
         found = ocp.checkpointables_metadata(folder).custom_metadata
-        return {"config": found["config"], **found}
+        found["config"]  # another program's checkpoint has none
+        return found
     except (KeyError, TypeError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint of this program, or not all of one; remove that folder"
@@ -104,19 +113,31 @@ def metadata(folder: epath.Path) -> dict[str, Any]:
 
 def write_parts(
     workdir: str | os.PathLike, parts: dict[str, Any], metadata: dict[str, Any]
-) -> epath.Path:
+) -> None:
     """Makes a workdir of weights alone, at step 0: for `init_from` and loading, not to resume.
 
-    `metadata` has the key `config`. Returns the checkpoint's folder; raises CheckpointError where
-    the workdir holds checkpoints already.
+    It is there whole or not at all. `metadata` has the key `config`. Raises CheckpointError where
+    there is something of that name.
     """
-    if saved_steps(workdir):
-        raise CheckpointError(f"{workdir} holds checkpoints already; choose another folder")
-    folder = epath.Path(workdir).absolute() / CHECKPOINTS / "0"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    ocp.save_checkpointables(folder, parts, custom_metadata=metadata)
-    write_config(workdir, metadata["config"])
-    return folder
+    workdir = Path(workdir).absolute()
+    check_new(workdir)
+    partial = workdir.with_name(f".{workdir.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        folder = partial / CHECKPOINTS / "0"
+        folder.parent.mkdir(parents=True)
+        ocp.save_checkpointables(folder, parts, custom_metadata=metadata)
+        write_config(partial, metadata["config"])
+        partial.replace(workdir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(workdir: str | os.PathLike) -> None:
+    """Raises CheckpointError where a folder cannot become a workdir of weights alone."""
+    workdir = Path(workdir)
+    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+        raise CheckpointError(f"{workdir} exists and is no empty folder; choose another name")
 
 
 def has_part(folder: epath.Path, name: str) -> bool:

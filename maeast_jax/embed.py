@@ -84,7 +84,7 @@ def embed(
 
     source = pretrained.read(checkpoint)
     window_frames, stride_frames = _window(
-        window_seconds, stride_seconds, source.config.patch_shape[0], source.num_frames
+        window_seconds, stride_seconds, source.config.patch_shape[0], source.window_frames
     )
     embedder = Embedder(
         source.model(dtype), pool=pool, layer=_layer(layer), window_frames=window_frames,
@@ -129,13 +129,15 @@ def embed(
 def list_files(paths: Sequence[str | os.PathLike]) -> list[str]:
     """The files named and, for folders, the audio files in them; each once, as first named.
 
-    Raises ValueError for no path, or a folder without audio files.
+    Raises ValueError for no path, one that is not there, or a folder without audio files.
     """
     if not paths:
         raise ValueError("no FILE: name audio files, or folders of them")
     found: dict[str, str] = {}
     for path in paths:
         path = os.path.expanduser(os.fspath(path))
+        if not os.path.exists(path):
+            raise ValueError(f"{path} is not there; check the path")
         listed = [path]
         if os.path.isdir(path):
             try:
@@ -180,7 +182,10 @@ def _layer(text: int | str) -> int | str:
 
 
 def _window(
-    window_seconds: float | None, stride_seconds: float | None, patch_frames: int, num_frames: int
+    window_seconds: float | None,
+    stride_seconds: float | None,
+    patch_frames: int,
+    default_frames: int,
 ) -> tuple[int, int]:
     """Frames of window and stride, rounded down to whole tokens; without cutting, 0 and 0."""
 
@@ -195,7 +200,7 @@ def _window(
         return steps * patch_frames
 
     if window_seconds is None:
-        window_seconds = max(num_frames, patch_frames) / _FRAMES_PER_SECOND
+        window_seconds = default_frames / _FRAMES_PER_SECOND
     if not 0 <= window_seconds < float("inf"):
         raise ValueError(f"--window_seconds={window_seconds:g} must be 0 (never cut) or more")
     if not window_seconds:
@@ -245,7 +250,7 @@ def _summary(
     hours = f"{audio_seconds / 3600:.3f} h of audio in {seconds:.1f} s"
     lines = {
         "embedded": f"{len(outcome.done)} files, {hours}",
-        "failed": f"{len(outcome.failed)} files",
+        "failed": f"{len(outcome.failed)} file{'' if len(outcome.failed) == 1 else 's'}",
     }
     if not outcome.done:
         return lines | {"output": "none: no file could be read"}

@@ -43,8 +43,8 @@ class Embedder:
     pool: "mean" over all tokens, [D]; "time": over time alone, a step's R bands side by side,
       lowest first, [R * D]; "none": every time step, [steps, R * D]. R is 1 for frame tokens.
     layer: after which one, 0 to `num_layers` - 1 or from -1 backwards; "all" is a leading axis.
-    window_frames: None is the paper's 1,024, to whole tokens; 0 never cuts: memory grows with the
-      square of a clip's length.
+    window_frames: None is what the model was trained on (else the paper's 1,024, to whole tokens);
+      0 never cuts: memory grows with the square of a clip's length.
     stride_frames: None is the window: no overlap, but for the last window's.
     batch_tokens: None chooses by the kind of device.
 
@@ -71,7 +71,7 @@ class Embedder:
         self._patch_frames, patch_bands = config.patch_shape
         self._bands = fbank.NUM_MEL_BANDS // patch_bands
         if window_frames is None:
-            window_frames = self._default_steps() * self._patch_frames
+            window_frames = model.window_frames or self._default_steps() * self._patch_frames
         self._window_steps = self._whole_steps("window_frames", window_frames)
         stride_frames = window_frames if stride_frames is None else stride_frames
         self._stride_steps = self._whole_steps("stride_frames", stride_frames)
@@ -208,12 +208,12 @@ def _layer_index(layer: int | str, num_layers: int) -> int | str:
     """The layer counted from 0, or "all"."""
     if layer == ALL_LAYERS:
         return layer
-    if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
+    if not isinstance(layer, int | np.integer) or not -num_layers <= layer < num_layers:
         raise ValueError(
             f"layer={layer} is not one of the model's {num_layers}: 0 to {num_layers - 1}, or "
             f"-{num_layers} to -1, or all"
         )
-    return layer % num_layers
+    return int(layer) % num_layers
 
 
 def _first_layers(model: MaeAst, count: int) -> MaeAst:
@@ -243,8 +243,6 @@ def _embed(
     num_frames_B: frames that count. own_Bx2: the first own step and the one past the last.
     """
     fbank_BxTxF = fbank.fbank(audio_BxS)
-    is_real_BxT = jnp.arange(fbank_BxTxF.shape[1])[None, :] < num_frames_B[:, None]
-    fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
     model = nnx.merge(plan.graph, state)
     states_LxBxNxD = model.encode_fbank(fbank_BxTxF, num_frames_B).hidden_states
     if not plan.all_layers:

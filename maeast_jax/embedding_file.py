@@ -126,6 +126,7 @@ class _NpzWriter(_Writer):
 
     def __init__(self, *args):
         super().__init__(*args)
+        self._partial.touch()  # what cannot be written is known before anything is computed
         self._files: list[str] = []
         self._embeddings: list[np.ndarray] = []
 

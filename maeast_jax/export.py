@@ -19,9 +19,10 @@ from absl import flags
 
 from maeast_jax import authors_file, checkpoint, config, logs, pretrained, program
 from maeast_jax.authors_file import AuthorsFile
-from maeast_jax.pretrained import Pretrained
+from maeast_jax.pretrained import FILES, Pretrained
 
-_FILES = (".pt", ".safetensors")
+# Names that a user means a file by; anything else is a folder's.
+_OTHER_FILES = (".pth", ".ckpt", ".bin", ".npz", ".onnx", ".tar", ".h5", ".msgpack", ".gz", ".zip")
 
 
 def export(
@@ -44,23 +45,24 @@ def export(
       ValueError: no such checkpoint, or an output that cannot be; nothing was written. OSError.
     """
     output = Path(output).expanduser()
-    is_file = output.suffix in _FILES
+    is_file = output.suffix in FILES
     if max_token_length is not None and not (is_file and max_token_length > 0):
         raise ValueError(
-            f"--max_token_length={max_token_length} is for {' and '.join(_FILES)} files, at least 1"
+            f"--max_token_length={max_token_length} is for {' and '.join(FILES)} files, at least 1"
         )
-    if not is_file and output.suffix in (".pth", ".ckpt", ".bin", ".npz", ".onnx"):
-        raise ValueError(f"--output={output}: use {' or '.join(_FILES)}, or the name of a folder")
+    if not is_file and output.suffix.lower() in FILES + _OTHER_FILES:
+        raise ValueError(f"--output={output}: use {' or '.join(FILES)}, or the name of a folder")
     if is_file and output.exists() and not overwrite:
         raise ValueError(f"--output={output} exists; choose another name or pass --overwrite")
-    if not is_file and checkpoint.saved_steps(output):
-        raise ValueError(f"--output={output} holds checkpoints already; choose another folder")
+    if not is_file:
+        checkpoint.check_new(output)
+    elif not output.parent.is_dir():
+        raise ValueError(f"--output={output}: {output.parent} is not a folder; make it first")
     if output.suffix == ".pt":
         _import_torch()
     source = pretrained.read(source)
     if encoder_only:
         source = source.encoder_only()
-    output.parent.mkdir(parents=True, exist_ok=True)
     if is_file:
         _write_file(output, authors_layout(source, max_token_length))
     else:
@@ -70,19 +72,26 @@ def export(
 
 def authors_layout(source: Pretrained, max_token_length: int | None = None) -> AuthorsFile:
     """A checkpoint as a file of the authors'; one that was theirs comes back as it was."""
-    rows = max_token_length or authors_file.MAX_TOKEN_LENGTH
-    if source.cfg and not max_token_length:
-        rows = source.cfg["model"].get("max_token_length", rows)
-    built = authors_file.build(source.config, *source.read_weights(), max_token_length=rows)
+    extras = source.read_extras()
+    rows = max_token_length
+    if rows is None and source.cfg:
+        table = extras.get("enc_sine_pos_embed.pe")
+        rows = source.cfg["model"].get("max_token_length", table is not None and table.shape[1])
+    built = authors_file.build(
+        source.config,
+        *source.read_weights(),
+        num_frames=source.num_frames,
+        max_token_length=rows or authors_file.MAX_TOKEN_LENGTH,
+    )
     if source.cfg is None:
         return built
-    model = source.cfg["model"] | {"max_token_length": rows}
+    model = source.cfg["model"] | {"max_token_length": built.cfg["model"]["max_token_length"]}
     if source.config.is_encoder_only:
         for name in ("decoder_layers", "decoder_embed_dim", "use_post_enc_proj", "dec_sine_pos"):
             model[name] = built.cfg["model"][name]
     kept = {
         name: tensor.astype(np.float32)
-        for name, tensor in source.read_extras().items()
+        for name, tensor in extras.items()
         if name in built.tensors and tensor.shape == built.tensors[name].shape
     }
     return AuthorsFile(source.cfg | {"model": model}, built.tensors | kept)
@@ -100,6 +109,9 @@ def _write_file(output: Path, file: AuthorsFile) -> None:
 
             # "format" is what readers for PyTorch look for.
             save_file(file.tensors, partial, {"format": "pt", "config": json.dumps(file.cfg)})
+            # It makes files for their owner alone.
+            os.umask(mask := os.umask(0o022))
+            partial.chmod(0o666 & ~mask)
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
@@ -113,7 +125,7 @@ def _write_workdir(output: Path, source: Pretrained) -> None:
     metadata: dict[str, Any] = {"config": settings.to_dict()}
     parts = {"weights": {"params": params, "statistics": statistics}}
     if source.cfg:
-        metadata["authors_cfg"] = json.loads(json.dumps(source.cfg, default=str))
+        metadata["authors_cfg"] = source.cfg
         parts[pretrained.EXTRAS] = source.read_extras()
     checkpoint.write_parts(output, parts, metadata)
 
@@ -136,12 +148,12 @@ def _summary(source: Pretrained, output: Path) -> str:
         f"{model.tokens} tokens",
         "written": str(output),
     }
-    if output.suffix in _FILES:
+    if output.suffix in FILES:
         lines["written"] += f", {logs.si(output.stat().st_size, 'B')}"
     if output.suffix == ".pt":
         lines["load it"] = (
-            'python -c "from s3prl.upstream.mae_ast.expert import UpstreamExpert; '
-            f"UpstreamExpert('{output}')\""
+            f'torch.load("{output}")["model"]\n'
+            f'in s3prl: UpstreamExpert("{output}"), see docs/pytorch.md'
         )
     elif output.suffix == ".safetensors":
         lines["load it"] = f'safetensors.torch.load_file("{output}")'

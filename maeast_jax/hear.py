@@ -42,12 +42,10 @@ def load_model(
         raise ValueError(f"scene_pool={scene_pool!r} is unknown; known: time, mean")
     if isinstance(layer, str):
         raise ValueError(f"layer={layer!r} must be a number: HEAR embeddings are of one layer")
-    source = pretrained.read(model_file_path)
-    model = source.model(dtype)
-    common = {"layer": layer, "window_frames": source.window_frames}
+    model = pretrained.load(model_file_path, dtype)
     return _model_class()(
-        scene=embedder.Embedder(model, pool=scene_pool, **common),
-        timestamp=embedder.Embedder(model, pool="none", **common),
+        scene=embedder.Embedder(model, pool=scene_pool, layer=layer),
+        timestamp=embedder.Embedder(model, pool="none", layer=layer),
     )
 
 

@@ -4,10 +4,12 @@ Names of shapes: B clips, N tokens, M queries, D width, H heads, L layers.
 Compute runs in `dtype`; parameters, layer norms and the softmax are float32.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 # BERT's initial values, which the authors use throughout both transformers.
@@ -20,6 +22,24 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+    """float32 in full: GPUs would round its factors to 10 bits, TPUs to 8."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer with torch's initial values: uniform within 1/sqrt(inputs), bias too."""
+    bound = float(np.sqrt(1.0 / inputs))
+
+    def uniform(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Linear(
+        inputs, outputs, kernel_init=uniform, bias_init=uniform, dtype=dtype,
+        precision=matmul_precision(dtype), rngs=rngs,
+    )  # fmt: skip
 
 
 def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -65,30 +85,33 @@ class Attention(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """[B, N, D] to [B, N, D], or to [B, M, D] where `queries_BxMxD` is given."""
+        einsum = functools.partial(jnp.einsum, precision=matmul_precision(self.dtype))
         kernel = self.qkv_kernel[...].astype(self.dtype)
         bias = self.qkv_bias[...].astype(self.dtype)
         if queries_BxMxD is None:
-            qkv = jnp.einsum("bnd,dchk->cbnhk", x_BxNxD, kernel) + bias[:, None, None]
+            qkv = einsum("bnd,dchk->cbnhk", x_BxNxD, kernel) + bias[:, None, None]
             q, k, v = qkv[0], qkv[1], qkv[2]
         else:
-            q = jnp.einsum("bmd,dhk->bmhk", queries_BxMxD, kernel[:, 0]) + bias[0]
-            kv = jnp.einsum("bnd,dchk->cbnhk", x_BxNxD, kernel[:, 1:]) + bias[1:, None, None]
+            q = einsum("bmd,dhk->bmhk", queries_BxMxD, kernel[:, 0]) + bias[0]
+            kv = einsum("bnd,dchk->cbnhk", x_BxNxD, kernel[:, 1:]) + bias[1:, None, None]
             k, v = kv[0], kv[1]
         q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        scores_BxHxMxN = jnp.einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
+        scores_BxHxMxN = einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
         if padding_BxN is not None:
             scores_BxHxMxN = jnp.where(padding_BxN[:, None, None, :], -jnp.inf, scores_BxHxMxN)
         weights = jax.nn.softmax(scores_BxHxMxN, axis=-1).astype(self.dtype)
         weights = dropout(weights, self.dropout_rate, key)
-        mixed_BxMxHxK = jnp.einsum("bhmn,bnhk->bmhk", weights, v)
-        out = jnp.einsum("bmhk,hkd->bmd", mixed_BxMxHxK, self.out_kernel[...].astype(self.dtype))
+        mixed_BxMxHxK = einsum("bhmn,bnhk->bmhk", weights, v)
+        out = einsum("bmhk,hkd->bmd", mixed_BxMxHxK, self.out_kernel[...].astype(self.dtype))
         return out + self.out_bias[...].astype(self.dtype)
 
 
 class Mlp(nnx.Module):
     def __init__(self, width: int, mlp_width: int, dtype, rngs: nnx.Rngs):
-        self.up = nnx.Linear(width, mlp_width, kernel_init=normal_init, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(mlp_width, width, kernel_init=normal_init, dtype=dtype, rngs=rngs)
+        common = {"kernel_init": normal_init, "dtype": dtype, "rngs": rngs}
+        common["precision"] = matmul_precision(dtype)
+        self.up = nnx.Linear(width, mlp_width, **common)
+        self.down = nnx.Linear(mlp_width, width, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.up(x), approximate=False))

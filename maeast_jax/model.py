@@ -15,7 +15,14 @@ from flax import nnx
 
 from maeast_jax import fbank, masking, patches
 from maeast_jax.input_norm import InputNorm
-from maeast_jax.layers import REMAT_POLICIES, Transformer, dropout, take_tokens
+from maeast_jax.layers import (
+    REMAT_POLICIES,
+    Transformer,
+    dropout,
+    split_key,
+    take_tokens,
+    torch_linear,
+)
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -131,6 +138,9 @@ class MaeAst(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
+        # Of the clips it was trained on, in whole tokens, where a checkpoint says so: what longer
+        # clips are best cut into.
+        self.window_frames: int | None = None
         dtype = COMPUTE_DTYPES[config.dtype]
         values = config.patch_shape[0] * config.patch_shape[1]
 
@@ -177,9 +187,7 @@ class MaeAst(nnx.Module):
         """
         if self.config.is_encoder_only:
             raise ValueError("the model is an encoder alone (decoder_layers=0): no heads to train")
-        input_key, encoder_key, decoder_key = (
-            [None] * 3 if key is None else jax.random.split(key, 3)
-        )
+        input_key, encoder_key, decoder_key = split_key(key, 3)
         num_tokens = patches_BxNxP.shape[1]
         x_BxKxD = self._embed(take_tokens(patches_BxNxP, kept_BxK), input_key)
         positions_NxD = jnp.asarray(patches.sinusoid(num_tokens, self.config.width), x_BxKxD.dtype)
@@ -192,25 +200,37 @@ class MaeAst(nnx.Module):
         )
 
     def encode_fbank(self, fbank_BxTxF: jax.Array, lengths_frames_B: jax.Array) -> Encoding:
-        """Hidden states of clips whose rows past `lengths_frames_B` are padding.
+        """Hidden states of clips whose rows past `lengths_frames_B` are padding, never looked at.
 
         Each clip needs at least one frame; frames past the last whole patch are dropped.
         """
+        is_real_BxT = jnp.arange(fbank_BxTxF.shape[1])[None, :] < lengths_frames_B[:, None]
+        # Zeros fill a last patch up, as the authors pad.
+        fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
         patches_BxNxP = self.normalized_patches(fbank_BxTxF, training=False)
-        num_tokens = patches_BxNxP.shape[1]
         _, band_tokens = patches.grid_shape(1, fbank_BxTxF.shape[2], self.config.patch_shape)
         padding_BxN = patches.token_padding(
-            lengths_frames_B, num_tokens, self.config.patch_shape, band_tokens
+            lengths_frames_B, patches_BxNxP.shape[1], self.config.patch_shape, band_tokens
         )
-        x_BxNxD = self._embed(patches_BxNxP, None)
-        positions_NxD = jnp.asarray(patches.sinusoid(num_tokens, self.config.width), x_BxNxD.dtype)
-        # The authors give padding no position; it shows only in the rows of the padding itself.
-        x_BxNxD += jnp.where(padding_BxN[..., None], jnp.zeros_like(x_BxNxD), positions_NxD)
-        _, hidden_states = self.encoder(x_BxNxD, padding_BxN)
+        _, hidden_states = self.encode_patches(patches_BxNxP, padding_BxN)
         return Encoding(hidden_states.astype(jnp.float32), padding_BxN)
 
-    def encode(self, waveforms_BxS: jax.Array, lengths_B: jax.Array | None = None) -> Encoding:
-        """Hidden states of float32 or int16 waveforms at 16 kHz with true lengths in samples.
+    def encode_patches(
+        self, patches_BxNxP: jax.Array, padding_BxN: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The encoder's output [b, N, D] and hidden states [L, b, N, D] of normalised patches.
+
+        No token looks at padding. `key` draws dropout and layer drop; None runs without.
+        """
+        input_key, encoder_key = split_key(key, 2)
+        x_BxNxD = self._embed(patches_BxNxP, input_key)
+        positions_NxD = jnp.asarray(patches.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
+        # The authors give padding no position; it shows only in the rows of the padding itself.
+        x_BxNxD += jnp.where(padding_BxN[..., None], jnp.zeros_like(x_BxNxD), positions_NxD)
+        return self.encoder(x_BxNxD, padding_BxN, encoder_key)
+
+    def encode(self, waveforms: jax.Array, lengths: jax.Array | None = None) -> Encoding:
+        """Hidden states of float32 or int16 waveforms [b, samples] at 16 kHz, true lengths [b].
 
         Samples past a clip's length are never looked at; None takes all clips as full. As in the
         authors' model, a clip's last patch, where only partly filled, is a token if a longer clip
@@ -219,11 +239,12 @@ class MaeAst(nnx.Module):
         Raises ValueError for another shape, and for lengths under 400 samples (one frame) or past
         the waveform.
         """
-        if len(waveforms_BxS.shape) != 2:
+        waveforms_BxS = jnp.asarray(waveforms)
+        if waveforms_BxS.ndim != 2:
             raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
         num_clips, num_samples = waveforms_BxS.shape
-        if lengths_B is None:
-            lengths_B = np.full(num_clips, num_samples, np.int32)
+        fbank.num_frames(num_samples)  # raises for fewer than a frame
+        lengths_B = np.full(num_clips, num_samples, np.int32) if lengths is None else lengths
         if not isinstance(lengths_B, jax.core.Tracer):
             lengths_B = np.asarray(lengths_B, np.int32)
             if lengths_B.shape != (num_clips,):
@@ -235,7 +256,7 @@ class MaeAst(nnx.Module):
                         f"frame) to {num_samples}, those of the waveforms; pad shorter clips"
                     )
         graph, state = nnx.split(self)
-        return _encode(graph, state, jnp.asarray(waveforms_BxS), jnp.asarray(lengths_B))
+        return _encode(graph, state, waveforms_BxS, jnp.asarray(lengths_B))
 
     def _embed(self, patches_BxKxP: jax.Array, key: jax.Array | None) -> jax.Array:
         x_BxKxD = self.token_projection(patches_BxKxP)
@@ -259,8 +280,6 @@ class MaeAst(nnx.Module):
 def _encode(graph: nnx.GraphDef, state, waveforms_BxS: jax.Array, lengths_B: jax.Array) -> Encoding:
     fbank_BxTxF = fbank.fbank(waveforms_BxS)
     lengths_frames_B = 1 + (lengths_B - fbank.FRAME_LENGTH) // fbank.FRAME_SHIFT
-    is_real_BxT = jnp.arange(fbank_BxTxF.shape[1])[None, :] < lengths_frames_B[:, None]
-    fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
     return nnx.merge(graph, state).encode_fbank(fbank_BxTxF, lengths_frames_B)
 
 
@@ -278,15 +297,3 @@ def model_graph(config: ModelConfig) -> nnx.GraphDef:
 def abstract_model(config: ModelConfig) -> MaeAst:
     """A model of shapes and types alone."""
     return nnx.eval_shape(lambda: MaeAst(config, nnx.Rngs(0)))
-
-
-def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer with torch's initial values: uniform within 1/sqrt(inputs), bias too."""
-    bound = float(np.sqrt(1.0 / inputs))
-
-    def uniform(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nnx.Linear(
-        inputs, outputs, kernel_init=uniform, bias_init=uniform, dtype=dtype, rngs=rngs
-    )

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax import authors_file, checkpoint, fbank
+from maeast_jax import authors_config, authors_file, checkpoint
 from maeast_jax.model import MaeAst, ModelConfig, model_graph
 
 # The paper's clips: what a checkpoint that does not say was trained on.
 _NUM_FRAMES = 1024
+# What is exported to and read from, of the authors' layout.
+FILES = (".pt", ".safetensors")
 # The parts of an imported checkpoint beside its weights: what else stood in the authors' file.
 EXTRAS = "extras"
 
@@ -43,11 +45,13 @@ class Pretrained:
     def model(self, dtype: str = "float32") -> MaeAst:
         """The flax.nnx module, computing in `dtype` (float32, bfloat16)."""
         config = dataclasses.replace(self.config, dtype=dtype)
-        return nnx.merge(model_graph(config), *jax.tree.map(jnp.asarray, self.read_weights()))
+        model = nnx.merge(model_graph(config), *jax.tree.map(jnp.asarray, self.read_weights()))
+        model.window_frames = self.window_frames
+        return model
 
     @property
     def window_frames(self) -> int:
-        """The clips it was trained on, in whole tokens: what longer clips are best cut into."""
+        """`num_frames` in whole tokens."""
         patch_frames, _ = self.config.patch_shape
         return max(1, self.num_frames // patch_frames) * patch_frames
 
@@ -84,7 +88,11 @@ def read(path: str | os.PathLike) -> Pretrained:
     Raises as `load` does.
     """
     path = os.path.expanduser(os.fspath(path))
-    return _from_file(path) if Path(path).is_file() else _from_run(path)
+    if Path(path).is_file():
+        return _from_file(path)
+    if Path(path).suffix in FILES and not Path(path).exists():
+        raise checkpoint.CheckpointError(f"{path} is not there; check the path")
+    return _from_run(path)
 
 
 def _from_run(path: str) -> Pretrained:
@@ -94,12 +102,20 @@ def _from_run(path: str) -> Pretrained:
 
     def weights():
         parts = checkpoint.load_part(folder, "weights")
-        return parts["params"], parts["statistics"]
+        # A fine-tuned classifier's lie under the names of its two halves.
+        return tuple(parts[name].get("backbone", parts[name]) for name in ("params", "statistics"))
 
+    try:
+        config = ModelConfig(**metadata["config"]["model"])
+        num_frames = metadata["config"]["num_frames"]
+    except (KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(
+            f"{folder} was written by another version of this program ({error})"
+        ) from None
     return Pretrained(
         path=str(folder),
-        config=ModelConfig(**metadata["config"]["model"]),
-        num_frames=metadata["config"]["num_frames"],
+        config=config,
+        num_frames=num_frames or metadata["config"]["max_frames"],
         cfg=metadata.get("authors_cfg"),
         read_weights=weights,
         read_extras=lambda: checkpoint.load_part(folder, EXTRAS) if has_extras else {},
@@ -109,20 +125,16 @@ def _from_run(path: str) -> Pretrained:
 def _from_file(path: str) -> Pretrained:
     file = authors_file.read(path)
     try:
-        config = authors_file.model_config(file)
+        config = authors_config.model_config(file.cfg, file.has_decoder)
         weights = authors_file.weights(file, config)
+        num_frames = authors_config.num_frames(file.cfg) or _NUM_FRAMES
     except ValueError as error:
-        raise authors_file.AuthorsFileError(f"{path}: {error}") from None
+        raise authors_config.AuthorsFileError(f"{path}: {error}") from None
     return Pretrained(
         path=path,
         config=config,
-        num_frames=_num_frames(file),
+        num_frames=num_frames,
         cfg=file.cfg,
         read_weights=lambda: weights,
         read_extras=lambda: authors_file.extras(file),
     )
-
-
-def _num_frames(file: authors_file.AuthorsFile) -> int:
-    samples = file.cfg["task"].get("max_sample_size") or fbank.num_samples(_NUM_FRAMES)
-    return max(1, fbank.num_frames(samples))

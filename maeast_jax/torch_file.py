@@ -1,24 +1,25 @@
 """Reads what torch.save writes, without torch and without running anything that is in it.
 
 A file is a zip archive: a pickle, `data.pkl`, and a member for each storage. The pickle is read in
-two steps. `_parse` follows its opcodes to a graph in which a name is text and a call is a name with
-arguments; `_Values` makes plain values of what that graph holds, and refuses each name that it does
-not know. (Layout: torch/serialization.py and torch/_utils.py; opcodes: pickletools.)
+two steps. `torch_pickle` follows its opcodes to a graph in which a name is text and a call is a
+name with arguments; `_Values` makes plain values of what that graph holds, and refuses each name
+that it does not know. (Layout: torch/serialization.py and torch/_utils.py.)
 """
 
 import collections
 import os
-import pickletools
 import posixpath
 import zipfile
+from collections.abc import Collection
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from maeast_jax.torch_pickle import Budget, Node, TorchFileError, parse
+
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # a number that opens files of torch < 1.6
 _DEEPEST = 100  # containers in one another; configurations have a few
-_SPARE_BYTES = 1 << 26
 _CHUNK_BYTES = 1 << 24
 # fmt: off
 _DTYPES = {
@@ -28,32 +29,32 @@ _DTYPES = {
         "BFloat16": ml_dtypes.bfloat16,
     }.items()
 }
-_LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "BINBYTES",
-    "SHORT_BINBYTES",
-}
 # fmt: on
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _DTYPE_NAMES = {f"torch.{dtype.name}": dtype.name for dtype in _DTYPES.values()}
+_DICTS = {"builtins.dict", "collections.OrderedDict", "collections.defaultdict"}
+_NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _SCALARS = str | int | float | complex | bytes | None
 
 
-class TorchFileError(ValueError):
-    """A file that torch.save did not write, is damaged, or holds what is not read; one line."""
-
-
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike, keys: Collection[str] | None = None) -> Any:
     """What `torch.save` was given: containers and values, with tensors as numpy arrays.
 
     A tensor or parameter is a contiguous, writable array; bfloat16 is that of ml_dtypes. Arrays
     share memory only where tensors were the whole of one storage, as tied weights are. An
     argparse.Namespace is a dict; an omegaconf configuration is dicts and lists, in which
     interpolations and missing values ("???") are strings as they were written. A defaultdict is a
-    dict, a torch.Size a tuple; a torch.dtype, a torch.device or a path is its name.
+    dict, a torch.Size a tuple, a numpy scalar a Python number, the member of an enumeration in an
+    omegaconf EnumNode its value; a torch.dtype, a torch.device or a path is its name.
+
+    Args:
+      path: the file.
+      keys: of a dict, those that are wanted: the result is a dict of these alone, in this order.
+        What the others hold is neither made nor read, so it may be anything. None: everything.
 
     Raises:
       TorchFileError: another kind of file, a damaged one, or one that holds anything else (by its
-        module.name), a container in itself, or containers more than 100 deep.
+        module.name), a container in itself, containers more than 100 deep, or values that take
+        over four times its size. With `keys`: no dict, or one without them, and its keys.
       OSError: the file cannot be opened.
     """
     with open(path, "rb") as file:
@@ -63,7 +64,7 @@ def read(path: str | os.PathLike) -> Any:
                     "it is of torch before 1.6; load and save it once with a newer torch"
                 )
             with zipfile.ZipFile(file) as archive:
-                return _read_archive(archive, os.fstat(file.fileno()).st_size)
+                return _read_archive(archive, os.fstat(file.fileno()).st_size, keys)
         except MemoryError:
             raise  # about this machine, not about the file
         except TorchFileError as error:
@@ -76,7 +77,7 @@ def read(path: str | os.PathLike) -> Any:
             ) from error
 
 
-def _read_archive(archive: zipfile.ZipFile, file_bytes: int) -> Any:
+def _read_archive(archive: zipfile.ZipFile, file_bytes: int, keys: Collection[str] | None) -> Any:
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
         raise TorchFileError(
@@ -85,80 +86,13 @@ def _read_archive(archive: zipfile.ZipFile, file_bytes: int) -> Any:
     folders = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(folders) != 1:
         raise TorchFileError(f"it holds {len(folders)} files data.pkl, expected torch.save's one")
-    values = _Values(archive, folders[0], file_bytes)
+    # Members can overlap and views repeat values: a small file must not fill the memory.
+    budget = Budget(file_bytes)
+    values = _Values(archive, folders[0], budget)
     if f"{folders[0]}byteorder" in names and values.member("byteorder").tobytes() != b"little":
         raise TorchFileError("it is big-endian, expected little-endian; save it on such a machine")
-    return values.value(_parse(values.member("data.pkl").tobytes()))
-
-
-class _Node:
-    """A name (arguments are None) or a call of it, with what the pickle puts into the result.
-
-    Lists and dicts are calls too, so that no key is hashed before it has been checked.
-    """
-
-    __slots__ = ("arguments", "items", "name", "state")
-
-    def __init__(self, name: str, arguments: tuple | None = None):
-        self.name = name
-        self.arguments = arguments
-        self.items = []  # of a dict: pairs
-        self.state = None
-
-
-def _parse(data: bytes) -> Any:
-    """The graph that a pickle describes: nodes, tuples, scalars. Nothing is imported or called."""
-    stack, marks, memo = [], [], {}
-    for opcode, argument, _ in pickletools.genops(data):
-        takes = opcode.stack_before
-        if pickletools.stackslice in takes:  # what lies above the last mark, as a list
-            mark = marks.pop()
-            start = max(mark - takes.index(pickletools.markobject), 0)
-            operands = [*stack[start:mark], stack[mark:]]
-        else:
-            start = max(len(stack) - len(takes), 0)
-            operands = stack[start:]
-        del stack[start:]
-        match [opcode.name, *operands]:
-            case [name, *_] if name in _LITERALS:
-                stack.append(argument)
-            case [name, *_] if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case ["BINPUT" | "LONG_BINPUT", *_]:
-                memo[argument] = stack[-1]
-            case ["BINGET" | "LONG_BINGET", *_]:
-                stack.append(memo[argument])
-            case ["MARK", *_]:
-                marks.append(len(stack))
-            case ["TUPLE1" | "TUPLE2" | "TUPLE3", *items] | ["TUPLE", list(items)]:
-                stack.append(tuple(items))
-            case ["EMPTY_DICT" | "EMPTY_LIST" as name, *_]:
-                stack.append(_Node(f"builtins.{name.removeprefix('EMPTY_').lower()}", ()))
-            case ["APPEND", _Node() as node, *items] | ["APPENDS", _Node() as node, list(items)]:
-                node.items.extend(items)
-                stack.append(node)
-            case ["SETITEM", _Node() as node, *items] | ["SETITEMS", _Node() as node, list(items)]:
-                node.items.extend(zip(items[::2], items[1::2], strict=True))
-                stack.append(node)
-            case ["GLOBAL", *_]:  # `__builtin__` is Python 2's name
-                name = argument.replace(" ", ".", 1).replace("__builtin__.", "builtins.")
-                stack.append(_Node(name))
-            case ["REDUCE" | "NEWOBJ", _Node() as called, tuple(arguments)]:
-                name = called.name if called.arguments is None else f"{called.name}()"
-                stack.append(_Node(name, arguments))
-            case ["BUILD", _Node() as node, state]:
-                node.state = state
-                stack.append(node)
-            case ["BINPERSID", identity]:
-                stack.append(_Node("storage", (identity,)))
-            case ["STOP", graph]:
-                return graph
-            case [name, *_] if name not in ("PROTO", "POP"):
-                raise TorchFileError(
-                    f"its pickle uses {name} as torch.save's protocol 2 does not; save it with"
-                    " torch.save and its default pickle_protocol"
-                )
-    raise EOFError("its pickle does not end")
+    graph = parse(values.member("data.pkl").tobytes(), budget)
+    return values.value(graph) if keys is None else values.entries(graph, keys)
 
 
 def _hashable(value: Any) -> Any:
@@ -173,11 +107,10 @@ def _hashable(value: Any) -> Any:
 class _Values:
     """Makes plain values of a graph, each of its containers once."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str, file_bytes: int):
+    def __init__(self, archive: zipfile.ZipFile, folder: str, budget: Budget):
         self._archive = archive
         self._folder = folder
-        # Members can overlap and views repeat values: a small file must not fill the memory.
-        self._left_bytes = 4 * file_bytes + _SPARE_BYTES
+        self._budget = budget
         self._storages: dict[str, np.ndarray] = {}
         self._made: dict[int, Any] = {}  # by id: a graph can hold one container many times
         self._open: set[int] = set()
@@ -187,7 +120,7 @@ class _Values:
         info = self._archive.getinfo(self._folder + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise TorchFileError(f"its {name!r:.100} is compressed, expected stored")
-        self._spend(info.file_size)
+        self._budget.spend(info.file_size)
         data = np.empty(info.file_size, np.uint8)
         with self._archive.open(info) as file:
             for start in range(0, len(data), _CHUNK_BYTES):
@@ -195,6 +128,18 @@ class _Values:
                 if file.readinto(chunk) != len(chunk):
                     raise EOFError(f"its {name!r:.100} ends early")
         return data
+
+    def entries(self, graph: Any, keys: Collection[str]) -> dict[str, Any]:
+        """The values of `keys` in the dict that `graph` is; those of its other keys stay unmade."""
+        found = None
+        if isinstance(graph, Node) and graph.name in _DICTS and graph.arguments is not None:
+            found = {key: value for key, value in graph.items if isinstance(key, str)}
+        if found is None or not set(keys) <= set(found):
+            raise TorchFileError(
+                f"expected a dict with the keys {', '.join(keys)}, found"
+                f" {'no dict' if found is None else list(found)!s:.200}; pass a file that has them"
+            )
+        return {key: self.value(found[key]) for key in keys}
 
     def value(self, graph: Any) -> Any:
         """The plain value of a node, tuple or scalar."""
@@ -211,12 +156,14 @@ class _Values:
             self._open.remove(key)
         return self._made[key]
 
-    def _make(self, node: tuple | _Node) -> Any:
+    def _make(self, node: tuple | Node) -> Any:
         if isinstance(node, tuple):
             return tuple(map(self.value, node))
-        # A few bytes can give a large argument to one more call.
-        self._spend(sum(len(a) for a in node.arguments or () if isinstance(a, str | tuple)))
-        attributes = node.state.items if isinstance(node.state, _Node) else ()
+        arguments = node.arguments or ()
+        attributes = node.state.items if isinstance(node.state, Node) else []
+        # A few bytes can give large arguments or a large state to one more call.
+        sizeable = (arguments, attributes, *arguments)
+        self._budget.spend(sum(len(a) for a in sizeable if isinstance(a, str | tuple | list)))
         fields = {key: graph for key, graph in attributes if isinstance(key, str)}
         match node.name, node.arguments:
             case "builtins.list", ():
@@ -230,7 +177,7 @@ class _Values:
                 return ordered
             case ("builtins.set" | "builtins.frozenset") as name, (items,):
                 values = self.value(items)
-                self._spend(64 * len(values))
+                self._budget.spend(64 * len(values))
                 return (set if name == "builtins.set" else frozenset)(map(_hashable, values))
             case "builtins.bytes", ():
                 return b""
@@ -243,11 +190,22 @@ class _Values:
             case name, () if name.startswith("omegaconf."):
                 # Other fields describe the value, or lead back to what holds it.
                 for field in {"_val", "_content"} & fields.keys():
-                    match fields[field]:
-                        case _Node(arguments=(str() | int() as member,), state=None):
-                            return member  # An enumeration's is its class called with its value.
-                        case content:
-                            return self.value(content)
+                    match name, fields.get("enum_type"), fields[field]:
+                        # An enumeration's member is its class called with its value.
+                        case (
+                            "omegaconf.nodes.EnumNode",
+                            Node(name=enumeration, arguments=None),
+                            Node(name=called, arguments=(str() | int() as member,), state=None),
+                        ) if called == enumeration:
+                            return member
+                    return self.value(fields[field])
+            case (
+                "numpy.core.multiarray.scalar" | "numpy._core.multiarray.scalar",
+                (Node(name="numpy.dtype", arguments=(str(kind), *_), state=(_, order, *_)), data),
+            ) if kind in _NUMBERS and order in ("<", "|"):
+                number = self.value(data)
+                if isinstance(number, bytes) and len(number) == np.dtype(kind).itemsize:
+                    return np.frombuffer(number, kind)[0].item()
             case (("pathlib.PosixPath" | "pathlib._local.PosixPath"), tuple(parts)):
                 return posixpath.join("", *parts) or "."
             case name, None if name in _DTYPE_NAMES:
@@ -265,7 +223,7 @@ class _Values:
             " save only those, such as a state_dict()"
         )
 
-    def _dict(self, node: _Node) -> dict:
+    def _dict(self, node: Node) -> dict:
         return {_hashable(self.value(key)): self.value(value) for key, value in node.items}
 
     def _tensor(self, storage: tuple, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
@@ -288,12 +246,5 @@ class _Values:
         view = np.lib.stride_tricks.as_strided(values[offset:], shape, strides_bytes)
         if view.flags.c_contiguous and view.nbytes == len(data):
             return values.reshape(shape)
-        self._spend(view.nbytes)
+        self._budget.spend(view.nbytes)
         return view.copy()
-
-    def _spend(self, nbytes: int) -> None:
-        self._left_bytes -= nbytes
-        if self._left_bytes < 0:
-            raise TorchFileError(
-                "its values take over four times its size; save clones of its views"
-            )

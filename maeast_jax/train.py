@@ -110,7 +110,10 @@ def _first_state(
         return state
     params, statistics = checked.init_from.read_weights()
     if checked.init_from.config.is_encoder_only:
-        print(f"{checked.init_from.path} has no decoder: it starts from initial values", flush=True)
+        print(
+            f"{checked.init_from.path} has no decoder: the decoder starts from initial values",
+            flush=True,
+        )
     loaded = {"params": {**state.params, **params}, "statistics": statistics}
     return dataclasses.replace(state, **jax.device_put(loaded, sharding.replicated(checked.mesh)))
 

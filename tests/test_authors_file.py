@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax import authors_file, patches
-from maeast_jax.authors_file import AuthorsFile, AuthorsFileError
+from maeast_jax import authors_config, authors_file, patches
+from maeast_jax.authors_config import AuthorsFileError
+from maeast_jax.authors_file import AuthorsFile
 from maeast_jax.model import MaeAst, ModelConfig, split_model
 
 CONFIG = ModelConfig(
@@ -18,7 +20,13 @@ CONFIG = ModelConfig(
 
 def build(config=CONFIG, **options):
     _, params, statistics = split_model(MaeAst(config, nnx.Rngs(0)))
-    return authors_file.build(config, params, statistics, max_token_length=40, **options)
+    return authors_file.build(
+        config, params, statistics, num_frames=96, max_token_length=40, **options
+    )
+
+
+def config_of(file):
+    return authors_config.model_config(file.cfg, file.has_decoder)
 
 
 def change(file: AuthorsFile, **fields) -> AuthorsFile:
@@ -41,7 +49,7 @@ def test_the_architecture_is_taken_from_cfg():
         dropout=0.2, attention_dropout=0.3, encoder_layerdrop=0.4, dropout_input=0.5,
         random_mask_prob=0.6, mask_type="random_mask_batched",
     )  # fmt: skip
-    assert authors_file.model_config(file) == ModelConfig(
+    assert config_of(file) == ModelConfig(
         tokens="8x32", encoder_layers=5, width=24, mlp_width=40, heads=3, pre_norm=True,
         decoder_width=12, decoder_layers=4, decoder_projection=True, dropout=0.2,
         attention_dropout=0.3, layer_drop=0.4, input_dropout=0.5, mask_ratio=0.6, mask="random",
@@ -51,7 +59,7 @@ def test_the_architecture_is_taken_from_cfg():
 def test_the_golden_files_are_read_as_they_were_made(golden):
     cfg = golden["cfg"]
     file = AuthorsFile({"model": cfg, "task": {"mask_type": "chunk_mask"}}, golden["weights"])
-    config = authors_file.model_config(file)
+    config = config_of(file)
     assert (config.tokens, config.encoder_layers, config.width) == (golden["tokens"], 3, 64)
     authors_file.weights(file, config)
 
@@ -68,17 +76,23 @@ def test_the_golden_files_are_read_as_they_were_made(golden):
         ({"ast_kernel_stride_time": 10}, r"\(16, 16\) with strides \(10, 16\)"),
         ({"mask_type": "stripes"}, "cfg.task.mask_type='stripes' is unknown; known: chunk_mask"),
         ({"encoder_attention_heads": 3}, "model.width=16 must be even and a multiple of"),
+        ({"encoder_layers": "3"}, "cfg.model.encoder_layers='3' must be int"),
+        ({"encoder_layers": 3.0}, "cfg.model.encoder_layers=3.0 must be int"),
+        ({"layer_norm_first": 1}, "cfg.model.layer_norm_first=1 must be bool"),
+        ({"random_mask_prob": "x"}, "cfg.model.random_mask_prob='x' must be float"),
+        ({"mask_type": ["chunk"]}, r"cfg.task.mask_type=\['chunk'\] must be str"),
+        ({"ast_kernel_size_time": [16]}, r"cfg.model.ast_kernel_size_time=\[16\] must be int"),
     ],
     ids=str,
 )
 def test_a_model_that_is_not_built_here_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        authors_file.model_config(change(build(), **fields))
+        config_of(change(build(), **fields))
 
 
 def test_tensors_that_do_not_fit_the_cfg_are_named():
     file = build()
-    config = authors_file.model_config(file)
+    config = config_of(file)
     name = "encoder.layers.1.fc1.weight"
     missing = AuthorsFile(file.cfg, {n: t for n, t in file.tensors.items() if n != name})
     with pytest.raises(AuthorsFileError, match=f"tensor {name} is missing"):
@@ -89,13 +103,31 @@ def test_tensors_that_do_not_fit_the_cfg_are_named():
     more = AuthorsFile(file.cfg, file.tensors | {"label_embs": np.zeros(3)})
     with pytest.raises(AuthorsFileError, match="no place for the tensor label_embs"):
         authors_file.weights(more, config)
-    words = AuthorsFile(file.cfg, file.tensors | {name: "words"})
-    with pytest.raises(AuthorsFileError, match=f"model.{name} is a str, not a tensor"):
-        authors_file.weights(words, config)
     table = file.tensors["enc_sine_pos_embed.pe"] * np.float32(1.01)
     other = AuthorsFile(file.cfg, file.tensors | {"enc_sine_pos_embed.pe": table})
     with pytest.raises(AuthorsFileError, match=r"enc_sine_pos_embed.pe does not hold the sinusoid"):
         authors_file.weights(other, config)
+    flat = AuthorsFile(file.cfg, file.tensors | {"enc_sine_pos_embed.pe": table[0]})
+    with pytest.raises(AuthorsFileError, match=r"pe is \[40, 16\], expected \[1, positions, 16\]"):
+        authors_file.weights(flat, config)
+
+
+def test_the_clips_length_goes_along():
+    assert authors_config.num_frames(build().cfg) == 96
+    assert authors_config.num_frames(change(build(), max_sample_size=None).cfg) is None
+    for wrong, message in ((100, "must be a frame at least, 400"), ("160000", "must be int")):
+        with pytest.raises(AuthorsFileError, match=message):
+            authors_config.num_frames(change(build(), max_sample_size=wrong).cfg)
+
+
+def test_a_table_of_half_precision_is_not_kept():
+    file = build()
+    name = "enc_sine_pos_embed.pe"
+    assert name in authors_file.extras(file)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        half = AuthorsFile(file.cfg, file.tensors | {name: file.tensors[name].astype(dtype)})
+        authors_file.weights(half, config_of(half))
+        assert name not in authors_file.extras(half)
 
 
 def test_half_precision_is_read_as_float32():
@@ -122,18 +154,19 @@ def test_a_file_without_a_decoder_is_an_encoder(leave):
         if not name.startswith(("decoder.", "final_proj", "post_enc")) and name not in leave
     }
     file = AuthorsFile(file.cfg, encoder)
-    config = authors_file.model_config(file)
+    config = config_of(file)
     assert config.is_encoder_only and config.decoder_width == 16
     params, _ = authors_file.weights(file, config)
     assert set(params) == {"token_projection", "encoder"}
 
 
+@pytest.mark.parametrize("ratio", [0.75, 0.1, 0.3])
 @pytest.mark.parametrize("mask", ["random", "chunk", "span"])
 @pytest.mark.parametrize("changes", [{}, {"decoder_width": 8}, {"pre_norm": True}], ids=str)
-def test_what_is_written_reads_back(mask, changes):
-    config = dataclasses.replace(CONFIG, mask=mask, mask_ratio=0.75, **changes)
+def test_what_is_written_reads_back(mask, ratio, changes):
+    config = dataclasses.replace(CONFIG, mask=mask, mask_ratio=ratio, **changes)
     file = build(config)
-    back = authors_file.model_config(file)
+    back = config_of(file)
     assert back == dataclasses.replace(config, decoder_projection=config.projects_to_decoder)
     _, params, statistics = split_model(MaeAst(config, nnx.Rngs(0)))
     jax.tree.map(
@@ -156,14 +189,17 @@ def test_an_encoder_alone_holds_no_more_than_strict_loading_needs():
     file = build(config)
     assert file.cfg["model"]["decoder_layers"] == 0
     assert not any(name.startswith(("decoder.layers", "dec_sine")) for name in file.tensors)
-    assert authors_file.model_config(file).is_encoder_only
+    assert config_of(file).is_encoder_only
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weights": 1}, "expected the keys cfg and model, found keys weights"),
-        ([1], "found no dict"),
+        ({"weights": 1}, r"x.pt: expected a dict with the keys cfg, model, found \['weights'\]"),
+        ([1], "x.pt: expected a dict with the keys cfg, model, found no dict"),
+        ({"cfg": {"model": {}, "task": {"a": b"bytes"}}, "model": {}}, "more than plain values"),
+        ({"cfg": {"model": {}, "task": {}}, "model": [1]}, "model is a list, not named tensors"),
+        ({"cfg": {"model": {}, "task": {}}, "model": {"a": 1}}, "model.a is a int, not a tensor"),
         ({"cfg": {"model": {}}, "model": {}}, "holds no cfg.task"),
         ({"cfg": None, "model": {}}, "holds no cfg.model"),
     ],
@@ -172,7 +208,7 @@ def test_an_encoder_alone_holds_no_more_than_strict_loading_needs():
 def test_another_kind_of_file_is_refused(tmp_path, content, message):
     torch = pytest.importorskip("torch")
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(AuthorsFileError, match=message):
+    with pytest.raises(ValueError, match=message):
         authors_file.read(tmp_path / "x.pt")
 
 

@@ -66,9 +66,11 @@ def test_a_step_that_is_saved_stays_as_it_is(saved):
 def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(saved, tmp_path):
     assert checkpoint.find(saved).name == "15"
     assert checkpoint.find(saved / "checkpoints" / "10").name == "10"
-    for wrong in (saved / "checkpoints" / "11", tmp_path / "nowhere", saved / "checkpoints"):
-        with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint; name a run's"):
-            checkpoint.find(wrong)
+    assert checkpoint.find(saved / "checkpoints").name == "15"
+    with pytest.raises(checkpoint.CheckpointError, match=r"11 is not there; .* saved are 10, 15"):
+        checkpoint.find(saved / "checkpoints" / "11")
+    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint; name a run's"):
+        checkpoint.find(tmp_path / "nowhere")
 
 
 def test_relative_paths_are_made_absolute(saved, monkeypatch):
@@ -99,3 +101,20 @@ def test_the_configuration_file_is_replaced_whole(tmp_path):
     checkpoint.write_config(tmp_path, CONFIG | {"seed": 4})
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG | {"seed": 4}
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    whole, weights = tmp_path / "whole", {"weights": parts(3)["weights"]}
+    checkpoint.write_parts(whole, weights, {"config": CONFIG})
+    assert checkpoint.saved_steps(whole) == [0]
+    assert not checkpoint.has_part(checkpoint.find(whole), "progress")
+    with pytest.raises(checkpoint.CheckpointError, match="whole exists and is no empty folder"):
+        checkpoint.write_parts(whole, weights, {"config": CONFIG})
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_config", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_parts(tmp_path / "cut", weights, {"config": CONFIG})
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

@@ -102,13 +102,15 @@ def test_every_step_of_every_layer_becomes_a_parquet_file(sounds, model, tmp_pat
 
 def test_files_are_listed_once_as_first_named(sounds, monkeypatch):
     monkeypatch.chdir(sounds)
-    assert list_files(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav", "gone.wav"]) == [
-        "a/1.wav", "a/0.wav", str(sounds / "2.wav"), "gone.wav",
+    assert list_files(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav"]) == [
+        "a/1.wav", "a/0.wav", str(sounds / "2.wav"),
     ]  # fmt: skip
+    with pytest.raises(ValueError, match="gone is not there; check the path"):
+        list_files(["a", "gone"])
 
 
 def test_where_no_file_can_be_read_nothing_is_written(sounds, tmp_path, capsys):
-    paths = [sounds / "gone.wav", sounds / "broken.mp3"]
+    paths = [sounds / "short.wav", sounds / "broken.mp3"]
     outcome = embed(paths, checkpoint=CHECKPOINT, output=tmp_path / "out.parquet")
     assert outcome.done == [] and len(outcome.failed) == 2
     assert os.listdir(tmp_path) == []
@@ -188,12 +190,13 @@ def run(*arguments, blocked="", cwd=ROOT):
 
 
 def test_the_process_ends_with_4_where_a_file_failed(sounds, tmp_path):
+    (tmp_path / "broken.wav").write_text("words")
     done = run(
-        sounds / "a", "gone.wav", "--checkpoint", CHECKPOINT, "--layer=0", "--overwrite",
+        sounds / "a", "broken.wav", "--checkpoint", CHECKPOINT, "--layer=0", "--overwrite",
         f"--output={tmp_path / 'out.npz'}", blocked="tensorflow torch", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 4, done.stderr
-    assert "gone.wav: not found" in done.stderr
+    assert "broken.wav: " in done.stderr
     assert "Traceback" not in done.stderr
     with np.load(tmp_path / "out.npz") as file:
         assert list(file["files"]) == [str(sounds / "a/0.wav"), str(sounds / "a/1.wav")]
@@ -202,6 +205,8 @@ def test_the_process_ends_with_4_where_a_file_failed(sounds, tmp_path):
 def test_the_process_ends_with_2_for_a_mistake(tmp_path):
     for arguments, message in [
         (["a.wav", "--output=a.npz"], "error: --checkpoint is missing (--help lists the flags)\n"),
+        (["a.wav"], "error: --checkpoint and --output are missing"),
+        (["gone.wav", "--checkpoint=x", "--output=a.npz"], "error: gone.wav is not there; check"),
         (["--pool=max", "--checkpoint=x", "--output=a.npz"], "--pool=max"),
     ]:
         done = run(*arguments, cwd=tmp_path)

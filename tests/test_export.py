@@ -66,7 +66,8 @@ def test_a_run_goes_out_and_comes_back(workdir, tmp_path, name):
     assert_same_weights(workdir, tmp_path / name)
     export(tmp_path / name, tmp_path / "dir")
     assert_same_weights(workdir, tmp_path / "dir")
-    assert pretrained.read(tmp_path / "dir").num_frames == 1024
+    # How long files are cut for embedding hangs on it.
+    assert pretrained.read(tmp_path / "dir").num_frames == 64
     config = shrink(configuration.pretrain())
     config.init_from = str(tmp_path / "dir")
     train(config, tmp_path / "on")
@@ -125,20 +126,22 @@ def test_torch_reads_a_pt_as_data_alone_and_safetensors_has_its_configuration(wo
     [
         ({"output": "there.safetensors"}, "there.safetensors exists; choose another name or pass"),
         ({"output": "x.onnx"}, "x.onnx: use .pt or .safetensors, or the name of a folder"),
-        ({"output": "."}, "holds checkpoints already; choose another folder"),
+        ({"output": "."}, "exists and is no empty folder; choose another name"),
+        ({"output": "weights.PT"}, "weights.PT: use .pt or .safetensors"),
         ({"output": "d", "max_token_length": 9}, r"--max_token_length=9 is for .pt and .safetens"),
         ({"output": "x.safetensors", "max_token_length": 0}, r"--max_token_length=0 .* at least 1"),
         ({"output": "x.safetensors", "source": "none"}, "none holds no checkpoint"),
+        ({"output": "x.safetensors", "source": "none.pt"}, "none.pt is not there; check the path"),
     ],
     ids=str,
 )
 def test_mistakes_are_one_line_and_write_nothing(workdir, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    os.symlink(workdir / "checkpoints", "checkpoints")
     Path("there.safetensors").touch()
     before = sorted(os.listdir())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         export(**({"source": workdir} | options))
+    assert "\n" not in str(error.value)
     assert sorted(os.listdir()) == before and not Path("there.safetensors").stat().st_size
 
 

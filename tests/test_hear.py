@@ -1,6 +1,7 @@
 """The HEAR API: by the HEAR validator where it is installed, and by what the steps hold."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from maeast_jax import embedder, fbank, hear, patches, pretrained
+from maeast_jax import authors_file, embedder, fbank, hear, patches, pretrained
+from maeast_jax.export import export
 
 torch = pytest.importorskip("torch")
 
@@ -133,3 +136,20 @@ def test_audio_of_another_kind_is_one_error(model, audio):
 def test_what_cannot_be_loaded_is_one_error(path, options, message):
     with pytest.raises(ValueError, match=message):
         hear.load_model(path, **options)
+
+
+def test_long_sounds_are_cut_into_clips_like_those_it_was_trained_on(tmp_path):
+    export(GOLDEN / "tiny_patch.pt", tmp_path / "x.safetensors")
+    file = authors_file.read(tmp_path / "x.safetensors")
+    file.cfg["task"]["max_sample_size"] = fbank.num_samples(64)
+    save_file(file.tensors, tmp_path / "x.safetensors", {"config": json.dumps(file.cfg)})
+    audio = noise(1, fbank.num_samples(128))
+    whole = hear.load_model(GOLDEN / "tiny_patch.pt")
+    cut = hear.load_model(tmp_path / "x.safetensors")
+    first_half = audio[:, : fbank.num_samples(64)]
+    wanted, _ = hear.get_timestamp_embeddings(first_half, whole)
+    embeddings, timestamps = hear.get_timestamp_embeddings(audio, cut)
+    assert timestamps.shape == (1, 8)
+    np.testing.assert_allclose(embeddings[:, :4], wanted, rtol=0, atol=1e-4)
+    uncut, _ = hear.get_timestamp_embeddings(audio, whole)
+    assert np.abs(np.asarray(uncut[:, :4] - wanted)).max() > 1e-2

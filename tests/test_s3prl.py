@@ -170,10 +170,10 @@ def test_what_is_exported_loads_strictly_in_s3prl(changes, encoder_only, tmp_pat
     _, params, statistics = split_model(MaeAst(ModelConfig(**config.model), nnx.Rngs(0)))
     statistics["input_norm"] |= {"mean": jnp.float32(-6.5), "variance": jnp.float32(17)}
     weights = {"params": params, "statistics": statistics}
-    checkpoint.write_parts(tmp_path, {"weights": weights}, {"config": config.to_dict()})
-    export(tmp_path, tmp_path / "x.pt", encoder_only=encoder_only)
+    checkpoint.write_parts(tmp_path / "run", {"weights": weights}, {"config": config.to_dict()})
+    export(tmp_path / "run", tmp_path / "x.pt", encoder_only=encoder_only)
     expert = reference.expert(tmp_path / "x.pt")  # load_state_dict(strict=True)
-    ours = pretrained.load(tmp_path)
+    ours = pretrained.load(tmp_path / "run")
     for deviation in fidelity.deviations(ours, expert, clips_of(9_000, 12_345)):
         assert deviation.relative < TOLERANCE
 
