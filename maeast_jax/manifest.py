@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 from maeast_jax.audio import AUDIO_SUFFIXES
@@ -13,21 +13,51 @@ class ManifestError(ValueError):
     """A source of files that does not serve; one line that says what to do about it."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class AudioFile:
     """A file to go into a data set.
 
     Attributes:
       path: to open it.
       id: its path below the folder that the listing starts at, as printable text.
-      label: None in sets without labels.
+      label: None in sets without labels; in multi-label sets the names of all that hold.
       split: None until `assign_splits`.
+      piece_seconds: the length of the pieces that it is cut into; None for what the build is told.
     """
 
     path: str
     id: str
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
     split: str | None = None
+    piece_seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The files that go into a data set, what they are to be told apart by, and what is missing.
+
+    Attributes:
+      files: at least one.
+      label_names: the classes in the order of their numbers, None for a set without labels.
+      missing: (id, split) of the clips that the set's own lists name and its folder lacks.
+    """
+
+    files: list[AudioFile]
+    label_names: tuple[str, ...] | None
+    missing: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, files: list[AudioFile]) -> "Listing":
+        """The classes are those of the files, in alphabetical order."""
+        if isinstance(files[0].label, tuple):
+            names = {name for file in files for name in file.label}
+        else:
+            names = {file.label for file in files} - {None}
+        return cls(files, tuple(sorted(names)) or None)
+
+    @property
+    def is_multi_label(self) -> bool:
+        return isinstance(self.files[0].label, tuple)
 
 
 def list_folder(audio_dir: str | Path, label_from_folder: bool = False) -> list[AudioFile]:
@@ -42,7 +72,7 @@ def list_folder(audio_dir: str | Path, label_from_folder: bool = False) -> list[
     root = Path(os.path.expanduser(audio_dir))
     if not root.is_dir():
         raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
-    paths = sorted(path.relative_to(root) for path in _walk(root))
+    paths = sorted(path.relative_to(root) for path in audio_paths(root))
     if not paths:
         raise ManifestError(
             f"no audio file below {audio_dir} (looked for {' '.join(sorted(AUDIO_SUFFIXES))}):"
@@ -57,14 +87,15 @@ def list_folder(audio_dir: str | Path, label_from_folder: bool = False) -> list[
     return [
         AudioFile(
             str(root / path),
-            _printable(path.as_posix()),
-            _printable(path.parent.name) if label_from_folder else None,
+            printable(path.as_posix()),
+            printable(path.parent.name) if label_from_folder else None,
         )
         for path in paths
     ]
 
 
-def _walk(root: Path) -> Iterable[Path]:
+def audio_paths(root: Path) -> Iterator[Path]:
+    """Every audio file below `root`, in no order; hidden files and folders are left out."""
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -83,7 +114,9 @@ def read_manifest(manifest: str | Path, audio_dir: str | Path | None = None) -> 
 
     Either tab-separated with a header that has `path` and, where there are, `label` and `split`
     (other columns are ignored), or fairseq's format, as the authors use: a directory on the first
-    line, then path and length in samples (which is ignored: files are decoded anyway).
+    line, then path and length in samples (which is ignored: files are decoded anyway). Where a clip
+    may be of several classes, the column is `labels`, with `;` between them; an empty cell there is
+    a clip of none.
 
     Args:
       audio_dir: where relative paths start; None for the manifest's folder or, in fairseq's format,
@@ -93,7 +126,7 @@ def read_manifest(manifest: str | Path, audio_dir: str | Path | None = None) -> 
       ManifestError: unreadable, neither format, no rows, an empty cell, a path listed twice.
     """
     manifest = Path(os.path.expanduser(manifest))
-    lines = _lines(manifest)
+    lines = read_lines(manifest, f"--manifest={manifest}")
     header = lines[0][1].split("\t")
     if "path" in header:
         base, rows = manifest.parent, lines[1:]
@@ -111,20 +144,24 @@ def read_manifest(manifest: str | Path, audio_dir: str | Path | None = None) -> 
         raise ManifestError(
             f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
         )
+    if {"label", "labels"} <= set(header):
+        raise ManifestError(f"{manifest} has a column `label` and a column `labels`: drop one")
     files = [_row_file(manifest, number, line, header, base) for number, line in rows]
-    _check_unique(manifest, files)
+    if "labels" in header and not any(file.label for file in files):
+        raise ManifestError(f"{manifest}: no class in its column `labels`; fill it in, or drop it")
+    check_unique(manifest, files)
     return files
 
 
-def _lines(manifest: Path) -> list[tuple[int, str]]:
-    """(number from 1, text) of the lines that are not blank."""
+def read_lines(path: Path, name: str, encoding: str = "utf-8-sig") -> list[tuple[int, str]]:
+    """(number from 1, text) of the lines that are not blank; `name` is for the ManifestError."""
     try:
-        text = manifest.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding)
     except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"cannot read --manifest={manifest}: {error}") from None
+        raise ManifestError(f"cannot read {name}: {error}") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise ManifestError(f"{manifest} is empty: list the audio files in it")
+        raise ManifestError(f"{path} is empty: list the audio files in it")
     return lines
 
 
@@ -140,13 +177,29 @@ def _row_file(manifest: Path, number: int, line: str, header: list[str], base: P
             raise ManifestError(
                 f"{manifest}, line {number}: no {column}; fill it in, or drop the line or column"
             )
+    label = row.get("label")
+    if "labels" in header:
+        label = _split_labels(row.get("labels"), f"{manifest}, line {number}")
     path = base / row["path"]
     inside = path.is_relative_to(base)
     name = path.relative_to(base) if inside else path
-    return AudioFile(str(path), _printable(name.as_posix()), row.get("label"), row.get("split"))
+    return AudioFile(str(path), printable(name.as_posix()), label, row.get("split"))
 
 
-def _check_unique(manifest: Path, files: list[AudioFile]) -> None:
+def _split_labels(cell: str | None, place: str) -> tuple[str, ...]:
+    """The names in a cell of the column `labels`; `place` is for the ManifestError."""
+    if cell is None:
+        raise ManifestError(
+            f"{place}: no column `labels`; end the line in a tab for a clip of none"
+        )
+    names = tuple(name.strip() for name in cell.split(";")) if cell else ()
+    if "" in names:
+        raise ManifestError(f"{place}: an empty name in labels {cell!r}; put one `;` between two")
+    return names
+
+
+def check_unique(manifest: Path, files: list[AudioFile]) -> None:
+    """Raises ManifestError where two files have one id."""
     seen = set()
     for file in files:
         if file.id in seen:
@@ -177,7 +230,7 @@ def _hash_percent(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64 * 100
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text that UTF-8 and a line of TSV can hold; file names are arbitrary bytes."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return text.replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")

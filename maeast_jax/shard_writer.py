@@ -3,31 +3,23 @@
 TensorFlow Datasets is imported inside the function that needs it.
 """
 
-import contextlib
-import errno
-import fcntl
 import itertools
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from maeast_jax import staging
 from maeast_jax.audio import SAMPLE_RATE_HZ
+from maeast_jax.staging import DataError
 
 VERSION = "1.0.0"
-_STAGING_PREFIX = "incomplete."
-_LOCK = "lock"
-_ASIDE = f"replaced.{VERSION}"
 
-Example = tuple[str, np.ndarray, str | None]  # id, int16 [samples] at 16 kHz, label
-
-
-class DataError(ValueError):
-    """A data set that cannot be written or opened; one line that says what to do about it."""
+# id, int16 [samples] at 16 kHz, label: in multi-label sets the names of all that hold
+Example = tuple[str, np.ndarray, str | Collection[str] | None]
 
 
 def resolve_data_dir(data_dir: str | Path | None) -> Path:
@@ -44,13 +36,16 @@ def write(
     data_dir: str | Path | None,
     splits: Mapping[str, Callable[[], Iterator[Example]]],
     label_names: Sequence[str] | None = None,
+    multi_label: bool = False,
     description: str = "",
     finish: Callable[[Path], None] | None = None,
     overwrite: bool = False,
     wait: bool = False,
     may_be_empty: Collection[str] = (),
 ) -> Path:
-    """Writes the TFDS data set `data_dir/name/1.0.0`: `id`, `audio` and, where named, `label`.
+    """Writes the TFDS data set `data_dir/name/1.0.0`: `id`, `audio` and, where named, the class.
+
+    That is `label`, a ClassLabel; in multi-label sets `labels`, a Sequence of it.
 
     Everything goes into an incomplete directory that nothing opens and that is renamed at the end,
     so whoever kills this leaves what was there before; the next call removes the remains. The
@@ -62,6 +57,8 @@ def write(
       splits: split name -> function that returns an iterator of (id, int16 [samples] at 16 kHz,
         label); ids are unique over all splits.
       label_names: the classes in the order of their numbers; None for a set without labels.
+      multi_label: an example's label is a collection of names, empty where none holds; they are
+        stored in the order of their numbers.
       finish: called with the directory when all examples are out and before the rename: it may add
         files, or raise to fail the build.
       overwrite: replace an existing set, once the new one is complete.
@@ -79,21 +76,19 @@ def write(
     """
     data_dir = resolve_data_dir(data_dir)
     check_writable(name, data_dir, list(splits), overwrite or wait)
-    home, target = data_dir / name, data_dir / name / VERSION
-    with _locked(home, wait):
-        _clear(home)
+    target = data_dir / name / VERSION
+    with staging.locked(target, wait):
         if wait and not overwrite and target.exists():
             return target
-        _check_free(home, overwrite)  # a build may have ended since the first check
-        with tempfile.TemporaryDirectory(
-            prefix=_STAGING_PREFIX, dir=home, ignore_cleanup_errors=True
-        ) as staging:
-            builder = _builder(name, staging, splits, may_be_empty, label_names, description)
+        _check_free(target, overwrite)  # a build may have ended since the first check
+        with staging.directory(target) as aside:
+            classes = _Classes(label_names, multi_label)
+            builder = _builder(name, aside, splits, may_be_empty, classes, description)
             builder.download_and_prepare(file_format="array_record")
             staged = Path(builder.data_dir)
             if finish is not None:
                 finish(staged)
-            _publish(staged, target)
+            staging.publish(staged, target)
     return target
 
 
@@ -119,107 +114,59 @@ def check_writable(
             f"cannot write to data directory {data_dir} ({error.strerror}): choose another"
             " (--data_dir of build_dataset, data.dir of a configuration)"
         ) from None
-    _check_free(data_dir / name, overwrite)
+    _check_free(data_dir / name / VERSION, overwrite)
 
 
-def _check_free(home: Path, overwrite: bool) -> None:
+def _check_free(target: Path, overwrite: bool) -> None:
+    home = target.parent
     if home.exists() and not home.is_dir():
         raise DataError(f"{home} is a file: choose another name, or move it away")
-    foreign = {path.name for path in home.glob("*") if path.is_dir()} - {VERSION, _ASIDE}
-    foreign = sorted(entry for entry in foreign if not entry.startswith(_STAGING_PREFIX))
-    if foreign:
+    if foreign := staging.others(target):
         raise DataError(
             f"{home} holds another data set ({', '.join(foreign)}): choose another name"
         )
-    if not overwrite and ((home / VERSION).exists() or (home / _ASIDE).exists()):
+    if not overwrite and staging.is_there(target):
         raise DataError(
-            f"data set {home / VERSION} exists: choose another name, or pass --overwrite to replace"
-            " it"
+            f"data set {target} exists: choose another name, or pass --overwrite to replace it"
         )
-
-
-# --- one build at a time, whole or not at all ------------------------------------------------
-
-
-@contextlib.contextmanager
-def _locked(home: Path, wait: bool) -> Iterator[None]:
-    """Makes `home` and holds the lock on its file, which ends with the process however that ends.
-
-    Both are removed afterwards, `home` where it is empty: the build failed and nothing was there.
-    """
-    path = home / _LOCK
-    while True:
-        home.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(path, "w")  # noqa: SIM115 (closed below)
-        except FileNotFoundError:
-            continue  # the process that held the lock has just removed `home`
-        with file:
-            _lock(file, home, wait)
-            if not _is_at(file, path):
-                continue  # the process that held it has removed it: the next one makes another
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    home.rmdir()
-            return
-
-
-def _lock(file, home: Path, wait: bool) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise DataError(
-                f"another process is building {home}: wait for it, or choose another name"
-            ) from None
-        print(f"another process is building {home}: waiting for it", flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        # Some network file systems have no locks; two builds of one name at a time are rarer.
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-
-
-def _is_at(file, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _clear(home: Path) -> None:
-    """Removes what killed builds have left; whoever holds the lock knows that none is running."""
-    for leftover in home.glob(f"{_STAGING_PREFIX}*"):
-        shutil.rmtree(leftover)
-    aside = home / _ASIDE
-    if not aside.exists():
-        return
-    if (home / VERSION).exists():
-        shutil.rmtree(aside)
-    else:
-        aside.rename(home / VERSION)
-
-
-def _publish(staged: Path, target: Path) -> None:
-    """Renames `staged` to `target`, which it replaces where there is one.
-
-    Killed between the renames, neither opens, but both are complete: `_clear` brings the old back.
-    """
-    aside = target.with_name(_ASIDE)
-    if target.exists():
-        target.rename(aside)
-    staged.rename(target)
-    if aside.exists():
-        shutil.rmtree(aside)
 
 
 # --- what TFDS is given ----------------------------------------------------------------------
 
 
-def _builder(name, data_dir, splits, may_be_empty, label_names, description):
+class _Classes:
+    """The labels' feature, and what of an example goes into it."""
+
+    def __init__(self, names: Sequence[str] | None, multi_label: bool):
+        if names is None and multi_label:
+            raise DataError("multi_label needs label_names: name the classes")
+        self._names = None if names is None else list(names)
+        self._numbers = {name: number for number, name in enumerate(names or ())}
+        self._multi_label = multi_label
+
+    def features(self, tfds) -> dict:
+        if self._names is None:
+            return {}
+        label = tfds.features.ClassLabel(names=self._names)
+        return {"labels": tfds.features.Sequence(label)} if self._multi_label else {"label": label}
+
+    def encode(self, example_id: str, label) -> dict:
+        if self._names is None:
+            return {}
+        unknown = [
+            name for name in (label if self._multi_label else [label]) if name not in self._numbers
+        ]
+        if unknown:
+            raise DataError(
+                f"label {unknown[0]!r} of {example_id!r} is none of the {len(self._names)} label"
+                " names"
+            )
+        if self._multi_label:
+            return {"labels": sorted({self._numbers[name] for name in label})}
+        return {"label": self._numbers[label]}
+
+
+def _builder(name, data_dir, splits, may_be_empty, classes: _Classes, description):
     """A TFDS builder of the data set, as a class of its own because TFDS names it by class."""
     import tensorflow_datasets as tfds
 
@@ -227,9 +174,8 @@ def _builder(name, data_dir, splits, may_be_empty, label_names, description):
     features = {
         "id": tfds.features.Text(),
         "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+        **classes.features(tfds),
     }
-    if label_names is not None:
-        features["label"] = tfds.features.ClassLabel(names=list(label_names))
 
     class Shards(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         def _info(self):
@@ -244,7 +190,7 @@ def _builder(name, data_dir, splits, may_be_empty, label_names, description):
             del dl_manager
             ids = set()
             return {
-                split: _checked(split, examples, label_names, ids)
+                split: _checked(split, examples, classes, ids)
                 for split, examples in _opened(splits, may_be_empty).items()
             }
 
@@ -283,7 +229,7 @@ def _opened(splits, may_be_empty: Collection[str]) -> dict[str, Iterator[Example
     return opened
 
 
-def _checked(split, examples, label_names, ids: set[str]) -> Iterator[tuple[str, dict]]:
+def _checked(split, examples, classes: _Classes, ids: set[str]) -> Iterator[tuple[str, dict]]:
     """The examples of a split as TFDS wants them; `ids` are those of all splits so far."""
     empty = True
     for example_id, audio, label in examples:
@@ -294,13 +240,9 @@ def _checked(split, examples, label_names, ids: set[str]) -> Iterator[tuple[str,
                 f"audio of {example_id!r} is {audio.dtype} {list(audio.shape)}, expected int16"
                 " [samples] with at least one sample"
             )
-        if label_names is not None and label not in label_names:
-            raise DataError(
-                f"label {label!r} of {example_id!r} is none of the {len(label_names)} label names"
-            )
+        features = {"id": example_id, "audio": audio, **classes.encode(example_id, label)}
         ids.add(example_id)
         empty = False
-        features = {"id": example_id, "audio": audio}
-        yield example_id, features if label_names is None else {**features, "label": label}
+        yield example_id, features
     if empty:
         raise DataError(f"split {split!r} has no examples: leave it out, or put clips into it")

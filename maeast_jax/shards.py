@@ -37,6 +37,7 @@ class Split:
       sample_rate_hz: of all its audio.
       label_names: the classes in the order of their numbers, None without labels.
       has_id: whether records have a text id.
+      is_multi_label: whether a clip may be of several classes, or none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Split:
     sample_rate_hz: int
     label_names: tuple[str, ...] | None
     has_id: bool
+    is_multi_label: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -54,17 +56,25 @@ class Split:
         """Reads records in the order of `indices`, in one call; safe from several threads.
 
         Returns:
-          A dict each: `audio`, the array as it is stored, of any type and rate; `label`, int or
-          None; `id`, str or None.
+          A dict each: `audio`, the array as it is stored, of any type and rate; `label`, the
+          number of its class, in multi-label sets int64 [classes that hold], or None; `id`, str or
+          None.
         """
         return [
             {
                 "audio": np.asarray(record[self.audio_feature]),
-                "label": int(record["label"]) if self.label_names is not None else None,
+                "label": self._label(record),
                 "id": record["id"].decode() if self.has_id else None,
             }
             for record in self.records.__getitems__([int(index) for index in indices])
         ]
+
+    def _label(self, record: dict) -> int | np.ndarray | None:
+        if self.label_names is None:
+            return None
+        if self.is_multi_label:
+            return np.asarray(record["labels"], np.int64)
+        return int(record["label"])
 
 
 def open_split(
@@ -96,9 +106,8 @@ def open_split(
     _check_split(info, split)
     features = dict(info.features.items())
     audio_feature = _audio_feature(info.full_name, features, tfds)
-    label = features.get("label")
-    has_labels = isinstance(label, tfds.features.ClassLabel)
-    wanted = {audio_feature, "label", "id"}
+    label_names, is_multi_label = _classes(features, tfds)
+    wanted = {audio_feature, "label", "labels", "id"}
     return Split(
         name=info.full_name,
         split=split,
@@ -107,8 +116,9 @@ def open_split(
         ),
         audio_feature=audio_feature,
         sample_rate_hz=_sample_rate_hz(info, audio_feature, sample_rate_hz),
-        label_names=tuple(label.names) if has_labels else None,
+        label_names=label_names,
         has_id=isinstance(features.get("id"), tfds.features.Text),
+        is_multi_label=is_multi_label,
     )
 
 
@@ -248,6 +258,18 @@ def _audio_feature(data_set: str, features: dict, tfds) -> str:
         f" features are {', '.join(sorted(features))}: build one with python -m"
         " maeast_jax.build_dataset"
     )
+
+
+def _classes(features: dict, tfds) -> tuple[tuple[str, ...] | None, bool]:
+    """The names, and whether a clip may be of several."""
+    label, labels = features.get("label"), features.get("labels")
+    if isinstance(label, tfds.features.ClassLabel):
+        return tuple(label.names), False
+    if isinstance(labels, tfds.features.Sequence) and isinstance(
+        labels.feature, tfds.features.ClassLabel
+    ):
+        return tuple(labels.feature.names), True
+    return None, False
 
 
 def _skip_others(features: dict, wanted: set[str], tfds) -> dict:

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -5,10 +6,11 @@ import numpy as np
 import pytest
 from recordings import digests, noise, records, write_wav
 
-from maeast_jax import build_dataset, manifest, shards
+from maeast_jax import build_dataset, decode_pool, manifest, shards
 from maeast_jax.build_dataset import build
 
 pytest.importorskip("tensorflow_datasets")
+decode = decode_pool._decode
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,36 @@ def test_a_manifest_with_labels_splits_and_files_that_fail(tmp_path, capsys):
     assert "skipped 2 unreadable files, 1 too short" in told
 
 
+def decode_or_die(path):
+    """What a process runs in place of `decode_pool._decode`."""
+    return os._exit(1) if path.endswith("cow/4.wav") else decode(path)
+
+
+def test_a_file_that_kills_its_decoder_is_skipped(farm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode_pool, "_decode", decode_or_die)
+    directory = build(audio_dir=farm, data_dir=tmp_path, name="farm", valid_percent=0,
+                      max_skipped_percent=10, num_processes=2)  # fmt: skip
+    assert set(records(tmp_path, "train")) == {
+        f"{('cow', 'crow')[seed % 2]}/{seed}.wav" for seed in range(12) if seed != 4
+    }
+    reason = "its decoder died (crashed, or out of memory)"
+    assert (directory / "skipped.tsv").read_text() == f"path\treason\ncow/4.wav\t{reason}\n"
+    assert "skipped 1 unreadable files" in capsys.readouterr().out
+
+
+def test_a_manifest_with_several_labels_a_file(farm, tmp_path, capsys):
+    (tmp_path / "list.tsv").write_text(
+        "path\tlabels\ncow/0.wav\tmoo\ncrow/1.wav\tcaw;moo; bark\ncow/2.wav\t\n"
+    )
+    build(manifest=tmp_path / "list.tsv", audio_dir=farm, data_dir=tmp_path, name="farm",
+          valid_percent=0, num_processes=1)  # fmt: skip
+    split = shards.open_split("farm", "train", tmp_path)
+    assert (split.is_multi_label, split.label_names) == (True, ("bark", "caw", "moo"))
+    labels = {record["id"]: record["label"].tolist() for record in split.read(range(3))}
+    assert labels == {"cow/0.wav": [2], "crow/1.wav": [0, 1, 2], "cow/2.wav": []}
+    assert "3 labels, any number of them a clip: bark, caw, moo\n" in capsys.readouterr().out
+
+
 def test_fairseq_manifests(farm, tmp_path):
     (tmp_path / "train.tsv").write_text(f"{farm}\ncow/0.wav\t1600\ncrow/1.wav\t9\n")
     build(manifest=tmp_path / "train.tsv", data_dir=tmp_path, name="farm", valid_percent=0,
@@ -176,6 +208,13 @@ def test_overwriting(farm, tmp_path):
         ({"min_seconds": -1}, "--min_seconds=-1"),
         ({"min_seconds": 31}, "--min_seconds=31"),
         ({"num_processes": 0}, "--num_processes=0"),
+        ({"layout": "esc"}, "--layout=esc is unknown; known: audioset, esc50"),
+        ({"layout": "esc50"}, "esc50.csv, which --layout=esc50 needs"),
+        ({"layout": "esc50", "manifest": "x.tsv"}, "--layout=esc50 goes with --audio_dir alone"),
+        ({"layout": "esc50", "label_from_folder": True}, "goes with --audio_dir alone"),
+        ({"layout": "esc50", "audio_dir": None}, "no source: pass --audio_dir"),
+        ({"layout": "esc50", "audio_dir": None, "manifest": "x.tsv"}, "with --audio_dir alone"),
+        ({"test_dir": "x"}, "--test_dir goes with --layout=speech_commands_v1 alone"),
         ({"data_dir": "file/below"}, "cannot write to data directory file/below (Not a directory)"),
     ],
 )
@@ -227,22 +266,3 @@ def test_a_held_out_split_without_a_clip_is_left_out(tmp_path, capsys, fault):
     (tmp_path / "list.tsv").write_text("path\tsplit\n" + rows)
     with pytest.raises(shards.DataError, match="split 'valid' has no examples"):
         build(manifest=tmp_path / "list.tsv", name="named", **arguments)
-
-
-@pytest.mark.parametrize(
-    ("splits", "train", "evaluation"),
-    [
-        (["train", "valid"], "farm", "farm"),
-        (["test", "train", "valid"], "farm", "farm"),
-        (["test", "train"], "farm", "farm@test"),
-        (["train"], "farm", None),
-        (["dev", "test"], "farm@dev", "farm@test"),
-        (["dev", "valid"], "farm@dev", "farm"),
-        (["test", "valid"], "farm@test", "farm"),
-        (["valid"], "farm@valid", None),
-    ],
-)
-def test_the_next_command_names_splits_that_exist(splits, train, evaluation):
-    expected = f"--config.data.train={train}"
-    expected += f" --config.data.eval={evaluation}" if evaluation else ""
-    assert build_dataset.sources_of("farm", splits) == expected

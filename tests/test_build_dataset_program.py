@@ -30,6 +30,7 @@ def command(*arguments):
         (["--data_dir=data"], "--name is missing"),
         (["--data_dir=data", "--name=farm", "--piece=3"], "Unknown command line flag 'piece'"),
         (["--data_dir=data", "--name=farm", "--valid_percent=x"], "--valid_percent=x"),
+        (["--data_dir=data", "--name=farm", "--layout=esc"], "audioset|esc50|speech_commands_v1|"),
         (["recordings", "--data_dir=data", "--name=farm"], "unexpected argument 'recordings'"),
     ],
 )
@@ -50,6 +51,7 @@ def test_help_lists_the_flags():
     done = subprocess.run(command("--help"), capture_output=True, text=True, cwd=REPOSITORY)
     assert "--[no]label_from_folder" in done.stdout
     assert "--piece_seconds" in done.stdout
+    assert "--layout:" in done.stdout
 
 
 @pytest.fixture

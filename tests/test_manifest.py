@@ -95,6 +95,22 @@ def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     assert "cannot read" in error_of(manifest.read_manifest, "~nobody-of-that-name/list.tsv")
 
 
+def test_several_labels_a_file(tmp_path):
+    text = "path\tlabels\na.wav\tcow, black;zebra \nb.wav\t\nc.wav\tant\n"
+    files = read(tmp_path, text)
+    assert [file.label for file in files] == [("cow, black", "zebra"), (), ("ant",)]
+    listing = manifest.Listing.of(files)
+    assert (listing.is_multi_label, listing.missing) == (True, [])
+    assert listing.label_names == ("ant", "cow, black", "zebra")
+
+
+def test_one_label_a_file_may_hold_anything(tmp_path):
+    listing = manifest.Listing.of(read(tmp_path, "path\tlabel\na.wav\tcow;ant\nb.wav\tant\n"))
+    assert (listing.is_multi_label, listing.label_names) == (False, ("ant", "cow;ant"))
+    listing = manifest.Listing.of(read(tmp_path, "path\na.wav\n"))
+    assert (listing.is_multi_label, listing.label_names) == (False, None)
+
+
 def test_fairseq_format(tmp_path):
     audio = tmp_path / "audio"
     audio.mkdir()
@@ -117,6 +133,11 @@ def test_fairseq_format(tmp_path):
         ("path\tsplit\na.wav\n", "line 2: no split"),
         ("path\tlabel\n\tcow\n", "line 2: no path"),
         ("path\na.wav\n./a.wav\n", "lists a.wav twice"),
+        ("path\tlabel\tlabels\na.wav\ta\tb\n", "a column `label` and a column `labels`"),
+        ("path\tlabels\na.wav\tcow\nb.wav\n", "line 3: no column `labels`"),
+        ("path\tlabels\na.wav\tcow;;ant\n", "line 2: an empty name in labels 'cow;;ant'"),
+        ("path\tlabels\na.wav\tcow;\n", "line 2: an empty name in labels 'cow;'"),
+        ("path\tlabels\na.wav\t\nb.wav\t\n", "no class in its column `labels`"),
     ],
 )
 def test_bad_manifests(tmp_path, text, pattern):

@@ -94,6 +94,27 @@ def test_bad_examples_leave_nothing(tmp_path, example, pattern):
     assert re.search(pattern, message)
 
 
+def test_several_labels_an_example(tmp_path):
+    def labelled():
+        yield "both", clip(0), ["ant", "zebra", "ant"]
+        yield "one", clip(1), ("ant",)
+        yield "none", clip(2), set()
+
+    write_set(tmp_path, {"train": labelled}, multi_label=True)
+    split = shards.open_split("birds", "train", tmp_path)
+    labels = {record["id"]: record["label"].tolist() for record in split.read([0, 1, 2])}
+    assert labels == {"both": [0, 1], "one": [1], "none": []}
+    message = write_error(
+        tmp_path, {"train": lambda: iter([("new", clip(0), ["ant", "cow"])])},
+        overwrite=True, multi_label=True,
+    )  # fmt: skip
+    assert message == "label 'cow' of 'new' is none of the 2 label names"
+    message = write_error(
+        tmp_path, {"train": labelled}, overwrite=True, multi_label=True, label_names=None
+    )
+    assert "multi_label needs label_names" in message
+
+
 def test_an_empty_split(tmp_path):
     splits = {"train": lambda: examples(0, 5), "valid": lambda: iter(())}
     assert "split 'valid' has no examples" in write_error(tmp_path, splits)
@@ -177,7 +198,8 @@ def test_another_version_or_config_is_never_touched(tmp_path):
 # --- killed ----------------------------------------------------------------------------------
 
 KILLED = """
-import os, signal, sys
+import os, shutil, signal, sys
+from pathlib import Path
 import numpy as np
 from maeast_jax import shard_writer
 
@@ -190,20 +212,20 @@ def finish(directory):
     if sys.argv[2] == "finish":
         os.kill(os.getpid(), signal.SIGKILL)
 
-rename = shard_writer.Path.rename
+rename = Path.rename
 def killing_rename(self, target):
     result = rename(self, target)
     if sys.argv[2] == "replace" and str(target).endswith("replaced.1.0.0"):
         os.kill(os.getpid(), signal.SIGKILL)
     return result
-shard_writer.Path.rename = killing_rename
+Path.rename = killing_rename
 
 def killing_rmtree(path, **kwargs):
     if sys.argv[2] == "remove" and str(path).endswith("replaced.1.0.0"):
         os.kill(os.getpid(), signal.SIGKILL)
     return rmtree(path, **kwargs)
-rmtree = shard_writer.shutil.rmtree
-shard_writer.shutil.rmtree = killing_rmtree
+rmtree = shutil.rmtree
+shutil.rmtree = killing_rmtree
 
 shard_writer.write("birds", sys.argv[1], {"train": examples}, finish=finish, overwrite=True)
 """

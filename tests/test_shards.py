@@ -109,6 +109,33 @@ def test_without_labels(tmp_path):
     assert [record["label"] for record in split.read([0, 1, 2])] == [None] * 3
 
 
+def test_several_labels(tmp_path):
+    label = tfds.features.ClassLabel(names=LABELS)
+    features = {
+        "audio": tfds.features.Audio(sample_rate=8000),
+        "labels": tfds.features.Sequence(label),
+    }
+    prepare("many_labels", features, [{"audio": [1, 2], "labels": [1, 0]}], tmp_path)
+    split = shards.open_split("many_labels", "train", tmp_path)
+    assert (split.is_multi_label, split.label_names) == (True, ("zebra", "ant"))
+    (record,) = split.read([0])
+    assert record["label"].dtype == np.int64
+    assert record["label"].tolist() == [1, 0]
+
+
+def test_labels_that_are_no_classes(tmp_path):
+    features = {
+        "audio": tfds.features.Audio(sample_rate=8000),
+        "label": tfds.features.Text(),
+        "labels": tfds.features.Sequence(tfds.features.Text()),
+    }
+    record = {"audio": [1, 2], "label": "a", "labels": ["a", "b"]}
+    prepare("texts", features, [record], tmp_path)
+    split = shards.open_split("texts", "train", tmp_path)
+    assert (split.is_multi_label, split.label_names) == (False, None)
+    assert split.read([0])[0]["label"] is None
+
+
 def test_the_newest_version_is_opened_and_others_by_name(data_dir, tmp_path):
     for version in ("1.9.0", "1.10.0"):
         directory = tmp_path / "birds" / version
@@ -227,6 +254,20 @@ def test_a_tfds_audio_feature_among_others(tmp_path):
     assert (read["label"], read["id"]) == (None, None)
     # The picture would otherwise be decoded, only to be dropped.
     assert isinstance(split.records[0]["picture"], bytes)
+
+
+def test_speech_commands_of_tfds_own_catalogue(tmp_path, monkeypatch):
+    builder = tfds.builder("speech_commands", data_dir=tmp_path, file_format="array_record")
+    record = {"audio": clip(0), "label": "_silence_"}
+    # Its features, without its download.
+    generators = {"validation": iter([("a", record)])}
+    monkeypatch.setattr(type(builder), "_split_generators", lambda self, manager: generators)
+    builder.download_and_prepare()
+    split = shards.open_split("speech_commands", "validation", tmp_path)
+    assert (split.sample_rate_hz, len(split.label_names), split.has_id) == (16_000, 12, False)
+    (read,) = split.read([0])
+    np.testing.assert_array_equal(read["audio"], clip(0))
+    assert split.label_names[read["label"]] == "_silence_"
 
 
 def test_float_audio_with_two_channels(tmp_path):

@@ -1,0 +1,261 @@
+"""Labelled data sets as their authors publish them: which file is which clip, class and split.
+
+Each function here lists one such folder. Classes come in the data set's own order. A clip that the
+set's own lists name and the folder lacks is in the listing's `missing`.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from maeast_jax.audioset import list_audioset
+from maeast_jax.manifest import (
+    AudioFile,
+    Listing,
+    ManifestError,
+    check_unique,
+    printable,
+    read_lines,
+)
+
+KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+UNKNOWN, SILENCE = "_unknown_", "_silence_"
+# fmt: off
+WORDS = (
+    "backward", "bed", "bird", "cat", "dog", "down", "eight", "five", "follow", "forward", "four",
+    "go", "happy", "house", "learn", "left", "marvin", "nine", "no", "off", "on", "one", "right",
+    "seven", "sheila", "six", "stop", "three", "tree", "two", "up", "visual", "wow", "yes", "zero",
+)
+# fmt: on
+EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
+
+_NOISE = "_background_noise_"
+_VALID_NOISE = "running_tap.wav"
+
+
+def list_layout(layout: str, audio_dir: str | Path, test_dir: str | Path | None = None) -> Listing:
+    """The listing of a folder in one of LAYOUTS; every file has a split.
+
+    Args:
+      test_dir: the folder of the separate test archive, of speech_commands_v1 alone.
+
+    Raises:
+      ManifestError: no such layout or folder, a list that is missing or broken, no clip at all.
+    """
+    if layout not in LAYOUTS:
+        raise ManifestError(f"--layout={layout} is unknown; known: {', '.join(LAYOUTS)}")
+    root = _folder("audio_dir", audio_dir)
+    if layout == "speech_commands_v1":
+        if not test_dir:
+            raise ManifestError(
+                f"--layout={layout} needs --test_dir=DIR, its separate test set"
+                " (speech_commands_test_set_v0.01.tar.gz, unpacked)"
+            )
+        listing = list_speech_commands_v1(root, _folder("test_dir", test_dir))
+    elif test_dir:
+        raise ManifestError("--test_dir goes with --layout=speech_commands_v1 alone: drop it")
+    else:
+        listing = LAYOUTS[layout](root)
+    if not listing.files:
+        raise ManifestError(
+            f"none of the {len(listing.missing)} clips of {layout}, e.g. {listing.missing[0][0]},"
+            f" is below {audio_dir}: check the path"
+        )
+    check_unique(root, listing.files)
+    return listing
+
+
+def list_esc50(root: Path) -> Listing:
+    """ESC-50 (Piczak 2015): 2,000 clips of 50 classes in the order of `target`.
+
+    `root` holds `meta/esc50.csv` and `audio/`. Splits `fold1` to `fold5`.
+    """
+    path = root / "meta" / "esc50.csv"
+    lines = read_lines(path, f"{path}, which --layout=esc50 needs")
+    columns = ("filename", "fold", "target", "category")
+    header = next(csv.reader([lines[0][1]]))
+    if not set(columns) <= set(header):
+        raise ManifestError(f"{path} lacks a column of {', '.join(columns)}: download it again")
+    names, wanted = {}, []
+    for number, line in lines[1:]:
+        row = dict(zip(header, next(csv.reader([line])), strict=False))
+        filename, fold, target, category = (row.get(column, "") for column in columns)
+        if not target.isdigit() or names.setdefault(int(target), category) != category:
+            raise ManifestError(
+                f"{path}, line {number}: target {target!r} of category {category!r} is no number,"
+                " or another category's: download it again"
+            )
+        wanted.append((f"audio/{filename}", category, f"fold{fold}"))
+    return _found(root, wanted, tuple(names[target] for target in sorted(names)))
+
+
+def list_speech_commands_v1(root: Path, test_root: Path) -> Listing:
+    """Keyword spotting with 12 classes, as SUPERB defines it on Speech Commands V1 (Warden 2018).
+
+    The classes, in SUPERB's order: ten words, `_unknown_` for any other word, `_silence_`. `root`
+    holds a folder a word, `validation_list.txt`, `testing_list.txt` and `_background_noise_`;
+    `test_root` a folder a class, the separate archive speech_commands_test_set_v0.01.
+
+    Splits: `test` is that archive (3,081 clips); `valid` what `validation_list.txt` names (6,798)
+    and `train` what neither list names (51,088). SUPERB's code has the same three, by the hash of
+    the speaker that made the lists; it too leaves out what `testing_list.txt` names.
+
+    For `_silence_` SUPERB draws seconds of the six noise files, the same ones in training and
+    validation. Here they are cut into seconds once, and `running_tap.wav` is kept for `valid`, as
+    TFDS does with V2: some 400 clips in all, so training wants to be balanced by class.
+
+    V2's two archives give the 12-class task of V2. So does TFDS' `speech_commands` (splits `train`,
+    `validation`, `test`; other class order and silence twice as dense), which needs pydub to
+    prepare and opens by name like any set here.
+    """
+    words = sorted(path.name for path in root.iterdir() if path.is_dir())
+    words = [word for word in words if not word.startswith(("_", "."))]
+    _need_folders(root, (*KEYWORDS, _NOISE), "--audio_dir")
+    _need_folders(test_root, (*KEYWORDS, UNKNOWN, SILENCE), "--test_dir")
+    valid, test = _word_list(root, "validation_list.txt"), _word_list(root, "testing_list.txt")
+
+    def label(path: str) -> str:
+        word = path.split("/")[0]
+        return word if word in KEYWORDS else UNKNOWN
+
+    spoken = [path for word in words for path in _wavs(root, word)]
+    wanted = [(path, label(path), "train") for path in _without(spoken, valid + test)]
+    wanted += [(path, label(path), "valid") for path in valid]
+    listing = _found(root, wanted, (*KEYWORDS, UNKNOWN, SILENCE))
+    noise = _wavs(root, _NOISE)
+    for path in noise:
+        split = "valid" if path == f"{_NOISE}/{_VALID_NOISE}" else "train"
+        listing.files.append(AudioFile(str(root / path), printable(path), SILENCE, split, 1.0))
+    if f"{_NOISE}/{_VALID_NOISE}" not in noise:
+        listing.missing.append((f"{_NOISE}/{_VALID_NOISE}", "valid"))
+    for name in listing.label_names:
+        listing.files.extend(
+            AudioFile(str(test_root / path), printable(f"test/{path}"), name, "test")
+            for path in _wavs(test_root, name)
+        )
+    return listing
+
+
+def list_speech_commands_v2(root: Path) -> Listing:
+    """Speech Commands V2 (Warden 2018): 35 words, in alphabetical order.
+
+    `root` holds a folder a word, `validation_list.txt` and `testing_list.txt`. Splits: `valid`
+    (9,981 clips) and `test` (11,005) are what the lists name, `train` the rest (84,843).
+    """
+    _need_folders(root, WORDS, "--audio_dir")
+    valid, test = _word_list(root, "validation_list.txt"), _word_list(root, "testing_list.txt")
+    spoken = [path for word in WORDS for path in _wavs(root, word)]
+    splits = {"train": _without(spoken, valid + test), "valid": valid, "test": test}
+    wanted = [
+        (path, path.split("/")[0], split) for split, paths in splits.items() for path in paths
+    ]
+    return _found(root, wanted, WORDS)
+
+
+def list_voxceleb1(root: Path) -> Listing:
+    """VoxCeleb1 identification (Nagrani et al. 2017): 1,251 speakers in the order of their ids.
+
+    `root` holds `iden_split.txt` (www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt) and
+    `wav/SPEAKER/VIDEO/NUMBER.wav`; or the two archives apart, `dev/wav/` and `test/wav/`, each
+    holding some of the speakers. Splits by that list: `train` (138,361 clips), `valid` (6,904) and
+    `test` (8,251).
+    """
+    path = root / "iden_split.txt"
+    lines = read_lines(path, f"{path}, which --layout=voxceleb1 needs")
+    bases = [base for base in (root / "wav", *sorted(root.glob("*/wav"))) if base.is_dir()]
+    if not bases:
+        raise ManifestError(f"no folder wav, dev/wav or test/wav in {root}: check --audio_dir")
+    wanted = []
+    for number, line in lines:
+        match = re.fullmatch(r"([123])\s+(([^/\s]+)/\S+)", line.strip())
+        if not match:
+            raise ManifestError(
+                f"{path}, line {number}: {line.strip()[:80]!r}, expected 1, 2 or 3 and a path:"
+                " download it again"
+            )
+        clip, split = match[2], ("train", "valid", "test")[int(match[1]) - 1]
+        base = next((base for base in bases if (base / clip).is_file()), bases[0])
+        wanted.append(((base / clip).relative_to(root).as_posix(), match[3], split))
+    return _found(root, wanted, tuple(sorted({speaker for _, speaker, _ in wanted})))
+
+
+def list_iemocap(root: Path) -> Listing:
+    """IEMOCAP (Busso et al. 2008), the four emotions of SUPERB: 5,531 sentences, its order.
+
+    `neutral`, `happy` (excited is counted as happy), `angry`, `sad`; sentences of other labels are
+    left out. `root` holds `Session1` to `Session5`, each with `dialog/EmoEvaluation/*.txt` and
+    `sentences/wav/DIALOG/SENTENCE.wav`. Splits `session1` to `session5`.
+    """
+    wanted = []
+    for session in (f"Session{number}" for number in range(1, 6)):
+        folder = root / session / "dialog" / "EmoEvaluation"
+        dialogs = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
+        if not dialogs:
+            raise ManifestError(f"no *.txt in {folder}: --layout=iemocap needs all five sessions")
+        for dialog in dialogs:
+            for number, line in read_lines(dialog, str(dialog), "latin-1"):
+                if not line.startswith("["):
+                    continue
+                cells = line.split("\t")
+                if len(cells) < 3:
+                    raise ManifestError(
+                        f"{dialog}, line {number}: {line.strip()[:80]!r}, expected [time], sentence"
+                        " and emotion with tabs between: unpack it again"
+                    )
+                if emotion := EMOTIONS.get(cells[2].strip()):
+                    clip = f"{session}/sentences/wav/{dialog.stem}/{cells[1].strip()}.wav"
+                    wanted.append((clip, emotion, session.lower()))
+    return _found(root, wanted, tuple(dict.fromkeys(EMOTIONS.values())))
+
+
+LAYOUTS: dict[str, Callable[..., Listing]] = {
+    "audioset": list_audioset,
+    "esc50": list_esc50,
+    "speech_commands_v1": list_speech_commands_v1,
+    "speech_commands_v2": list_speech_commands_v2,
+    "voxceleb1": list_voxceleb1,
+    "iemocap": list_iemocap,
+}
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def _folder(flag: str, path: str | Path) -> Path:
+    folder = Path(os.path.expanduser(path))
+    if not folder.is_dir():
+        raise ManifestError(f"--{flag}={path} is not a directory: check the path")
+    return folder
+
+
+def _need_folders(root: Path, names: tuple[str, ...], flag: str) -> None:
+    lacking = [name for name in names if not (root / name).is_dir()]
+    if lacking:
+        raise ManifestError(f"no folder {', '.join(lacking)} in {root}: check {flag}")
+
+
+def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...]) -> Listing:
+    """The listing of (path below `root`, label, split) by whether the file is there."""
+    files, missing = [], []
+    for path, label, split in wanted:
+        if (root / path).is_file():
+            files.append(AudioFile(str(root / path), printable(path), label, split))
+        else:
+            missing.append((path, split))
+    return Listing(files, names, missing)
+
+
+def _wavs(root: Path, folder: str) -> list[str]:
+    """Paths below `root`, sorted, without hidden files."""
+    return sorted(f"{folder}/{path.name}" for path in (root / folder).glob("[!.]*.wav"))
+
+
+def _word_list(root: Path, name: str) -> list[str]:
+    lines = read_lines(root / name, f"{root / name}, which --layout=speech_commands_* needs")
+    return [line.strip() for _, line in lines]
+
+
+def _without(paths: list[str], listed: list[str]) -> list[str]:
+    return sorted(set(paths) - set(listed))
