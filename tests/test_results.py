@@ -1,0 +1,172 @@
+"""Files of an evaluation come back as what was evaluated, whole or not at all."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from maeast_jax import metrics, results
+
+NAMES = ["cat", "dog", 'a "quoted"\tname', "never"]
+
+
+def single_label():
+    labels = np.array([0, 1, 2, 1])
+    probabilities = np.array(
+        [[0.7, 0.1, 0.1, 0.1], [0.6, 0.4, 0.0, 0.0], [0.0, 0.1, 0.9, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    )
+    return metrics.evaluate(probabilities, labels, NAMES), list("wxyz"), probabilities, labels
+
+
+def multi_label():
+    targets = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
+    probabilities = np.array([[0.9, 0.2, 0.4, 0.0], [0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 1.0, 0.0]])
+    return metrics.evaluate(probabilities, targets, NAMES), list("xyz"), probabilities, targets
+
+
+def rows_of(folder):
+    with open(folder / "predictions.tsv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, dialect="excel-tab"))
+
+
+def evaluation(num_classes, labels, predictions):
+    scores = np.eye(num_classes)[predictions]
+    return metrics.evaluate(scores, labels, [f"class {i}" for i in range(num_classes)])
+
+
+def test_a_row_an_example_in_order(tmp_path):
+    results.write(tmp_path / "new" / "run", *single_label())
+    rows = rows_of(tmp_path / "new" / "run")
+    assert [row["id"] for row in rows] == list("wxyz")
+    assert [row["label"] for row in rows] == ["cat", "dog", NAMES[2], "dog"]
+    assert [row["prediction"] for row in rows] == ["cat", "cat", NAMES[2], "dog"]
+    assert [float(row["probability"]) for row in rows] == [0.7, 0.6, 0.9, 1.0]
+
+
+def test_several_labels_an_example(tmp_path):
+    (tmp_path / "confusion.png").write_text("of an evaluation before")
+    results.write(tmp_path, *multi_label())
+    rows = rows_of(tmp_path)
+    assert [row["label"] for row in rows] == ["cat;dog", "", NAMES[2]]
+    assert rows[0]["prediction"] == f"cat;{NAMES[2]};dog;never"
+    assert rows[0]["probability"] == "0.9;0.4;0.2;0"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.tsv", "results.json"]
+    content = results.read(tmp_path)
+    assert content["metric"] == "map"
+    assert content["empty_classes"] == ["never"]
+    assert content["classes"][3] == {
+        "name": "never", "count": 0, "average_precision": None, "auc": None
+    }  # fmt: skip
+
+
+def test_results_hold_what_was_evaluated_and_how(tmp_path):
+    arguments = single_label()
+    results.write(tmp_path, *arguments, settings={"strength": 1e-3, "d_prime": math.inf})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert content == results.read(tmp_path)
+    assert content["metric"] == "accuracy"
+    assert content["value"] == 0.75
+    assert content["interval"] == list(arguments[0].interval)
+    assert content["num_examples"] == 4
+    assert content["classes"][0]["precision"] == 0.5
+    assert content["confusions"] == [{"label": "dog", "prediction": "cat", "count": 1}]
+    assert content["settings"] == {"strength": 1e-3, "d_prime": None}
+
+
+def test_the_picture_is_a_picture(tmp_path):
+    results.write(tmp_path, *single_label())
+    image = imread(tmp_path / "confusion.png")
+    assert 200 < image.shape[0] < 1000
+    assert 200 < image.shape[1] < 1000
+
+
+def test_what_stops_half_way_leaves_no_results_and_no_half_file(tmp_path, monkeypatch):
+    results.write(tmp_path, *single_label())
+    before = (tmp_path / "predictions.tsv").read_bytes()
+
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        results.write(tmp_path, *single_label())
+    assert (tmp_path / "predictions.tsv").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.png", "predictions.tsv"]
+    with pytest.raises(FileNotFoundError, match=r"results\.json"):
+        results.read(tmp_path)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    found, ids, probabilities, labels = single_label()
+    with pytest.raises(ValueError, match="3 ids and 4 targets for 4 examples evaluated"):
+        results.write(tmp_path, found, ids[:3], probabilities, labels)
+    with pytest.raises(ValueError, match=r"run from -1 to 2; .* softmax or sigmoid"):
+        results.write(tmp_path, found, ids, 3 * (probabilities > 0.5) - 1.0, labels)
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_of_few_classes_shows_them_all():
+    text = results.report(single_label()[0])
+    lines = text.splitlines()
+    assert lines[0].startswith("accuracy 75.0 % [")
+    assert lines[0].endswith("], 4 examples of 4 classes")
+    assert lines[1] == "balanced_accuracy 83.3, f1 77.8"
+    assert "classes without an example: 1 (never)" in text
+    ranked = [line.split()[0] for line in lines[lines.index("") + 4 :][:3]]
+    assert ranked == ["cat", "dog", "a"]
+    assert lines[-2].split() == ["most", "confused", "taken", "for", "count"]
+    assert lines[-1].split() == ["dog", "cat", "1"]
+
+
+def test_report_of_many_classes_shows_worst_and_best():
+    labels = np.repeat(np.arange(30), 2)
+    predictions = labels.copy()
+    predictions[:4] = 29
+    text = results.report(evaluation(30, labels, predictions), num_shown=3)
+    worst, best = text.split("worst classes")[1].split("best classes")
+    assert [line.split()[1] for line in worst.strip().splitlines()[1:]] == ["0", "1", "29"]
+    best = best.split("most confused")[0].strip().splitlines()
+    assert len(best) == 4
+    assert "class 15" not in text
+
+
+def test_report_of_several_labels_an_example():
+    text = results.report(multi_label()[0])
+    assert text.startswith("map ")
+    assert "d_prime" in text
+    assert "average precision" in text
+    assert "most confused" not in text
+
+
+def test_table_has_means_and_sample_deviations():
+    text = results.table(
+        {
+            "log-mel": {"test": 0.748, "other": 0.3},
+            "pretrained": {"test": [0.89, 0.9, 0.91], "train": (0.995,)},
+            "not yet": {},
+        }
+    )
+    assert text.splitlines() == [
+        "                      test  other  train",
+        "log-mel               74.8   30.0      –",
+        "pretrained  90.0 ± 1.0 (3)      –   99.5",
+        "not yet                  –      –      –",
+    ]
+    assert "2.50 ± 0.71 (2)" in results.table({"a": {"d'": [2.0, 3.0]}}, lambda x: f"{x:.2f}")
+    assert results.table({}) == ""
+
+
+def test_mean_and_deviation():
+    assert results.mean_and_deviation([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    mean, deviation = results.mean_and_deviation([0.5])
+    assert mean == 0.5
+    assert math.isnan(deviation)
+    with pytest.raises(ValueError, match="no values"):
+        results.mean_and_deviation([])
