@@ -70,7 +70,7 @@ def open_train(data: DataConfig) -> Clips | None:
     """What `data.train` names, or the embedded corpus; None for synthetic noise."""
     if data.source == "synthetic":
         return None
-    _check_installed()
+    check_installed()
     if data.is_demo:
         return open_demo("train", data.folder)
     return open_clips(data.train, "train", data.folder, data.sample_rate_hz or None)
@@ -83,7 +83,7 @@ def open_eval(data: DataConfig) -> Clips | None:
     """
     if data.source == "synthetic":
         return None
-    _check_installed()
+    check_installed()
     if data.is_demo and not data.eval:
         return open_demo("valid", data.folder)
     clips = open_clips(data.eval, "valid", data.folder, data.sample_rate_hz or None)
@@ -191,13 +191,13 @@ def read(
         places = np.flatnonzero(which == component)
         places = places[np.argsort(example[places], kind="stable")]
         for place, record in zip(places, split.read(example[places]), strict=True):
-            samples = _samples(split, record["audio"], example[place])
+            samples = samples_of(split, record["audio"], example[place])
             key = (seed, component, epoch[place], example[place])
             audio_BxS[place] = _crop(samples, num_samples, key)
     return audio_BxS
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
     """Raises ValueError where data sets cannot be read, with what to install."""
     try:
         import tensorflow
@@ -211,7 +211,7 @@ def _check_installed() -> None:
     tensorflow.config.set_visible_devices([], "GPU")
 
 
-def _samples(split: shards.Split, stored: np.ndarray, example: int) -> np.ndarray:
+def samples_of(split: shards.Split, stored: np.ndarray, example: int) -> np.ndarray:
     """int16 [samples] at 16 kHz; raises DataError, with its name, for a clip that is none."""
     try:
         samples = audio.to_int16(stored, split.sample_rate_hz)

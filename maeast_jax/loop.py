@@ -3,11 +3,8 @@
 import itertools
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +12,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import logs, plots
 from maeast_jax.checkpoint import Checkpoints
-from maeast_jax.program import Interrupted, NonFiniteError
+from maeast_jax.program import Interrupted, NonFiniteError, stop_signals
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
 
 Batch = dict[str, np.ndarray]
@@ -72,7 +69,7 @@ class Loop:
         total_steps = self._config.total_steps
         evaluation = {}
         try:
-            with _stop_signals() as self._stop:
+            with stop_signals() as self._stop:
                 if self._calibrate is not None:
                     first = _next(batches, 0)
                     batches = itertools.chain([first], batches)
@@ -204,30 +201,3 @@ def _next(batches: Iterator[Batch], step: int) -> Batch:
         raise ValueError(
             f"the batches ended before step {step}; give an endless iterator or lower total_steps"
         ) from None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that holds the signal once SIGTERM or Ctrl-C has come; a second Ctrl-C acts at once.
-
-    Signals can be caught in the main thread only; elsewhere the list stays empty.
-    """
-    caught: list[int] = []
-
-    def catch(number, frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    try:
-        before = {
-            number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-    except ValueError:
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -26,6 +28,33 @@ class Interrupted(Exception):
 
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient that is not finite."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that holds the signal once SIGTERM or Ctrl-C has come; a second Ctrl-C acts at once.
+
+    Signals can be caught in the main thread only; elsewhere the list stays empty.
+    """
+    caught: list[int] = []
+
+    def catch(number, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {
+            number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+    except ValueError:
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(main: Callable[[ConfigDict, str], None]) -> None:
@@ -60,9 +89,9 @@ def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             left = flags.FLAGS(argv)
-            for name in required:
-                if not flags.FLAGS[name].value:
-                    raise flags.Error(f"--{name} is missing")
+            if missing := [f"--{name}" for name in required if not flags.FLAGS[name].value]:
+                verb = "is" if len(missing) == 1 else "are"
+                raise flags.Error(f"{' and '.join(missing)} {verb} missing")
             return left
         except flags.Error as error:
             _fail(f"{' '.join(str(error).split())} (--help lists the flags)")
@@ -78,7 +107,12 @@ def _start(call: Callable, parse: Callable) -> None:
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    app.run(call, flags_parser=parse)
+    try:
+        app.run(call, flags_parser=parse)
+    except SystemExit as end:
+        # absl ends with 1 after --help.
+        asked = any(word.lstrip("-").startswith("help") for word in sys.argv[1:])
+        raise SystemExit(0 if end.code == 1 and asked else end.code) from None
 
 
 def _guard(main: Callable[[], None], interrupted: str) -> None:

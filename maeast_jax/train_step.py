@@ -116,7 +116,7 @@ def make_train_step(
             gradients, terms_B = jax.grad(mean_loss, has_aux=True)(state.params)
             return gradients, {name: jnp.sum(values_B) for name, values_B in terms_B.items()}
 
-        gradients, sums = _accumulate(gradient, examples, dropout_key, accumulation_steps)
+        gradients, sums = accumulate(gradient, examples, dropout_key, accumulation_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         one = jnp.ones((), jnp.float32)
         num_clips = one * patches_BxNxP.shape[0]
@@ -239,7 +239,7 @@ def _objective(graph: nnx.GraphDef, loss: LossConfig):
     return objective
 
 
-def _accumulate(gradient, examples, key: jax.Array, steps: int):
+def accumulate(gradient, examples, key: jax.Array, steps: int):
     """Mean gradients and summed metrics of `gradient` over `steps` equal parts of the batch."""
     if steps == 1:
         return gradient(examples, key)

@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).parent.parent / "maeast_jax"
 # A file imports files of lower levels only.
 LEVELS = [
     {"fbank", "patches", "masking", "losses", "optimizer", "layers", "authors", "config"},
-    {"sharding", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_file", "program"},
-    {"windows", "batching", "input_norm", "embedding_file"},
-    {"demo_audio", "shard_writer", "manifest", "model"},
-    {"shards", "decode_pool", "train_step", "flops", "authors_file"},
-    {"mixture", "loop", "pretrained"},
-    {"data", "embedder"},
-    {"run"},
-    {"summary"},
-    {"train", "build_dataset", "embed", "export", "hear"},
+    {"sharding", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_pickle", "program"},
+    {"torch_file", "windows", "batching", "input_norm", "embedding_file", "augment", "metrics"},
+    {"staging", "logistic", "finetune_config", "confusion"},
+    {"demo_audio", "shard_writer", "manifest", "model", "results", "probe"},
+    {"shards", "decode_pool", "train_step", "flops", "authors_config", "audioset"},
+    {"mixture", "loop", "layouts", "classifier", "authors_file", "build_report"},
+    {"pretrained", "data", "finetune_step"},
+    {"embedder", "labelled", "run"},
+    {"summary", "finetune_run"},
+    {"features", "finetune_loop"},
+    {"train", "build_dataset", "embed", "export", "hear", "finetune"},
 ]
 TENSORFLOW = {"data", "shards", "shard_writer", "fbank"}
 TORCH = {"export", "hear"}

@@ -1,0 +1,25 @@
+"""Fine-tunes on anyone's labelled folder, `label/clip.wav`, built into a data set first:
+
+  python -m maeast_jax.build_dataset --audio_dir=FOLDER --label_from_folder \\
+      --data_dir=data --name=mine
+  python -m maeast_jax.finetune --config=configs/finetune_folder.py --workdir=runs/labels \\
+      --config.init_from=CKPT --config.data.dir=data \\
+      --config.data.train=mine --config.data.valid=mine
+
+Add --config.data.test=mine@test where there is a split that nothing was chosen on, and
+--config.mode=linear or knn for frozen features, which takes seconds.
+"""
+
+from maeast_jax import finetune_config
+
+
+def get_config():
+    config = finetune_config.finetune()
+    config.epochs = 30
+    config.batch_size = 32
+    config.optimizer.learning_rate = 3e-4
+    config.schedule.warmup_steps = 50
+    config.augment.frequency_mask = 24
+    config.augment.time_mask = 24
+    config.augment.noise_and_roll = True
+    return config

@@ -1,0 +1,138 @@
+"""One vector a clip for probes, computed once and kept in the workdir."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from maeast_jax import fbank, labelled, windows
+from maeast_jax.embedder import Embedder
+from maeast_jax.finetune_run import FinetuneRun
+from maeast_jax.labelled import Labelled
+from maeast_jax.model import MaeAst, ModelConfig
+from maeast_jax.train_step import stream_key
+
+SOURCES = ("encoder", "fbank")
+_FOLDER = "features"
+_STATISTICS_CLIPS = 512
+
+
+class Features:
+    """Features of labelled sets, by `config.features`."""
+
+    def __init__(self, run: FinetuneRun):
+        section = run.config.features
+        if section.source not in SOURCES:
+            raise ValueError(
+                f"features.source={section.source!r} is unknown; known: {', '.join(SOURCES)}"
+            )
+        self._folder = run.workdir / _FOLDER
+        self._embedder = None
+        self._about = {"source": section.source, "max_frames": run.config.max_frames}
+        if section.source == "encoder":
+            layer = {"last": -1}.get(section.layer, section.layer)
+            model = _model(run)
+            patch_frames, _ = model.config.patch_shape
+            frames = run.init_from.window_frames if run.init_from else run.config.max_frames
+            self._embedder = Embedder(
+                model,
+                pool=section.pool,
+                layer=layer if layer == "all" else int(layer),
+                window_frames=max(1, frames // patch_frames) * patch_frames,
+            )
+            self._about |= {
+                "checkpoint": run.init_from.path if run.init_from else f"seed {run.config.seed}",
+                "model": str(model.config), "pool": section.pool, "layer": str(section.layer),
+                "window_frames": frames, "normalize": run.normalize,
+            }  # fmt: skip
+
+    def of(self, clips: Labelled) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """(float32 [n, size], truth, ids) of every clip; read from the cache where it is there."""
+        about = {
+            **self._about,
+            "sets": [f"{split.name}@{split.split}" for split in clips.clips.splits],
+            "index": hashlib.sha256(clips.index.tobytes()).hexdigest(),
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        path = self._folder / f"{digest[:24]}.npz"
+        if not path.exists():
+            self._write(path, clips, about)
+        with np.load(path) as saved:
+            return saved["features"], saved["truth"], saved["ids"].tolist()
+
+    def _write(self, path: Path, clips: Labelled, about: dict) -> None:
+        seen: list[labelled.Clip] = []
+
+        def samples() -> Iterator[np.ndarray]:
+            for clip in labelled.each(clips):
+                seen.append(labelled.Clip(clip.id, clip.samples[:0], clip.classes))
+                missing = max(0, fbank.FRAME_LENGTH - len(clip.samples))
+                yield np.pad(clip.samples, (0, missing))
+
+        embed = self._embedder or _fbank_moments
+        features = np.stack(list(embed(samples())))
+        truth = labelled.truth(clips, [clip.classes for clip in seen])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial.npz")
+        ids = np.array([clip.id for clip in seen])
+        np.savez(
+            partial, features=features, truth=truth, ids=ids, about=np.array(json.dumps(about))
+        )
+        os.replace(partial, path)
+
+
+def _model(run: FinetuneRun) -> MaeAst:
+    """The pretrained encoder, or one at its initial values under the clips' own statistics."""
+    if run.init_from is not None:
+        model = run.init_from.encoder_only().model(run.model.dtype)
+    else:
+        config: ModelConfig = run.model
+        model = MaeAst(config, nnx.Rngs(params=stream_key(run.config.seed, np.int32(0), "params")))
+    normalize = run.normalize
+    if normalize is None and run.init_from is None:
+        normalize = fbank_statistics(run.folds[0].train, run.config.seed)
+    if normalize is not None:
+        mean, deviation = normalize
+        model.input_norm.mean[...] = jax.numpy.float32(mean)
+        model.input_norm.variance[...] = jax.numpy.float32(deviation**2)
+    return model
+
+
+def fbank_statistics(clips: Labelled, seed: int) -> tuple[float, float]:
+    """Mean and deviation of the log energies of up to 512 clips, drawn by `seed`."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 6))))
+    places = random.permutation(len(clips))[:_STATISTICS_CLIPS]
+    count = total = squares = 0.0
+    for part in np.array_split(np.sort(places), -(-len(places) // 64)):
+        for clip in clips.read(part):
+            if len(clip.samples) < fbank.FRAME_LENGTH:
+                continue
+            energies = np.asarray(_fbank(clip.samples), np.float64)
+            count += energies.size
+            total += energies.sum()
+            squares += np.square(energies).sum()
+    mean = total / count
+    return float(mean), float(np.sqrt(squares / count - mean**2))
+
+
+def _fbank_moments(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Mean and deviation over time of each mel band, [256]."""
+    for samples in clips:
+        energies = np.asarray(_fbank(samples))
+        yield np.concatenate([energies.mean(axis=0), energies.std(axis=0)])
+
+
+def _fbank(samples: np.ndarray) -> np.ndarray:
+    """[frames, bands], computed at one of few lengths."""
+    num_frames = fbank.num_frames(len(samples))
+    padded = np.zeros(fbank.num_samples(windows.bucket_steps(num_frames, 1024)), np.int16)
+    padded[: min(len(samples), len(padded))] = samples[: len(padded)]
+    return np.asarray(_jitted_fbank(padded))[:num_frames]
+
+
+_jitted_fbank = jax.jit(fbank.fbank)

@@ -1,0 +1,140 @@
+"""Fine-tuning, linear probes and nearest neighbours on labelled clips.
+
+  python -m maeast_jax.finetune --config=configs/finetune_folder.py --workdir=DIR \\
+      --config.init_from=CKPT --config.data.dir=DATA --config.data.train=NAME
+
+Fields and their meaning: maeast_jax/finetune_config.py. Exit codes are those of maeast_jax.train; a
+run that was stopped goes on by the same command.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from maeast_jax import checkpoint, logs, metrics, probe, program, results
+from maeast_jax.features import Features, fbank_statistics
+from maeast_jax.finetune_loop import FoldTrainer, Scored
+from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
+from maeast_jax.metrics import Evaluation
+from maeast_jax.run import alone
+
+
+def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[str, Evaluation]]:
+    """Trains, or goes on, and evaluates; the evaluation of each test set by fold and name.
+
+    Without folds the only fold is "". Each test set's files (results.py) lie in
+    `workdir/[FOLD/]NAME/`.
+
+    Raises ValueError, in one line, for what cannot work, before anything is compiled or
+    overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
+    """
+    run = check_run(config, workdir)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    with alone(run.workdir):
+        checkpoint.write_config(run.workdir, config.to_dict())
+        print(logs.announce(_plan(run)), flush=True)
+        features = Features(run) if config.mode != "finetune" else None
+        found = {}
+        for sets in run.folds:
+            folder = run.workdir / sets.name
+            if sets.name:
+                print(f"\nfold {sets.name}", flush=True)
+            scored = _probe(run, sets, features) if features else _train(run, sets, folder)
+            found[sets.name] = {
+                name: _evaluate(run, folder / name, name, of_set) for name, of_set in scored.items()
+            }
+        if len(run.folds) > 1:
+            print(f"\n{_fold_table(found)}", flush=True)
+    return found
+
+
+def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:
+    normalize = run.normalize
+    if normalize is None and run.init_from is None:
+        normalize = fbank_statistics(sets.train, run.config.seed)
+    trainer = FoldTrainer(run, sets, folder)
+    state = trainer.train(normalize)
+    return {
+        name: trainer.score(state.chosen, state.statistics, clips)
+        for name, clips in _tests(sets).items()
+    }
+
+
+def _probe(run: FinetuneRun, sets: Sets, features: Features) -> dict[str, Scored]:
+    train_x, train_y, _ = features.of(sets.train)
+    valid_x, valid_y, _ = features.of(sets.valid)
+    fit = {"linear": probe.linear, "knn": probe.knn}[run.config.mode]
+    fitted = fit(train_x, train_y, valid_x, valid_y, len(run.class_names))
+    chosen = ", ".join(f"{name} {value:g}" for name, value in fitted.chosen.items())
+    print(f"features {train_x.shape[1]} a clip; chosen on validation: {chosen}", flush=True)
+    scored = {}
+    for name, clips in _tests(sets).items():
+        test_x, test_y, ids = features.of(clips)
+        scored[name] = Scored(ids, fitted.scores(test_x), test_y)
+    return scored
+
+
+def _tests(sets: Sets) -> dict[str, object]:
+    """The test sets by a name that is a folder's."""
+    named = {}
+    for clips in sets.tests:
+        name = clips.text.replace("/", "_").replace("@", "_").replace(",", "+")
+        named[name] = clips
+    return named
+
+
+def _evaluate(run: FinetuneRun, folder: Path, name: str, scored: Scored) -> Evaluation:
+    evaluation = metrics.evaluate(scored.probabilities, scored.targets, run.class_names)
+    settings = {"config": run.config.to_dict(), "set": name}
+    results.write(folder, evaluation, scored.ids, scored.probabilities, scored.targets, settings)
+    print(f"\n{name}: {results.report(evaluation)}\n\nfiles: {folder}", flush=True)
+    return evaluation
+
+
+def _fold_table(found: Mapping[str, Mapping[str, Evaluation]]) -> str:
+    """A row a fold and one of all, with mean and deviation."""
+    values = {fold: next(iter(tests.values())) for fold, tests in found.items()}
+    rows = {fold: {of_fold.metric: of_fold.value} for fold, of_fold in values.items()}
+    metric = next(iter(values.values())).metric
+    rows["all"] = {metric: [of_fold.value for of_fold in values.values()]}
+    return results.table(rows)
+
+
+def _plan(run: FinetuneRun) -> dict[str, str]:
+    config, sets = run.config, run.folds[0]
+    source = run.init_from.path if run.init_from else "initial values"
+    lines = {
+        "mode": config.mode,
+        "encoder": f"{run.model.encoder_layers} layers of {run.model.width}, {run.model.tokens} "
+        f"tokens, from {source}",
+        "classes": f"{len(run.class_names)}: {', '.join(run.class_names[:8])}"
+        + (", ..." if len(run.class_names) > 8 else ""),
+        "train": f"{sets.train.text}: {len(sets.train):,} clips",
+        "valid": f"{sets.valid.text}: {len(sets.valid):,} clips",
+        "test": "; ".join(f"{clips.text}: {len(clips):,} clips" for clips in sets.tests),
+    }
+    if len(run.folds) > 1:
+        lines["folds"] = f"{len(run.folds)}, each tested once: {config.data.folds}"
+    if config.mode == "finetune":
+        head = dataclasses.asdict(run.head)
+        lines["head"] = ", ".join(f"{name} {value}" for name, value in head.items())
+        lines["steps"] = (
+            f"{config.epochs} epochs of {np.ceil(len(sets.train) / config.batch_size):.0f} steps, "
+            f"{config.batch_size} clips each; tested: {config.select}"
+        )
+    else:
+        lines["features"] = ", ".join(f"{k} {v}" for k, v in config.features.to_dict().items())
+    lines["workdir"] = os.fspath(run.workdir)
+    return lines
+
+
+def main(config: ConfigDict, workdir: str) -> None:
+    finetune(config, workdir)
+
+
+if __name__ == "__main__":
+    program.run(main)

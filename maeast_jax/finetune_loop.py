@@ -1,0 +1,197 @@
+"""Trains a classifier on one training set: steps, an evaluation an epoch, checkpoints, a stop."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maeast_jax import checkpoint, labelled, logs, metrics, sharding
+from maeast_jax import finetune_step as steps
+from maeast_jax.classifier import classifier_graph
+from maeast_jax.finetune_run import FinetuneRun, Sets
+from maeast_jax.finetune_step import FinetuneState
+from maeast_jax.labelled import Labelled
+from maeast_jax.program import Interrupted, NonFiniteError, stop_signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a classifier says of every clip of a set, in the set's order.
+
+    Attributes:
+      ids: [n].
+      probabilities: float32 [n, classes].
+      targets: int labels [n], or float [n, classes] of 0 and 1 for several labels a clip.
+    """
+
+    ids: list[str]
+    probabilities: np.ndarray
+    targets: np.ndarray
+
+
+class FoldTrainer:
+    """Everything of one fold; `folder` holds its checkpoints and metrics."""
+
+    def __init__(self, run: FinetuneRun, sets: Sets, folder: Path):
+        self._run, self._sets, self._folder = run, sets, folder
+        config = run.config
+        self._mesh = sharding.make_mesh(**config.mesh.to_dict())
+        sharding.check_batch(self._mesh, config.batch_size, config.accumulation_steps)
+        steps_per_epoch = len(sets.train) / config.batch_size
+        self._total_steps = config.total_steps or math.ceil(config.epochs * steps_per_epoch)
+        self._evaluations = evaluations(self._total_steps, config.eval_every or steps_per_epoch)
+        rate = steps.schedule(
+            run.schedule, run.optimizer.learning_rate, self._total_steps, steps_per_epoch
+        )
+        self._optimizer = steps.adam(run.optimizer, rate)
+        graph = classifier_graph(run.model, run.head, len(run.class_names))
+        replicated = sharding.replicated(self._mesh)
+        self._step = jax.jit(
+            steps.make_train_step(
+                graph, run.loss, self._optimizer, rate, run.augment,
+                seed=config.seed, accumulation_steps=config.accumulation_steps,
+            ),
+            donate_argnums=0,
+            out_shardings=replicated,
+        )  # fmt: skip
+        self._choose = jax.jit(
+            lambda state, value: steps.choose(state, config.select, value), out_shardings=replicated
+        )
+        self._predict = jax.jit(steps.make_predict(graph, run.loss))
+
+    def train(self, normalize: tuple[float, float] | None) -> FinetuneState:
+        """Starts, or goes on from the newest checkpoint, to the end; the last state.
+
+        Raises Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
+        """
+        config = self._run.config
+        metadata = config.to_dict() | {"model": dataclasses.asdict(self._run.model)}
+        checkpoints = checkpoint.Checkpoints(self._folder, 1, metadata)
+        state, start_step = self._first_state(checkpoints, normalize), 0
+        if (latest := checkpoints.latest_step()) is not None:
+            state, start_step = self._restore(checkpoints, latest, state), latest
+        writer = logs.MetricsWriter(self._folder, start_step)
+        progress = logs.Progress(self._total_steps, start_step)
+        try:
+            with stop_signals() as stop:
+                return self._run_steps(state, start_step, checkpoints, writer, progress, stop)
+        finally:
+            progress.close()
+            writer.close()
+            checkpoints.close()
+
+    def score(self, params: Any, statistics: Any, clips: Labelled) -> Scored:
+        """Every clip of a set, each once, in evaluation mode."""
+        config = self._run.config
+        ids, rows, classes = [], [], []
+        for batch, real in labelled.eval_batches(
+            clips,
+            batch_size=config.batch_size,
+            num_frames=config.num_frames,
+            max_frames=config.max_frames,
+            threads=config.data.threads,
+        ):
+            found = self._predict(params, statistics, sharding.put_batch(self._mesh, batch))
+            rows.append(np.asarray(found)[: len(real)])
+            ids += [clip.id for clip in real]
+            classes += [clip.classes for clip in real]
+        return Scored(ids, np.concatenate(rows), labelled.truth(clips, classes))
+
+    def _first_state(self, checkpoints, normalize) -> FinetuneState:
+        run = self._run
+        weights = None
+        if run.init_from is not None and checkpoints.latest_step() is None:
+            weights = run.init_from.read_weights()
+        state = steps.init_state(
+            run.model, run.head, len(run.class_names), self._optimizer,
+            seed=run.config.seed, weights=weights, normalize=normalize,
+        )  # fmt: skip
+        return jax.device_put(state, sharding.replicated(self._mesh))
+
+    def _restore(self, checkpoints, step: int, state: FinetuneState) -> FinetuneState:
+        abstract = checkpoint.abstract(_parts(state), sharding.replicated(self._mesh))
+        return _from_parts(checkpoints.restore(step, abstract))
+
+    def _run_steps(self, state, start_step, checkpoints, writer, progress, stop) -> FinetuneState:
+        config, train = self._run.config, self._sets.train
+        chances = None
+        if config.data.balanced:
+            chances = labelled.rarity(labelled.read_classes(train), train.num_classes)
+        batches = labelled.train_batches(
+            train,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            start_step=start_step,
+            total_steps=self._total_steps,
+            num_frames=config.num_frames,
+            max_frames=config.max_frames,
+            chances=chances,
+            threads=config.data.threads,
+        )
+        throughput = logs.Throughput(config.batch_size)
+        for step, batch in enumerate(batches, start_step + 1):
+            state, row = self._step(state, sharding.put_batch(self._mesh, batch))
+            if step % config.log_every == 0 or step in (1, self._total_steps):
+                values = _finite({name: float(a / b) for name, (a, b) in row.items()}, step)
+                rate = throughput.rate(step)
+                if rate is not None:
+                    values["clips_per_second"] = rate
+                writer.write(step, "train", values)
+                progress.update(step, values["loss"], rate)
+            if step in self._evaluations:
+                state = self._evaluate(state, step, writer, progress)
+                checkpoints.save(step, _parts(state))
+            if stop:
+                checkpoints.save(step, _parts(state))
+                checkpoints.wait()
+                raise Interrupted(stop[0], step)
+        return state
+
+    def _evaluate(self, state, step: int, writer, progress) -> FinetuneState:
+        config = self._run.config
+        number = self._evaluations.index(step) + 1
+        scored = self.score(state.params, state.statistics, self._sets.valid)
+        name, value = metrics.main_metric(scored.probabilities, scored.targets)
+        writer.write(step, "eval", {name: value})
+        progress.say(f"{number}/{len(self._evaluations)}: {name} on validation {value:.4f}")
+        if config.select == "average" and number < config.average_from:
+            return state
+        return self._choose(state, np.float32(value))
+
+
+def evaluations(total_steps: int, every: float) -> list[int]:
+    """Steps after which validation is scored: each `every` steps, rounded up, and the last."""
+    count = math.ceil(total_steps / every - 1e-9)
+    return [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
+
+
+def _parts(state: FinetuneState) -> dict[str, Any]:
+    """A checkpoint's parts: `weights` are those that are tested, as in pretraining's."""
+    return {
+        "weights": {"params": state.chosen, "statistics": state.statistics},
+        "progress": {
+            "step": state.step,
+            "params": state.params,
+            "opt_state": state.opt_state,
+            "chosen_value": state.chosen_value,
+            "chosen_count": state.chosen_count,
+        },
+    }
+
+
+def _from_parts(parts: dict[str, Any]) -> FinetuneState:
+    weights, progress = parts["weights"], parts["progress"]
+    return FinetuneState(chosen=weights["params"], statistics=weights["statistics"], **progress)
+
+
+def _finite(values: dict[str, float], step: int) -> dict[str, float]:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise NonFiniteError(
+                f"{name} is {values[name]} at step {step}; lower optimizer.learning_rate or set "
+                "schedule.warmup_steps"
+            )
+    return values

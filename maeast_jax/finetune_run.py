@@ -1,0 +1,186 @@
+"""A fine-tuning run before anything is compiled: its configuration checked, its inputs opened."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from maeast_jax import config as configuration
+from maeast_jax import data, finetune_config, labelled, mixture, pretrained
+from maeast_jax.augment import AugmentConfig
+from maeast_jax.classifier import HeadConfig, backbone_config
+from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
+from maeast_jax.labelled import Labelled
+from maeast_jax.model import ModelConfig
+from maeast_jax.pretrained import Pretrained
+
+MODES = ("finetune", "linear", "knn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """Training, validation and test sets; `name` is that of a fold, else empty."""
+
+    name: str
+    train: Labelled
+    valid: Labelled
+    tests: tuple[Labelled, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneRun:
+    """A configuration that was checked and its data opened; nothing compiled."""
+
+    config: ConfigDict
+    workdir: Path
+    init_from: Pretrained | None
+    model: ModelConfig
+    head: HeadConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    augment: AugmentConfig
+    normalize: tuple[float, float] | None
+    folds: tuple[Sets, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.folds[0].train.class_names
+
+
+def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
+    """All that can be known to be wrong before compiling; raises ValueError in one line."""
+    configuration.check(config, finetune_config.finetune())
+    _check_numbers(config)
+    settings = config.to_dict()
+    init_from = pretrained.read(config.init_from) if config.init_from else None
+    model = _model(settings["model"], init_from)
+    head = HeadConfig(**settings["head"])
+    backbone_config(model, head)
+    folds = tuple(_open(config))
+    loss = LossConfig(**settings["loss"])
+    if folds[0].train.is_multi_label:
+        loss = dataclasses.replace(loss, name="binary_cross_entropy")
+    normalize = (config.normalize.mean, config.normalize.deviation)
+    return FinetuneRun(
+        config=config,
+        workdir=Path(workdir).expanduser(),
+        init_from=init_from,
+        model=model,
+        head=head,
+        loss=loss,
+        optimizer=OptimizerConfig(**settings["optimizer"]),
+        schedule=ScheduleConfig(**settings["schedule"]),
+        augment=AugmentConfig(**settings["augment"]),
+        normalize=normalize if any(normalize) else None,
+        folds=folds,
+    )
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    for name, known in (("mode", MODES), ("select", SELECTIONS)):
+        if config[name] not in known:
+            raise ValueError(
+                f"config.{name}={config[name]!r} is unknown; known: {', '.join(known)}"
+            )
+    for name in ("epochs", "batch_size", "accumulation_steps", "log_every", "average_from"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name}={config[name]} must be at least 1")
+    for name in ("total_steps", "eval_every"):
+        if config[name] < 0:
+            raise ValueError(f"config.{name}={config[name]} must not be negative")
+    if config.batch_size % config.accumulation_steps:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of "
+            f"accumulation_steps={config.accumulation_steps}"
+        )
+    if config.num_frames < 0 or config.max_frames < 1:
+        raise ValueError(
+            f"num_frames={config.num_frames} must be 0 or more, max_frames={config.max_frames} 1 "
+            "or more"
+        )
+    if not 0.0 < config.data.train_percent <= 100.0:
+        raise ValueError(f"data.train_percent={config.data.train_percent} must be in (0, 100]")
+    if not 0.0 < config.data.valid_percent < 100.0:
+        raise ValueError(f"data.valid_percent={config.data.valid_percent} must be in (0, 100)")
+    if config.select == "average" and config.average_from > config.epochs:
+        raise ValueError(
+            f"average_from={config.average_from} must not be past epochs={config.epochs}"
+        )
+
+
+def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:
+    """The checkpoint's architecture with the configuration's compute type and dropouts."""
+    if init_from is None:
+        return dataclasses.replace(ModelConfig(**settings), decoder_layers=0)
+    kept = ("dtype", "unroll", "remat", "input_dropout", "dropout", "attention_dropout",
+            "layer_drop")  # fmt: skip
+    taken = {name: settings[name] for name in kept}
+    return dataclasses.replace(init_from.encoder_only().config, **taken)
+
+
+def _open(config: ConfigDict) -> Sequence[Sets]:
+    data.check_installed()
+    section = config.data
+    if not section.train:
+        raise ValueError("data.train is empty: name a labelled data set (docs/finetuning.md)")
+    if section.folds:
+        return [_fold(config, fold) for fold in section.folds.split("+")]
+    train = _labelled(config, section.train, "train")
+    train, valid = _share(config, train, section.valid)
+    if not section.test:
+        return [Sets("", train, valid, (valid,))]
+    terms = mixture.parse_mixture(section.test, "test")
+    tests = tuple(_labelled(config, f"{t.name}@{t.split}", "test", train) for t in terms)
+    return [Sets("", train, valid, tests)]
+
+
+def _fold(config: ConfigDict, fold: str) -> Sets:
+    section = config.data
+    if "@" in section.train or "," in section.train:
+        raise ValueError(
+            f"data.train={section.train!r} must be the name of one data set with data.folds"
+        )
+    others = [name for name in section.folds.split("+") if name != fold]
+    if not others:
+        raise ValueError(f"data.folds={section.folds!r} must name two splits at least, as a+b")
+    train = _labelled(config, ",".join(f"{section.train}@{name}" for name in others), "train")
+    train, valid = _share(config, train, section.valid)
+    return Sets(fold, train, valid, (_labelled(config, f"{section.train}@{fold}", fold, train),))
+
+
+def _labelled(config: ConfigDict, text: str, split: str, train: Labelled | None = None) -> Labelled:
+    opened = labelled.open_labelled(
+        text,
+        split,
+        os.path.expanduser(config.data.dir) or None,
+        sample_rate_hz=config.data.sample_rate_hz or None,
+        class_names=train.class_names if train else None,
+    )
+    if train and opened.is_multi_label != train.is_multi_label:
+        raise ValueError(f"{text} and {train.text} differ in the number of labels a clip has")
+    return opened
+
+
+def _share(config: ConfigDict, train: Labelled, valid: str) -> tuple[Labelled, Labelled]:
+    """The training and validation clips: a set of its own, or a share of the training clips."""
+    section = config.data
+    if valid:
+        held_out = _labelled(config, valid, "valid", train)
+    if valid and section.train_percent == 100.0:
+        return train, held_out
+    classes = labelled.read_classes(train)
+    places = np.arange(len(train))
+    if not valid:
+        drawn = labelled.draw_share(classes, section.valid_percent, config.seed)
+        held_out = train.subset(drawn)
+        places = np.setdiff1d(places, drawn)
+    if section.train_percent < 100.0:
+        chosen = labelled.draw_share(
+            [classes[place] for place in places], section.train_percent, config.seed + 1
+        )
+        places = places[chosen]
+    return train.subset(places), held_out

@@ -1,0 +1,197 @@
+"""Fine-tuning as a whole: what it says, what it leaves, that it stops and goes on, and refusals."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import maeast_jax
+from maeast_jax import checkpoint, finetune_config, finetune_loop, logs, shard_writer
+from maeast_jax.finetune import finetune
+from maeast_jax.finetune_loop import evaluations
+from maeast_jax.finetune_run import check_run
+from maeast_jax.program import Interrupted
+
+pytest.importorskip("tensorflow_datasets")
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ["high", "low", "noise"]
+
+
+def clips(count, seed):
+    """Tones of two heights, and noise."""
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        label = index % 3
+        time = np.arange(int(random.integers(3_000, 6_000))) / 16_000
+        samples = random.normal(0, 500 if label < 2 else 6_000, len(time))
+        if label < 2:
+            samples += 8_000 * np.sin(2 * np.pi * (3_000, 300)[label] * time)
+        yield f"{seed}-{index}", samples.astype(np.int16), NAMES[label]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    splits = {"train": (24, 0), "valid": (9, 1), "test": (11, 2)}
+    parts = {name: lambda c=c, s=s: clips(c, s) for name, (c, s) in splits.items()}
+    shard_writer.write("tones", folder, parts, label_names=NAMES)
+    parts = {f"fold{n}": lambda n=n: clips(9, n) for n in range(3)}
+    shard_writer.write("folds", folder, parts, label_names=NAMES)
+    return folder
+
+
+def small(data_dir, **changes):
+    config = finetune_config.finetune()
+    config.init_from = str(GOLDEN / "tiny_patch.pt")
+    config.epochs, config.batch_size, config.max_frames, config.log_every = 3, 8, 64, 1
+    config.optimizer.learning_rate = 2e-3
+    config.data.update(dir=str(data_dir), train="tones", valid="tones", test="tones@test")
+    config.mesh.data = 1
+    config.update(changes)
+    return config
+
+
+def test_it_learns_and_leaves_what_it_promises(tmp_path, data_dir, capsys):
+    found = finetune(small(data_dir, num_frames=48), tmp_path)
+    evaluation = found[""]["tones_test"]
+    assert evaluation.num_examples == 11 and evaluation.value > 0.8
+    said = capsys.readouterr().out
+    for fact in ("3 layers of 64, patch tokens", "3: high, low, noise", "tones: 24 clips",
+                 "tones@test: 11 clips", "accuracy"):  # fmt: skip
+        assert fact in said
+    folder = tmp_path / "tones_test"
+    with (folder / "predictions.tsv").open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert sorted(row["id"] for row in rows) == sorted(f"2-{index}" for index in range(11))
+    right = np.mean([row["label"] == row["prediction"] for row in rows])
+    assert right == pytest.approx(evaluation.value)
+    assert json.loads((folder / "results.json").read_text())["value"] == evaluation.value
+    assert (folder / "confusion.png").stat().st_size > 1000
+    steps = [row["step"] for row in logs.read_metrics(tmp_path) if row["split"] == "eval"]
+    assert steps == [3, 6, 9]
+
+
+def test_the_fine_tuned_encoder_loads_and_embeds(tmp_path, data_dir):
+    finetune(small(data_dir, epochs=1), tmp_path)
+    model = maeast_jax.load(tmp_path)
+    before = maeast_jax.load(GOLDEN / "tiny_patch.pt")
+    waves = np.stack([next(clips(1, 0))[1][:3_000]])
+    assert model.config.is_encoder_only
+    a, b = (m.encode(waves).hidden_states for m in (model, before))
+    assert a.shape == b.shape and np.any(a != b)
+
+
+def final(folder):
+    found = checkpoint.find(folder)
+    return [checkpoint.load_part(found, name) for name in ("weights", "progress")]
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, data_dir, monkeypatch):
+    config = small(data_dir)
+    config.augment.update(mixup=0.5, frequency_mask=20, time_mask=10, noise_and_roll=True)
+    finetune(config, tmp_path / "whole")
+    seen = []
+
+    def interrupt(self, state, step, *rest):
+        seen.append(step)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, state, step, *rest)
+
+    evaluate = finetune_loop.FoldTrainer._evaluate
+    monkeypatch.setattr(finetune_loop.FoldTrainer, "_evaluate", interrupt)
+    with pytest.raises(Interrupted):
+        finetune(config, tmp_path / "halves")
+    assert seen == [3, 6]
+    finetune(config, tmp_path / "halves")
+    assert seen == [3, 6, 9]
+    jax.tree.map(
+        np.testing.assert_array_equal, final(tmp_path / "whole"), final(tmp_path / "halves")
+    )
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+def test_probes_look_at_frozen_features_that_are_computed_once(tmp_path, data_dir, mode):
+    config = small(data_dir, mode=mode)
+    first = finetune(config, tmp_path)[""]["tones_test"]
+    assert first.value > 0.8
+    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}
+    assert len(cached) == 3
+    second = finetune(config, tmp_path)[""]["tones_test"]
+    assert second.value == first.value
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()} == cached
+    config.features.layer = "0"
+    finetune(config, tmp_path)
+    assert len(list((tmp_path / "features").iterdir())) == 6
+
+
+def test_an_encoder_at_its_initial_values_and_plain_moments_are_there_to_compare(
+    tmp_path, data_dir
+):
+    config = small(data_dir, mode="linear", init_from="")
+    config.model.update(encoder_layers=2, width=32, heads=2, mlp_width=32, decoder_width=32)
+    assert finetune(config, tmp_path)[""]["tones_test"].value > 0.5
+    config.features.source = "fbank"
+    assert finetune(config, tmp_path)[""]["tones_test"].value > 0.8
+
+
+def test_each_fold_is_tested_once_by_a_model_that_has_not_seen_it(tmp_path, data_dir, capsys):
+    config = small(data_dir, mode="linear")
+    config.data.update(train="folds", valid="", test="", folds="fold0+fold1+fold2")
+    config.data.valid_percent = 20.0
+    found = finetune(config, tmp_path)
+    assert list(found) == ["fold0", "fold1", "fold2"]
+    run = check_run(config, tmp_path)
+    for sets in run.folds:
+        seen = {
+            clip.id for part in (sets.train, sets.valid) for clip in part.read(range(len(part)))
+        }
+        (tested,) = sets.tests
+        held_out = {clip.id for clip in tested.read(range(9))}
+        assert len(seen) == 18 and len(held_out) == 9 and not seen & held_out
+        assert held_out == {f"{sets.name[-1]}-{index}" for index in range(9)}
+    assert "±" in capsys.readouterr().out
+
+
+def test_a_share_of_the_labels_is_trained_on(tmp_path, data_dir):
+    config = small(data_dir)
+    config.data.train_percent = 25.0
+    run = check_run(config, tmp_path)
+    assert (len(run.folds[0].train), len(run.folds[0].valid)) == (6, 9)
+
+
+def test_evaluations_are_by_epoch_or_by_step():
+    assert evaluations(9, 3.0) == [3, 6, 9]
+    assert evaluations(10, 3.0) == [3, 6, 9, 10]
+    assert evaluations(8, 2.75) == [3, 6, 8]
+    assert evaluations(2, 5.0) == [2]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("mode", "train", "config.mode='train' is unknown; known: finetune, linear, knn"),
+        ("select", "first", "config.select='first' is unknown; known: best, last, average"),
+        ("init_from", "nowhere", "nowhere holds no checkpoint"),
+        ("head.layer", "7", "head.layer=7 is not one of the model's 3"),
+        ("data.train", "", "data.train is empty: name a labelled data set"),
+        ("data.train", "nothing", "no data set 'nothing'"),
+        ("data.train_percent", 0.0, r"data.train_percent=0.0 must be in \(0, 100\]"),
+        ("data.folds", "fold0", "data.folds='fold0' must name two splits at least"),
+        ("average_from", 0, "config.average_from=0 must be at least 1"),
+        ("accumulation_steps", 3, "batch_size=8 must be a multiple of accumulation_steps=3"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_written(tmp_path, data_dir, path, value, message):
+    config = small(data_dir)
+    section, _, name = path.rpartition(".")
+    (config[section] if section else config)[name] = value
+    with pytest.raises(ValueError, match=message) as error:
+        finetune(config, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

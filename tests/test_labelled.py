@@ -1,0 +1,174 @@
+"""Labelled clips: which stand in a step, what is read of them, and how they are padded."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from maeast_jax import labelled, shard_writer
+from maeast_jax.shards import DataError
+
+pytest.importorskip("tensorflow_datasets")
+
+NAMES = ["bird", "cat", "dog"]
+
+
+def clips(count, seed, names=NAMES):
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        samples = random.integers(-9000, 9000, 500 + 400 * index).astype(np.int16)
+        yield f"{seed}-{index}", samples, names[index % len(names)]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    shard_writer.write(
+        "animals",
+        folder,
+        {"train": lambda: clips(11, 0), "valid": lambda: clips(5, 1)},
+        label_names=NAMES,
+    )
+    shard_writer.write(
+        "others",
+        folder,
+        {"train": lambda: clips(4, 2, ["dog", "bird"])},
+        label_names=["dog", "bird"],
+    )
+    shard_writer.write("bare", folder, {"train": lambda: ((i, a, None) for i, a, _ in clips(3, 3))})
+    return folder
+
+
+def open_one(data_dir, text="animals", **options):
+    return labelled.open_labelled(text, "train", data_dir, **options)
+
+
+def wanted(count, seed, names=NAMES):
+    return {name: (samples, names.index(label)) for name, samples, label in clips(count, seed)}
+
+
+def test_clips_are_read_in_the_order_asked_for_with_their_classes(data_dir):
+    animals = open_one(data_dir)
+    assert (len(animals), animals.class_names, animals.is_multi_label) == (11, tuple(NAMES), False)
+    everything = wanted(11, 0)
+    order = np.array([7, 0, 10, 3])
+    read = animals.read(order)
+    ids = [clip.id for clip in labelled.each(animals)]
+    assert sorted(ids) == sorted(everything)
+    assert [clip.id for clip in read] == [ids[place] for place in order]
+    for clip in read:
+        samples, label = everything[clip.id]
+        np.testing.assert_array_equal(clip.samples, samples)
+        assert clip.classes.tolist() == [label]
+
+
+def test_sets_of_another_numbering_are_renumbered_by_name(data_dir):
+    both = open_one(data_dir, "animals,others")
+    assert both.class_names == tuple(NAMES) and len(both) == 15
+    by_id = {clip.id: clip.classes.tolist() for clip in labelled.each(both)}
+    assert by_id["2-0"] == [2] and by_id["2-1"] == [0]
+    tested = open_one(data_dir, "others", class_names=NAMES)
+    assert tested.class_names == tuple(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("bare", {}, "data set bare/1.0.0 has no labels; build it with --label_from_folder"),
+        ("animals*0.5", {}, "has weights, but every labelled clip counts once"),
+        ("animals", {"class_names": ["dog", "cat"]}, "has the class 'bird', which is not among"),
+    ],
+)
+def test_sets_that_do_not_serve_are_one_line(data_dir, text, options, message):
+    with pytest.raises((DataError, ValueError), match=message):
+        open_one(data_dir, text, **options)
+
+
+def test_every_epoch_holds_each_clip_once_in_an_order_of_its_own(data_dir):
+    animals = open_one(data_dir)
+    stream = np.concatenate([labelled.train_index(animals, step, 4, seed=3) for step in range(11)])
+    epochs = stream.reshape(4, 11)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(11))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    again = labelled.train_index(animals, 7, 4, seed=3)
+    np.testing.assert_array_equal(again, stream[28:32])
+    assert np.any(labelled.train_index(animals, 7, 4, seed=4) != again)
+
+
+def test_rare_classes_are_drawn_as_often_as_common_ones(data_dir):
+    animals = open_one(data_dir).subset(np.array([0, 1, 2, 3, 4, 5, 6]))
+    classes = [np.array([0])] * 5 + [np.array([1]), np.array([1, 2])]
+    chances = labelled.rarity(classes, 3)
+    np.testing.assert_allclose(chances * 3, [0.2] * 5 + [0.5, 1.5])
+    drawn = [labelled.train_index(animals, step, 7, 0, chances) for step in range(1000)]
+    shares = np.bincount(np.concatenate(drawn), minlength=7) / 7000
+    np.testing.assert_allclose(shares, chances, atol=0.02)
+
+
+def test_a_share_has_every_class_and_is_the_seeds():
+    classes = [np.array([index % 5]) for index in range(200)]
+    drawn = labelled.draw_share(classes, 10.0, seed=1)
+    assert len(drawn) == 20 and len(set(drawn)) == 20
+    assert np.bincount([classes[place][0] for place in drawn]).tolist() == [4] * 5
+    np.testing.assert_array_equal(drawn, labelled.draw_share(classes, 10.0, seed=1))
+    assert np.any(drawn != labelled.draw_share(classes, 10.0, seed=2))
+    assert len(labelled.draw_share(classes, 0.1, seed=1)) == 5
+
+
+def test_batches_resume_at_any_step(data_dir):
+    options = {"seed": 0, "batch_size": 4, "num_frames": 20, "max_frames": 64, "threads": 2}
+    whole = list(labelled.train_batches(open_one(data_dir), start_step=0, total_steps=8, **options))
+    rest = list(labelled.train_batches(open_one(data_dir), start_step=5, total_steps=8, **options))
+    assert (len(whole), len(rest)) == (8, 3)
+    for a, b in zip(whole[5:], rest, strict=True):
+        for name, values in a.items():
+            np.testing.assert_array_equal(values, b[name])
+
+
+def test_fixed_lengths_cut_and_pad(data_dir):
+    (batch,) = itertools.islice(
+        labelled.train_batches(
+            open_one(data_dir), seed=0, batch_size=11, start_step=0, total_steps=1,
+            num_frames=10, max_frames=64,
+        ), 1,
+    )  # fmt: skip
+    assert batch["audio"].shape == (11, 400 + 9 * 160)
+    assert sorted(batch["num_samples"]) == [500, 900, 1_300, 1_700, *[400 + 9 * 160] * 7]
+    np.testing.assert_array_equal(batch["target"].sum(axis=0), [4, 4, 3])
+
+
+def test_own_lengths_are_padded_to_few_shapes_and_masked():
+    lengths = [120, 500, 2_000, 9_000]
+    batch = labelled.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
+    assert batch["audio"].shape == (4, 400 + 63 * 160)
+    np.testing.assert_array_equal(batch["num_samples"], [400, 500, 2_000, 9_000])
+    np.testing.assert_array_equal(batch["audio"].sum(axis=1), lengths)
+    shapes = {
+        labelled.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape for n in range(1, 10_480, 37)
+    }
+    assert len(shapes) <= 9
+
+
+def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):
+    held_out = labelled.open_labelled("animals", "valid", data_dir)
+    batches = list(labelled.eval_batches(held_out, batch_size=3, num_frames=4, max_frames=64))
+    assert [len(real) for _, real in batches] == [3, 2]
+    assert all(batch["audio"].shape == (3, 880) for batch, _ in batches)
+    everything = wanted(5, 1)
+    seen = {}
+    for batch, real in batches:
+        for row, clip in zip(batch["audio"], real, strict=False):
+            seen[clip.id] = row
+    assert set(seen) == set(everything)
+    samples, _ = everything["1-4"]  # 2,100 samples: the 880 in the middle
+    np.testing.assert_array_equal(seen["1-4"], samples[610:1490])
+    assert not batches[-1][0]["audio"][2].any()
+
+
+def test_what_reading_raises_comes_out(data_dir, monkeypatch):
+    animals = open_one(data_dir)
+    monkeypatch.setattr(labelled, "pad", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(labelled.train_batches(animals, seed=0, batch_size=2, start_step=0, total_steps=2,
+                                    num_frames=4, max_frames=4))  # fmt: skip
