@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from maeast_jax import checkpoint, labelled, logs, metrics, sharding
+from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
 from maeast_jax.classifier import classifier_graph
 from maeast_jax.finetune_run import FinetuneRun, Sets
@@ -68,8 +69,9 @@ class FoldTrainer:
         Raises Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
         """
         config = self._run.config
-        metadata = config.to_dict() | {"model": dataclasses.asdict(self._run.model)}
-        checkpoints = checkpoint.Checkpoints(self._folder, 1, metadata)
+        settings = config.to_dict() | {"model": dataclasses.asdict(self._run.model)}
+        _check_resume(self._folder, settings)
+        checkpoints = checkpoint.Checkpoints(self._folder, 1, settings)
         state, start_step = self._first_state(checkpoints, normalize), 0
         if (latest := checkpoints.latest_step()) is not None:
             state, start_step = self._restore(checkpoints, latest, state), latest
@@ -160,6 +162,23 @@ class FoldTrainer:
         if config.select == "average" and number < config.average_from:
             return state
         return self._choose(state, np.float32(value))
+
+
+def _check_resume(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises CheckpointError where the run in a folder is of another model; tells what changed."""
+    if not checkpoint.saved_steps(folder):
+        return
+    old = checkpoint.metadata(checkpoint.find(folder))["config"]
+    changed = configuration.differences(old, settings)
+    for name, (was, is_) in changed.items():
+        if name.startswith(("model.", "head.", "select", "mode")):
+            raise checkpoint.CheckpointError(
+                f"the run in {folder} has {name}={was!r}, the configuration {is_!r}; choose "
+                "another --workdir"
+            )
+    if changed:
+        listed = ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
+        print(f"resuming with other settings than before: {listed}", flush=True)
 
 
 def evaluations(total_steps: int, every: float) -> list[int]:

@@ -116,6 +116,17 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, data_dir, monkeypatch):
     )
 
 
+def test_a_run_of_another_model_is_not_gone_on_with(tmp_path, data_dir, capsys):
+    config = small(data_dir, epochs=1)
+    finetune(config, tmp_path)
+    config.head.kind = "superb"
+    with pytest.raises(ValueError, match=r"has head.kind='ssast', the configuration 'superb'"):
+        finetune(config, tmp_path)
+    config.head.kind, config.epochs = "ssast", 2
+    finetune(config, tmp_path)
+    assert "resuming with other settings than before: epochs 1 -> 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mode", ["linear", "knn"])
 def test_probes_look_at_frozen_features_that_are_computed_once(tmp_path, data_dir, mode):
     config = small(data_dir, mode=mode)
