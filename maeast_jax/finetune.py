@@ -117,6 +117,8 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
         "valid": f"{sets.valid.text}: {len(sets.valid):,} clips",
         "test": "; ".join(f"{clips.text}: {len(clips):,} clips" for clips in sets.tests),
     }
+    if sets.tests == (sets.valid,):
+        lines["test"] += " (settings are chosen on them too: name data.test for a fair score)"
     if len(run.folds) > 1:
         lines["folds"] = f"{len(run.folds)}, each tested once: {config.data.folds}"
     if config.mode == "finetune":

@@ -170,6 +170,14 @@ def test_each_fold_is_tested_once_by_a_model_that_has_not_seen_it(tmp_path, data
     assert "±" in capsys.readouterr().out
 
 
+def test_a_test_on_the_validation_clips_is_said_to_be_one(tmp_path, data_dir, capsys):
+    config = small(data_dir, mode="linear")
+    config.data.test = ""
+    found = finetune(config, tmp_path)
+    assert found[""]["tones"].num_examples == 9
+    assert "settings are chosen on them too" in capsys.readouterr().out
+
+
 def test_a_share_of_the_labels_is_trained_on(tmp_path, data_dir):
     config = small(data_dir)
     config.data.train_percent = 25.0
