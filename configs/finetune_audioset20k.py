@@ -13,7 +13,7 @@ from maeast_jax import finetune_config
 
 
 def get_config():
-    config = finetune_config.finetune()
+    config = finetune_config.ssast()
     config.data.train = "audioset"
     config.data.valid = "audioset@test[:5%]"
     config.data.test = "audioset@test"
@@ -24,12 +24,7 @@ def get_config():
     config.average_from = 6
     config.loss.name = "binary_cross_entropy"
     config.optimizer.learning_rate = 5e-5
-    config.optimizer.b1 = 0.95
-    config.optimizer.b2 = 0.999
-    config.optimizer.weight_decay = 5e-7
-    config.head.pool = "mean"
-    config.model.layer_drop = 0.0
-    config.schedule.update(name="step", factor=0.5, every=5, start=10)
+    config.schedule.update(factor=0.5, every=5, start=10)
     config.augment.update(mixup=0.5, frequency_mask=48, time_mask=192)
     config.normalize.update(mean=-4.2677393, deviation=4.5689974)
     return config

@@ -12,7 +12,7 @@ from maeast_jax import finetune_config
 
 
 def get_config():
-    config = finetune_config.finetune()
+    config = finetune_config.ssast()
     config.data.train = "esc50"
     config.data.folds = "fold1+fold2+fold3+fold4+fold5"
     config.data.valid_percent = 5.0
@@ -21,12 +21,7 @@ def get_config():
     config.batch_size = 48
     config.select = "last"
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.b1 = 0.95
-    config.optimizer.b2 = 0.999
-    config.optimizer.weight_decay = 5e-7
-    config.head.pool = "mean"
-    config.model.layer_drop = 0.0
-    config.schedule.update(name="step", factor=0.85, every=1, start=6)
+    config.schedule.update(factor=0.85, every=1, start=6)
     config.augment.update(frequency_mask=24, time_mask=96, noise_and_roll=True)
     config.normalize.update(mean=-6.6268077, deviation=5.358466)
     return config

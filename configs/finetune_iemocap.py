@@ -13,7 +13,7 @@ from maeast_jax import finetune_config
 
 
 def get_config():
-    config = finetune_config.finetune()
+    config = finetune_config.superb()
     config.data.train = "iemocap"
     config.data.folds = "session1+session2+session3+session4+session5"
     config.data.valid_percent = 20.0
@@ -22,11 +22,4 @@ def get_config():
     config.batch_size = 30
     config.accumulation_steps = 5
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.schedule.name = "constant"
-    config.head.update(kind="superb", pool="mean", projection=256)
-    # As s3prl fine-tunes it.
-    config.model.layer_drop = 0.0
-    config.model.input_dropout = 0.0
     return config

@@ -12,7 +12,7 @@ from maeast_jax import finetune_config
 
 
 def get_config():
-    config = finetune_config.finetune()
+    config = finetune_config.superb()
     config.data.train = "speech_commands_v1"
     config.data.valid = "speech_commands_v1@valid"
     config.data.test = "speech_commands_v1@test"
@@ -22,11 +22,4 @@ def get_config():
     config.batch_size = 512
     config.accumulation_steps = 8
     config.optimizer.learning_rate = 1e-5
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.schedule.name = "constant"
-    config.head.update(kind="superb", pool="mean", projection=256)
-    # As s3prl fine-tunes it.
-    config.model.layer_drop = 0.0
-    config.model.input_dropout = 0.0
     return config

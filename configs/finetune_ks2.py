@@ -12,7 +12,7 @@ from maeast_jax import finetune_config
 
 
 def get_config():
-    config = finetune_config.finetune()
+    config = finetune_config.ssast()
     config.data.train = "speech_commands_v2"
     config.data.valid = "speech_commands_v2@valid"
     config.data.test = "speech_commands_v2@test"
@@ -21,12 +21,7 @@ def get_config():
     config.batch_size = 128
     config.loss.name = "binary_cross_entropy"
     config.optimizer.learning_rate = 2.5e-4
-    config.optimizer.b1 = 0.95
-    config.optimizer.b2 = 0.999
-    config.optimizer.weight_decay = 5e-7
-    config.head.pool = "mean"
-    config.model.layer_drop = 0.0
-    config.schedule.update(name="step", factor=0.85, every=1, start=5, warmup_steps=1000)
+    config.schedule.update(factor=0.85, every=1, start=5, warmup_steps=1000)
     config.augment.update(mixup=0.6, frequency_mask=48, time_mask=48, noise_and_roll=True)
     config.normalize.update(mean=-6.845978, deviation=5.5654526)
     return config

@@ -12,7 +12,7 @@ from maeast_jax import finetune_config
 
 
 def get_config():
-    config = finetune_config.finetune()
+    config = finetune_config.superb()
     config.data.train = "voxceleb1"
     config.data.valid = "voxceleb1@valid"
     config.data.test = "voxceleb1@test"
@@ -22,12 +22,5 @@ def get_config():
     config.batch_size = 16
     config.accumulation_steps = 4
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.schedule.name = "constant"
-    config.head.update(kind="superb", pool="mean", projection=256)
-    # As s3prl fine-tunes it.
-    config.model.layer_drop = 0.0
-    config.model.input_dropout = 0.0
     config.head.layer = "weighted"
     return config

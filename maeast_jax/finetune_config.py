@@ -87,3 +87,24 @@ def finetune() -> ConfigDict:
     config.features = ConfigDict({"source": "encoder", "pool": "time", "layer": "last"})
     config.mesh = ConfigDict({"data": -1})
     return config.lock()
+
+
+def ssast() -> ConfigDict:
+    """SSAST's recipe: AudioSet, ESC-50, Speech Commands V2."""
+    config = finetune()
+    config.optimizer.update(b1=0.95, b2=0.999, weight_decay=5e-7)
+    config.head.pool = "mean"
+    config.model.layer_drop = 0.0
+    config.schedule.name = "step"
+    return config
+
+
+def superb() -> ConfigDict:
+    """SUPERB's recipe with the whole model trained: Speech Commands V1, VoxCeleb1, IEMOCAP."""
+    config = finetune()
+    config.optimizer.update(weight_decay=0.0, clip_norm=1.0)
+    config.schedule.name = "constant"
+    config.head.update(kind="superb", pool="mean", projection=256)
+    # As s3prl fine-tunes it.
+    config.model.update(layer_drop=0.0, input_dropout=0.0)
+    return config

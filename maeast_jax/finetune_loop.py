@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, labelled, logs, metrics, sharding
+from maeast_jax import checkpoint, labelled, labelled_batches, logs, metrics, sharding
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
 from maeast_jax.classifier import classifier_graph
@@ -89,7 +89,7 @@ class FoldTrainer:
         """Every clip of a set, each once, in evaluation mode."""
         config = self._run.config
         ids, rows, classes = [], [], []
-        for batch, real in labelled.eval_batches(
+        for batch, real in labelled_batches.eval_batches(
             clips,
             batch_size=config.batch_size,
             num_frames=config.num_frames,
@@ -122,7 +122,7 @@ class FoldTrainer:
         chances = None
         if config.data.balanced:
             chances = labelled.rarity(labelled.read_classes(train), train.num_classes)
-        batches = labelled.train_batches(
+        batches = labelled_batches.train_batches(
             train,
             seed=config.seed,
             batch_size=config.batch_size,

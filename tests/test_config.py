@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from maeast_jax import config as configuration
+from maeast_jax import finetune_config, finetune_step
+from maeast_jax.augment import AugmentConfig
+from maeast_jax.classifier import HeadConfig
 from maeast_jax.data import DataConfig
 from maeast_jax.model import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig
@@ -48,6 +51,23 @@ def test_every_configuration_file_builds_and_runs_a_step(path, tmp_path):
     assert f"--config=configs/{path.name}" in path.read_text(), "the header has no command"
     evaluation = train(shrink(config), tmp_path)
     assert evaluation["loss"] > 0
+
+
+FINETUNING = sorted((Path(__file__).parent.parent / "configs").glob("finetune*.py"))
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.stem)
+def test_every_configuration_of_fine_tuning_has_known_fields_and_its_command(path):
+    config = load(path)
+    configuration.check(config, finetune_config.finetune())
+    settings = config.to_dict()
+    for section, kind in (
+        ("head", HeadConfig), ("loss", finetune_step.LossConfig), ("augment", AugmentConfig),
+        ("optimizer", finetune_step.OptimizerConfig), ("schedule", finetune_step.ScheduleConfig),
+    ):  # fmt: skip
+        kind(**settings[section])
+    assert config.batch_size % config.accumulation_steps == 0
+    assert f"--config=configs/{path.name}" in path.read_text(), "the header has no command"
 
 
 def test_the_default_is_the_papers():

@@ -17,7 +17,7 @@ LEVELS = [
     {"mixture", "loop", "layouts", "classifier", "authors_file", "build_report"},
     {"pretrained", "data", "finetune_step"},
     {"embedder", "labelled", "run"},
-    {"summary", "finetune_run"},
+    {"summary", "finetune_run", "labelled_batches"},
     {"features", "finetune_loop"},
     {"train", "build_dataset", "embed", "export", "hear", "finetune"},
 ]

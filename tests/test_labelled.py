@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from maeast_jax import labelled, shard_writer
+from maeast_jax import labelled, labelled_batches, shard_writer
 from maeast_jax.shards import DataError
 
 pytest.importorskip("tensorflow_datasets")
@@ -86,14 +86,16 @@ def test_sets_that_do_not_serve_are_one_line(data_dir, text, options, message):
 
 def test_every_epoch_holds_each_clip_once_in_an_order_of_its_own(data_dir):
     animals = open_one(data_dir)
-    stream = np.concatenate([labelled.train_index(animals, step, 4, seed=3) for step in range(11)])
+    stream = np.concatenate(
+        [labelled_batches.train_index(animals, step, 4, seed=3) for step in range(11)]
+    )
     epochs = stream.reshape(4, 11)
     for epoch in epochs:
         assert sorted(epoch) == list(range(11))
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    again = labelled.train_index(animals, 7, 4, seed=3)
+    again = labelled_batches.train_index(animals, 7, 4, seed=3)
     np.testing.assert_array_equal(again, stream[28:32])
-    assert np.any(labelled.train_index(animals, 7, 4, seed=4) != again)
+    assert np.any(labelled_batches.train_index(animals, 7, 4, seed=4) != again)
 
 
 def test_rare_classes_are_drawn_as_often_as_common_ones(data_dir):
@@ -101,7 +103,7 @@ def test_rare_classes_are_drawn_as_often_as_common_ones(data_dir):
     classes = [np.array([0])] * 5 + [np.array([1]), np.array([1, 2])]
     chances = labelled.rarity(classes, 3)
     np.testing.assert_allclose(chances * 3, [0.2] * 5 + [0.5, 1.5])
-    drawn = [labelled.train_index(animals, step, 7, 0, chances) for step in range(1000)]
+    drawn = [labelled_batches.train_index(animals, step, 7, 0, chances) for step in range(1000)]
     shares = np.bincount(np.concatenate(drawn), minlength=7) / 7000
     np.testing.assert_allclose(shares, chances, atol=0.02)
 
@@ -118,8 +120,12 @@ def test_a_share_has_every_class_and_is_the_seeds():
 
 def test_batches_resume_at_any_step(data_dir):
     options = {"seed": 0, "batch_size": 4, "num_frames": 20, "max_frames": 64, "threads": 2}
-    whole = list(labelled.train_batches(open_one(data_dir), start_step=0, total_steps=8, **options))
-    rest = list(labelled.train_batches(open_one(data_dir), start_step=5, total_steps=8, **options))
+    whole = list(
+        labelled_batches.train_batches(open_one(data_dir), start_step=0, total_steps=8, **options)
+    )
+    rest = list(
+        labelled_batches.train_batches(open_one(data_dir), start_step=5, total_steps=8, **options)
+    )
     assert (len(whole), len(rest)) == (8, 3)
     for a, b in zip(whole[5:], rest, strict=True):
         for name, values in a.items():
@@ -128,7 +134,7 @@ def test_batches_resume_at_any_step(data_dir):
 
 def test_fixed_lengths_cut_and_pad(data_dir):
     (batch,) = itertools.islice(
-        labelled.train_batches(
+        labelled_batches.train_batches(
             open_one(data_dir), seed=0, batch_size=11, start_step=0, total_steps=1,
             num_frames=10, max_frames=64,
         ), 1,
@@ -140,19 +146,22 @@ def test_fixed_lengths_cut_and_pad(data_dir):
 
 def test_own_lengths_are_padded_to_few_shapes_and_masked():
     lengths = [120, 500, 2_000, 9_000]
-    batch = labelled.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
+    batch = labelled_batches.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
     assert batch["audio"].shape == (4, 400 + 63 * 160)
     np.testing.assert_array_equal(batch["num_samples"], [400, 500, 2_000, 9_000])
     np.testing.assert_array_equal(batch["audio"].sum(axis=1), lengths)
     shapes = {
-        labelled.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape for n in range(1, 10_480, 37)
+        labelled_batches.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape
+        for n in range(1, 10_480, 37)
     }
     assert len(shapes) <= 9
 
 
 def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):
     held_out = labelled.open_labelled("animals", "valid", data_dir)
-    batches = list(labelled.eval_batches(held_out, batch_size=3, num_frames=4, max_frames=64))
+    batches = list(
+        labelled_batches.eval_batches(held_out, batch_size=3, num_frames=4, max_frames=64)
+    )
     assert [len(real) for _, real in batches] == [3, 2]
     assert all(batch["audio"].shape == (3, 880) for batch, _ in batches)
     everything = wanted(5, 1)
@@ -168,7 +177,11 @@ def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):
 
 def test_what_reading_raises_comes_out(data_dir, monkeypatch):
     animals = open_one(data_dir)
-    monkeypatch.setattr(labelled, "pad", lambda *_: 1 / 0)
+    monkeypatch.setattr(labelled_batches, "pad", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        next(labelled.train_batches(animals, seed=0, batch_size=2, start_step=0, total_steps=2,
-                                    num_frames=4, max_frames=4))  # fmt: skip
+        next(
+            labelled_batches.train_batches(
+                animals, seed=0, batch_size=2, start_step=0, total_steps=2, num_frames=4,
+                max_frames=4,
+            )
+        )  # fmt: skip
