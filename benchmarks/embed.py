@@ -1,10 +1,11 @@
 """python -m benchmarks.embed FOLDER [--count=1000]: embedding audio files, ours beside s3prl's.
 
 The same files, drawn from FOLDER, and the same weights (base size, random; or --checkpoint), in
-float32, one process after the other: `maeast_jax.embed --pool=time`, then s3prl's expert on what
-the same decoder reads, its last hidden states averaged over time, a clip at a time and in batches
-of eight of like length. Seconds are a process's whole life, memory is the most that it and its
-children held at once. Needs what requirements-test.txt and requirements-reference.txt name.
+float32, one process after the other: `maeast_jax.embed --pool=time`, with its windows and without,
+then s3prl's expert on what the same decoder reads, its last hidden states averaged over time, a
+clip at a time and in batches of eight of like length. Seconds are a process's whole life, memory is
+the most that it and its children held at once. Needs what requirements-test.txt and
+requirements-reference.txt name.
 """
 
 import argparse
@@ -106,9 +107,10 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
     listing = folder / "files"
     listing.write_text("\n".join(map(str, files)))
     ours = [sys.executable, "-m", "maeast_jax.embed", *map(str, files), "--pool=time",
-            f"--checkpoint={checkpoint}", f"--output={folder / 'ours.npz'}",
-            "--window_seconds=0"]  # fmt: skip
-    rows = [("maeast_jax.embed", *measure(ours))]
+            f"--checkpoint={checkpoint}", "--overwrite",
+            f"--output={folder / 'ours.npz'}"]  # fmt: skip
+    rows = [("maeast_jax.embed, windows", *measure(ours))]
+    rows.append(("maeast_jax.embed", *measure([*ours, "--window_seconds=0"])))
     theirs = {}
     for batch_size in (1, 8):
         theirs[batch_size] = folder / f"{batch_size}.npy"

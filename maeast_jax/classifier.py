@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maeast_jax import fbank, patches
-from maeast_jax.input_norm import BATCH_NORM_EPSILON
 from maeast_jax.layers import layer_norm, torch_linear
 from maeast_jax.model import MaeAst, ModelConfig, split_model
 
@@ -200,15 +199,8 @@ class Classifier(nnx.Module):
         return self.head(states_LxBxNxD, padding_BxN)
 
     def set_input_statistics(self, mean: float, deviation: float) -> None:
-        """Normalises by a data set's own: (x - mean) / (2 deviation), SSAST's way.
-
-        Raises ValueError for a deviation that is not above 0.
-        """
-        if not 0.0 < deviation < float("inf"):
-            raise ValueError(f"an input deviation of {deviation} must be above 0 and finite")
-        self.backbone.input_norm.mean[...] = jnp.float32(mean)
-        # InputNorm adds its epsilon again.
-        self.backbone.input_norm.variance[...] = jnp.float32(deviation**2 - BATCH_NORM_EPSILON)
+        """Normalises by a data set's own statistics (InputNorm.set_statistics)."""
+        self.backbone.input_norm.set_statistics(mean, deviation)
 
     def load_backbone(self, params: Any, statistics: Any) -> None:
         """Puts a pretrained encoder and its input statistics in; the head stays as it is.

@@ -72,7 +72,7 @@ def embed(
     """
     output = Path(output).expanduser()
     embedding_file.check(output, overwrite)
-    files = list_files(paths)
+    files = manifest.list_named(paths)
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
     num_processes = min(num_processes or num_cores(), len(files))
@@ -124,31 +124,6 @@ def embed(
     seconds = time.monotonic() - start
     print(logs.announce(_summary(outcome, seconds, output, embedder.axes)), flush=True)
     return outcome
-
-
-def list_files(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The files named and, for folders, the audio files in them; each once, as first named.
-
-    Raises ValueError for no path, one that is not there, or a folder without audio files.
-    """
-    if not paths:
-        raise ValueError("no FILE: name audio files, or folders of them")
-    found: dict[str, str] = {}
-    for path in paths:
-        path = os.path.expanduser(os.fspath(path))
-        if not os.path.exists(path):
-            raise ValueError(f"{path} is not there; check the path")
-        listed = [path]
-        if os.path.isdir(path):
-            try:
-                listed = [file.path for file in manifest.list_folder(path)]
-            except manifest.ManifestError:
-                raise ValueError(
-                    f"no audio file below {path}: check the path, or name the files themselves"
-                ) from None
-        for file in listed:
-            found.setdefault(os.path.abspath(file), file)
-    return list(found.values())
 
 
 def _decoded(

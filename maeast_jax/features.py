@@ -97,9 +97,7 @@ def _model(run: FinetuneRun) -> MaeAst:
     if normalize is None and run.init_from is None:
         normalize = fbank_statistics(run.folds[0].train, run.config.seed)
     if normalize is not None:
-        mean, deviation = normalize
-        model.input_norm.mean[...] = jax.numpy.float32(mean)
-        model.input_norm.variance[...] = jax.numpy.float32(deviation**2)
+        model.input_norm.set_statistics(*normalize)
     return model
 
 

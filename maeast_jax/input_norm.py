@@ -36,6 +36,17 @@ class InputNorm(nnx.Module):
         """Sets the running statistics to a batch's own."""
         self.mean[...], self.variance[...] = _moments(fbank_BxTxF)
 
+    def set_statistics(self, mean: float, deviation: float) -> None:
+        """Normalises by a data set's own: (x - mean) / (2 deviation), SSAST's way.
+
+        Raises ValueError for a deviation that is not above 0.
+        """
+        if not 0.0 < deviation < float("inf"):
+            raise ValueError(f"an input deviation of {deviation} must be above 0 and finite")
+        self.mean[...] = jnp.float32(mean)
+        # The epsilon comes back when it normalises.
+        self.variance[...] = jnp.float32(deviation**2 - BATCH_NORM_EPSILON)
+
     def undo(self, normalized: jax.Array) -> jax.Array:
         """Normalised values back to log energies, by the running statistics."""
         deviation = jnp.sqrt(self.variance[...] + BATCH_NORM_EPSILON)

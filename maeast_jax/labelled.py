@@ -63,10 +63,7 @@ class Labelled:
 
     def targets(self, clips: Sequence["Clip"]) -> np.ndarray:
         """float32 [n, classes]: 1 where a clip has a class."""
-        target_NxC = np.zeros((len(clips), self.num_classes), np.float32)
-        for row, clip in zip(target_NxC, clips, strict=True):
-            row[clip.classes] = 1.0
-        return target_NxC
+        return _several_hot([clip.classes for clip in clips], self.num_classes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,7 +135,11 @@ def truth(labelled: Labelled, classes: Sequence[np.ndarray]) -> np.ndarray:
     """What metrics compare with: int labels [n], or float32 [n, classes] of 0 and 1."""
     if not labelled.is_multi_label:
         return np.array([of_clip[0] for of_clip in classes], np.int64)
-    target_NxC = np.zeros((len(classes), labelled.num_classes), np.float32)
+    return _several_hot(classes, labelled.num_classes)
+
+
+def _several_hot(classes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    target_NxC = np.zeros((len(classes), num_classes), np.float32)
     for row, of_clip in zip(target_NxC, classes, strict=True):
         row[of_clip] = 1.0
     return target_NxC

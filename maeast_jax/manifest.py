@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from maeast_jax.audio import AUDIO_SUFFIXES
@@ -92,6 +92,31 @@ def list_folder(audio_dir: str | Path, label_from_folder: bool = False) -> list[
         )
         for path in paths
     ]
+
+
+def list_named(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """The files named and, for folders, the audio files in them; each once, as first named.
+
+    Raises ValueError for no path, one that is not there, or a folder without audio files.
+    """
+    if not paths:
+        raise ValueError("no FILE: name audio files, or folders of them")
+    found: dict[str, str] = {}
+    for path in paths:
+        path = os.path.expanduser(os.fspath(path))
+        if not os.path.exists(path):
+            raise ValueError(f"{path} is not there; check the path")
+        listed = [path]
+        if os.path.isdir(path):
+            try:
+                listed = [file.path for file in list_folder(path)]
+            except ManifestError:
+                raise ValueError(
+                    f"no audio file below {path}: check the path, or name the files themselves"
+                ) from None
+        for file in listed:
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
 
 
 def audio_paths(root: Path) -> Iterator[Path]:

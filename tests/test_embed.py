@@ -14,8 +14,8 @@ import pytest
 import soundfile
 from recordings import noise, write_wav
 
-from maeast_jax import audio, pretrained
-from maeast_jax.embed import embed, list_files
+from maeast_jax import audio, manifest, pretrained
+from maeast_jax.embed import embed
 from maeast_jax.embedder import Embedder
 
 ROOT = Path(__file__).parent.parent
@@ -102,11 +102,11 @@ def test_every_step_of_every_layer_becomes_a_parquet_file(sounds, model, tmp_pat
 
 def test_files_are_listed_once_as_first_named(sounds, monkeypatch):
     monkeypatch.chdir(sounds)
-    assert list_files(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav"]) == [
+    assert manifest.list_named(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav"]) == [
         "a/1.wav", "a/0.wav", str(sounds / "2.wav"),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="gone is not there; check the path"):
-        list_files(["a", "gone"])
+        manifest.list_named(["a", "gone"])
 
 
 def test_where_no_file_can_be_read_nothing_is_written(sounds, tmp_path, capsys):
