@@ -1,0 +1,132 @@
+"""python -m benchmarks.downstream --data_dir=DIR --workdir=DIR --pretrained=RUN --set=NAME:test
+
+What a pretrained encoder is worth on labelled sets, beside what it has to beat. A row a method,
+set, share of the labels and seed, appended to WORKDIR/rows.jsonl as it is measured; a run that is
+started again leaves out the rows that are there. Then a table: accuracy in per cent, of several
+seeds the mean and, after a slash, their standard deviation, of one seed its 95 % interval over
+the test clips.
+
+  fbank    mean and deviation over time of each mel band, a linear probe
+  initial  the encoder at its initial values, a linear probe (linear) or neighbours (knn)
+  frozen   the pretrained encoder, likewise
+  scratch  the whole model fine-tuned from initial values
+  tuned    the whole model fine-tuned from the pretrained values
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from maeast_jax import finetune_config, pretrained
+from maeast_jax.finetune import finetune
+
+METHODS = (
+    "fbank", "initial_linear", "initial_knn", "frozen_linear", "frozen_knn", "scratch", "tuned",
+)  # fmt: skip
+
+
+def configuration(method: str, options: argparse.Namespace, name: str, percent: float, seed: int):
+    """The folder configuration of one row; the architecture is the pretrained one's throughout."""
+    from configs.finetune_folder import get_config
+
+    config: finetune_config.ConfigDict = get_config()
+    config.seed = seed
+    data_set, _, tests = name.partition(":")
+    config.data.update(
+        dir=str(options.data_dir), train=data_set, valid=data_set, train_percent=percent,
+        test=",".join(f"{data_set}@{split}" for split in (tests or "test").split("+")),
+    )  # fmt: skip
+    kind, _, mode = method.partition("_")
+    config.mode = {"fbank": "linear", "scratch": "finetune", "tuned": "finetune"}.get(kind, mode)
+    if kind == "fbank":
+        config.features.source = "fbank"
+    if kind in ("frozen", "tuned"):
+        config.init_from = str(options.pretrained)
+    else:
+        model = pretrained.read(str(options.pretrained)).config
+        for field in ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm"):
+            config.model[field] = getattr(model, field)
+    # As many steps with few labels as with all: what differs is what there is to learn from.
+    config.total_steps = options.steps
+    config.eval_every = 25
+    return config
+
+
+def measure(options: argparse.Namespace) -> list[dict]:
+    path = options.workdir / "rows.jsonl"
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["method"], row["set"], row["percent"], row["seed"]) for row in rows}
+    for percent in options.percents:
+        for method in options.methods:
+            # Nothing of these is drawn.
+            is_fixed = percent == 100 and method in ("fbank", "frozen_linear", "frozen_knn")
+            for seed in options.seeds[:1] if is_fixed else options.seeds:
+                for name in options.set:
+                    if (method, name, percent, seed) in done:
+                        continue
+                    start = time.monotonic()
+                    config = configuration(method, options, name, percent, seed)
+                    folder = f"{method}-{name.partition(':')[0]}-{percent:g}-{seed}"
+                    found = finetune(config, options.workdir / folder)[""]
+                    row = {
+                        "method": method, "set": name, "percent": percent, "seed": seed,
+                        "seconds": round(time.monotonic() - start, 1),
+                        "accuracy": {k: [v.value, *v.interval] for k, v in found.items()},
+                    }  # fmt: skip
+                    rows.append(row)
+                    with path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a row a method and share of the labels, a column a test set."""
+    columns = sorted({name for row in rows for name in row["accuracy"]})
+    lines = [f"| method | labels | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for percent in sorted({row["percent"] for row in rows}, reverse=True):
+        for method in METHODS:
+            of_method = [r for r in rows if (r["method"], r["percent"]) == (method, percent)]
+            if of_method:
+                cells = " | ".join(_cell(of_method, column) for column in columns)
+                lines.append(f"| {method} | {percent:g} % | {cells} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict], column: str) -> str:
+    values = [[100 * v for v in r["accuracy"][column]] for r in rows if column in r["accuracy"]]
+    if not values:
+        return ""
+    if len(values) == 1:
+        value, low, high = values[0]
+        return f"{value:.1f} ({low:.1f} to {high:.1f})"
+    accuracies = [value for value, _, _ in values]
+    return f"{statistics.mean(accuracies):.1f} / {statistics.stdev(accuracies):.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--pretrained", type=Path, required=True, help="a run's workdir")
+    parser.add_argument("--set", action="append", required=True, help="NAME:TESTSPLIT+TESTSPLIT")
+    parser.add_argument("--methods", type=_list(str), default=METHODS)
+    parser.add_argument("--percents", type=_list(float), default=(100.0, 10.0))
+    parser.add_argument("--seeds", type=_list(int), default=(0, 1, 2))
+    parser.add_argument("--steps", type=int, default=750, help="of fine-tuning")
+    options = parser.parse_args()
+    if unknown := set(options.methods) - set(METHODS):
+        parser.error(f"--methods: {sorted(unknown)[0]!r} is unknown; known: {', '.join(METHODS)}")
+    print(f"\n{table(measure(options))}")
+
+
+def _list(kind):
+    return lambda text: tuple(kind(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    main()
