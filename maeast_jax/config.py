@@ -73,6 +73,10 @@ def pretrain() -> ConfigDict:
     evaluation = config.eval = ConfigDict()
     evaluation.max_clips = 2_000  # spread evenly over data.eval; 0 takes all
     evaluation.pictures = 4  # held-out clips drawn at each evaluation
+    # A labelled data set whose `valid` clips are told by their nearest neighbours in `train`; "" is
+    # none. Of each split so many clips, spread evenly; 0 takes all.
+    evaluation.knn = ""
+    evaluation.knn_clips = 1_000
 
     config.mesh = ConfigDict({"data": -1})  # devices that share a batch; -1 is all
     return config.lock()
@@ -108,7 +112,7 @@ def check_loop(config: ConfigDict) -> None:
         raise ValueError(f"config.seed={config.seed} must not be negative")
     if config.keep < 1:
         raise ValueError(f"config.keep={config.keep} must be at least 1 checkpoint")
-    for name in ("max_clips", "pictures"):
+    for name in ("max_clips", "pictures", "knn_clips"):
         if config.eval[name] < 0:
             raise ValueError(f"config.eval.{name}={config.eval[name]} must not be negative")
 

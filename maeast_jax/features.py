@@ -66,23 +66,12 @@ class Features:
             return saved["features"], saved["truth"], saved["ids"].tolist()
 
     def _write(self, path: Path, clips: Labelled, about: dict) -> None:
-        seen: list[labelled.Clip] = []
-
-        def samples() -> Iterator[np.ndarray]:
-            for clip in labelled.each(clips):
-                seen.append(labelled.Clip(clip.id, clip.samples[:0], clip.classes))
-                missing = max(0, fbank.FRAME_LENGTH - len(clip.samples))
-                yield np.pad(clip.samples, (0, missing))
-
         embed = self._embedder or _fbank_moments
-        features = np.stack(list(embed(samples())))
-        truth = labelled.truth(clips, [clip.classes for clip in seen])
+        features, truth, ids = labelled.embedded(clips, embed)
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial.npz")
-        ids = np.array([clip.id for clip in seen])
-        np.savez(
-            partial, features=features, truth=truth, ids=ids, about=np.array(json.dumps(about))
-        )
+        about = np.array(json.dumps(about))
+        np.savez(partial, features=features, truth=truth, ids=np.array(ids), about=about)
         os.replace(partial, path)
 
 

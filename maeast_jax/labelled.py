@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax import data, mixture
+from maeast_jax import data, fbank, mixture
 from maeast_jax.mixture import Clips
 from maeast_jax.shards import DataError
 
@@ -129,6 +129,25 @@ def each(labelled: Labelled) -> Iterator[Clip]:
     """Every clip, in order, read by the hundred."""
     for places in np.array_split(np.arange(len(labelled)), math.ceil(len(labelled) / 128)):
         yield from labelled.read(places)
+
+
+def embedded(
+    labelled: Labelled, embed: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(what `embed` makes of every clip [n, size], truth, ids), in order.
+
+    `embed` maps int16 [samples] to vectors; a clip shorter than a frame of 25 ms ends in silence.
+    """
+    seen: list[Clip] = []
+
+    def samples() -> Iterator[np.ndarray]:
+        for clip in each(labelled):
+            seen.append(dataclasses.replace(clip, samples=clip.samples[:0]))
+            missing = max(0, fbank.FRAME_LENGTH - len(clip.samples))
+            yield np.pad(clip.samples, (0, missing))
+
+    vectors = np.stack(list(embed(samples())))
+    return vectors, truth(labelled, [clip.classes for clip in seen]), [clip.id for clip in seen]
 
 
 def truth(labelled: Labelled, classes: Sequence[np.ndarray]) -> np.ndarray:

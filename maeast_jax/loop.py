@@ -21,6 +21,8 @@ Batch = dict[str, np.ndarray]
 STEPS_IN_FLIGHT = 2
 RECONSTRUCTIONS = "reconstructions.png"
 CURVES = "curves.png"
+# What an evaluation's line shows, of what there is.
+_TOLD = ("loss", "mse", "info_nce", "knn_accuracy", "knn_map")
 
 
 class Loop:
@@ -28,7 +30,8 @@ class Loop:
 
     `step`, `eval_step`, `reconstruct` and `calibrate` (None: a checkpoint has the statistics) are
     compiled or jitted functions of train_step.py; `put` and `put_eval` place a host batch on the
-    devices; `eval_batches` starts a pass over the evaluation set (None: no evaluation).
+    devices; `eval_batches` starts a pass over the evaluation set (None: no evaluation); `knn` is
+    what else an evaluation asks of a state (None: nothing).
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Loop:
         put: Callable[[Batch], dict[str, jax.Array]],
         put_eval: Callable[[Batch], dict[str, jax.Array]],
         eval_batches: Callable[[], Iterator[Batch]] | None,
+        knn: Callable[[TrainState], dict[str, float]] | None = None,
     ):
         self._config = config
         self._workdir = Path(workdir)
@@ -57,6 +61,7 @@ class Loop:
         self._put = put
         self._put_eval = put_eval
         self._eval_batches = eval_batches
+        self._knn = knn
         self._writer = logs.MetricsWriter(workdir, start_step)
         self._progress = logs.Progress(config.total_steps, start_step)
         self._throughput = logs.Throughput(config.batch_size)
@@ -150,10 +155,28 @@ class Loop:
         self._checkpoints.save(step, checkpoint_parts(state))
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Writes and returns the held-out metrics; {} without an evaluation set or when stopped."""
+        """Writes and returns the held-out metrics; {} where there are none or when stopped."""
         self._flush()
-        if self._eval_batches is None or self._writer.has(step, "eval"):
+        if self._writer.has(step, "eval"):
             return {}
+        row = self._held_out(state, step) if self._eval_batches is not None else {}
+        if self._knn is not None:
+            if self._stop:
+                return {}
+            row |= self._knn(state)
+        if not row:
+            return {}
+        self._writer.write(step, "eval", row)
+        terms = (f"{name} {row[name]:.4f}" for name in _TOLD if name in row)
+        self._progress.say(f"step {step}: held-out {', '.join(terms)}")
+        plots.write_png(self._workdir / CURVES, plots.curves(logs.read_metrics(self._workdir)))
+        # The clock starts anew at the next line: until the device is busy again, it is handed steps
+        # faster than it does them.
+        self._throughput = logs.Throughput(self._config.batch_size)
+        return row
+
+    def _held_out(self, state: TrainState, step: int) -> dict[str, float]:
+        """Means over the evaluation set; {} when stopped on the way."""
         sums = []
         for index, batch in enumerate(self._eval_batches()):
             if self._stop:
@@ -163,15 +186,7 @@ class Loop:
             sums.append(self._eval_step(state, self._put_eval(batch), np.int32(index)))
             if len(sums) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(sums[-1 - STEPS_IN_FLIGHT])
-        row = _means(jax.device_get(sums))
-        self._writer.write(step, "eval", row)
-        terms = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", "mse", "info_nce"))
-        self._progress.say(f"step {step}: held-out {terms}")
-        plots.write_png(self._workdir / CURVES, plots.curves(logs.read_metrics(self._workdir)))
-        # The clock starts anew at the next line: until the device is busy again, it is handed steps
-        # faster than it does them.
-        self._throughput = logs.Throughput(self._config.batch_size)
-        return row
+        return _means(jax.device_get(sums))
 
     def _picture(self, state: TrainState, step: int, batch: Batch) -> None:
         """Held-out clips: what they are, what the encoder saw, what came back."""

@@ -16,6 +16,7 @@ _SPLIT_STYLES = {
     "eval": {"color": "#e45756", "linewidth": 1.8, "marker": "o", "markersize": 3.5},
 }
 _CURVES = ("loss", "mse", "info_nce")
+_OPTIONAL_CURVES = ("knn_accuracy", "knn_map")
 _FRAME_SECONDS = 0.01
 _DPI = 110
 
@@ -91,7 +92,8 @@ def reconstructions(
 
 
 def curves(rows: Iterable[Mapping]) -> np.ndarray:
-    """Draws loss, mse and info_nce of a run over its steps: a panel each, a line a split.
+    """Draws loss, mse and info_nce of a run over its steps, and what neighbours tell where it was
+    asked: a panel each, a line a split.
 
     Args:
       rows: as in metrics.jsonl: `step`, `split` ("train" or "eval") and values. A row that lacks a
@@ -101,8 +103,10 @@ def curves(rows: Iterable[Mapping]) -> np.ndarray:
       uint8 [H, W, 3].
     """
     rows = sorted(rows, key=lambda row: row["step"])
-    figure = _figure(3.6 * len(_CURVES), 2.8)
-    for axis, key in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
+    asked = [key for key in _OPTIONAL_CURVES if any(key in row for row in rows)]
+    shown = (*_CURVES, *asked)
+    figure = _figure(3.6 * len(shown), 2.8)
+    for axis, key in zip(figure.subplots(1, len(shown)), shown, strict=True):
         for split, style in _SPLIT_STYLES.items():
             drawn = [row for row in rows if row["split"] == split and key in row]
             values = [math.nan if row[key] is None else row[key] for row in drawn]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, data, fbank, logs, masking, pretrained, sharding
 from maeast_jax import config as configuration
+from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.mixture import Clips
 from maeast_jax.model import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
@@ -49,6 +50,7 @@ class Run:
     train_clips: Clips | None
     eval_clips: Clips | None
     has_eval: bool
+    knn: KnnEval | None
 
 
 def check_run(
@@ -79,6 +81,7 @@ def check_run(
     has_eval = bool(data_config.eval) or (batches is None and data_config.has_eval)
     train_clips = data.open_train(data_config) if batches is None else None
     eval_clips = data.open_eval(data_config) if has_eval else None
+    knn = _open_knn(config, data_config) if config.eval.knn else None
     # Last: a mistake above leaves no empty folder behind.
     _check_workdir(workdir)
     return Run(
@@ -96,6 +99,7 @@ def check_run(
         train_clips=train_clips,
         eval_clips=eval_clips,
         has_eval=has_eval,
+        knn=knn,
     )
 
 
@@ -163,6 +167,12 @@ def eval_stream(run: Run) -> Iterator[Batch]:
     return data.eval_batches(
         run.data, run.eval_clips, max_clips=run.config.eval.max_clips, **_stream_settings(run)
     )
+
+
+def _open_knn(config: ConfigDict, data_config: data.DataConfig) -> KnnEval:
+    data.check_installed()
+    rate = data_config.sample_rate_hz or None
+    return open_knn(config.eval.knn, data_config.folder, rate, config.eval.knn_clips)
 
 
 def _stream_settings(run: Run) -> dict[str, int]:

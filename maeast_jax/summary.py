@@ -44,6 +44,7 @@ def describe(run: Run, abstract_params: Any, compiled_step: jax.stages.Compiled)
             "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
             "train": _describe_train(run),
             "eval": _describe_eval(run),
+            **({"knn": run.knn.describe()} if run.knn else {}),
             "steps": f"{run.start_step} -> {config.total_steps}, {start}",
             "workdir": os.fspath(run.workdir),
         }
@@ -97,7 +98,7 @@ def farewell(workdir: str | os.PathLike) -> str:
     masked = num_tokens - masking.num_kept(num_tokens, model.mask_ratio)
     rows = [row for row in logs.read_metrics(workdir) if row["split"] == "eval"]
     lines = {"checkpoint": f"{workdir}/{checkpoint.CHECKPOINTS}/{newest.name}"}
-    if rows:
+    if rows and "loss" in rows[-1]:
         first, last = rows[0], rows[-1]
         lines["held-out loss"] = f"{first['loss']:.3f} -> {last['loss']:.3f}"
         lines["info_nce"] = (
@@ -106,6 +107,10 @@ def farewell(workdir: str | os.PathLike) -> str:
         )
         lines["mse"] = f"{first['mse']:.4f} -> {last['mse']:.4f}"
         lines["pictures"] = f"{workdir}/{RECONSTRUCTIONS}  {workdir}/{CURVES}"
+    for name in ("knn_accuracy", "knn_map"):
+        values = [row[name] for row in rows if name in row]
+        if values:
+            lines[name] = f"{values[0]:.1%} -> {values[-1]:.1%}"
     then = _LONGER.format(workdir) if config["data"]["train"] else _OWN_RECORDINGS
     lines["next"] = f"{_EMBED.format(workdir)}\n{then}"
     return logs.announce(lines)

@@ -8,6 +8,7 @@ and their meaning: maeast_jax/config.py.
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
@@ -81,7 +82,15 @@ def _train(checked: Run) -> dict[str, float]:
         put=lambda batch: run.put_batch(checked, batch),
         put_eval=lambda batch: run.put_eval_batch(checked, batch),
         eval_batches=(lambda: run.eval_stream(checked)) if checked.has_eval else None,
+        knn=_knn(checked),
     ).run(state, run.train_stream(checked))
+
+
+def _knn(checked: Run) -> Callable[[TrainState], dict[str, float]] | None:
+    if checked.knn is None:
+        return None
+    model, num_frames = checked.model, checked.config.num_frames
+    return lambda state: checked.knn(model, state.params, state.statistics, num_frames)
 
 
 def _compile_step(checked: Run, abstract_state: TrainState) -> jax.stages.Compiled:

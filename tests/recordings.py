@@ -1,4 +1,4 @@
-"""Audio files of noise, and what the data sets built from them hold."""
+"""Audio files of noise, labelled tones, and what the data sets built from them hold."""
 
 import hashlib
 
@@ -11,6 +11,21 @@ from maeast_jax import shards
 def noise(seconds, seed):
     samples = round(seconds * 16_000)
     return np.random.default_rng(seed).integers(-9000, 9000, samples).astype(np.int16)
+
+
+TONES = ["high", "low", "noise"]
+
+
+def tones(count, seed):
+    """Labelled clips for shard_writer: tones of two heights, and noise."""
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        label = index % 3
+        time = np.arange(int(random.integers(3_000, 6_000))) / 16_000
+        samples = random.normal(0, 500 if label < 2 else 6_000, len(time))
+        if label < 2:
+            samples += 8_000 * np.sin(2 * np.pi * (3_000, 300)[label] * time)
+        yield f"{seed}-{index}", samples.astype(np.int16), TONES[label]
 
 
 def write_wav(path, seconds, seed=0):

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from recordings import TONES, tones
 
 import maeast_jax
 from maeast_jax import checkpoint, finetune_config, finetune_loop, logs, shard_writer
@@ -20,29 +21,16 @@ from maeast_jax.program import Interrupted
 pytest.importorskip("tensorflow_datasets")
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ["high", "low", "noise"]
-
-
-def clips(count, seed):
-    """Tones of two heights, and noise."""
-    random = np.random.default_rng(seed)
-    for index in range(count):
-        label = index % 3
-        time = np.arange(int(random.integers(3_000, 6_000))) / 16_000
-        samples = random.normal(0, 500 if label < 2 else 6_000, len(time))
-        if label < 2:
-            samples += 8_000 * np.sin(2 * np.pi * (3_000, 300)[label] * time)
-        yield f"{seed}-{index}", samples.astype(np.int16), NAMES[label]
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     splits = {"train": (24, 0), "valid": (9, 1), "test": (11, 2)}
-    parts = {name: lambda c=c, s=s: clips(c, s) for name, (c, s) in splits.items()}
-    shard_writer.write("tones", folder, parts, label_names=NAMES)
-    parts = {f"fold{n}": lambda n=n: clips(9, n) for n in range(3)}
-    shard_writer.write("folds", folder, parts, label_names=NAMES)
+    parts = {name: lambda c=c, s=s: tones(c, s) for name, (c, s) in splits.items()}
+    shard_writer.write("tones", folder, parts, label_names=TONES)
+    parts = {f"fold{n}": lambda n=n: tones(9, n) for n in range(3)}
+    shard_writer.write("folds", folder, parts, label_names=TONES)
     return folder
 
 
@@ -81,7 +69,7 @@ def test_the_fine_tuned_encoder_loads_and_embeds(tmp_path, data_dir):
     finetune(small(data_dir, epochs=1), tmp_path)
     model = maeast_jax.load(tmp_path)
     before = maeast_jax.load(GOLDEN / "tiny_patch.pt")
-    waves = np.stack([next(clips(1, 0))[1][:3_000]])
+    waves = np.stack([next(tones(1, 0))[1][:3_000]])
     assert model.config.is_encoder_only
     a, b = (m.encode(waves).hidden_states for m in (model, before))
     assert a.shape == b.shape and np.any(a != b)

@@ -16,8 +16,10 @@ LEVELS = [
     {"shards", "decode_pool", "train_step", "flops", "authors_config", "audioset"},
     {"mixture", "loop", "layouts", "classifier", "authors_file", "build_report"},
     {"pretrained", "data", "finetune_step"},
-    {"embedder", "labelled", "run"},
-    {"summary", "finetune_run", "labelled_batches"},
+    {"embedder", "labelled"},
+    {"knn_eval", "finetune_run", "labelled_batches"},
+    {"run"},
+    {"summary"},
     {"features", "finetune_loop"},
     {"train", "build_dataset", "embed", "export", "hear", "finetune"},
 ]

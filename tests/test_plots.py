@@ -99,6 +99,12 @@ def test_curves_draw_a_line_a_split_in_the_panel_of_its_key():
     assert 1 / 3 < left < right < 2 / 3
 
 
+def test_what_neighbours_tell_has_a_panel_where_it_was_asked():
+    rows = [{"step": step, "split": "eval", "knn_accuracy": 0.1 * step} for step in (1, 2)]
+    left, right = columns_with(plots.curves(rows), EVAL_RED)
+    assert 3 / 4 < left < right
+
+
 def test_curves_break_at_values_that_are_not_numbers_and_sort_by_step():
     rows = [
         {"step": step, "split": "train", "loss": value}
