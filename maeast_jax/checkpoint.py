@@ -30,7 +30,8 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int, config: dict[str, Any]):
         self._config = config
-        _clear_half_written(epath.Path(workdir) / CHECKPOINTS)
+        if jax.process_index() == 0:
+            _clear_half_written(epath.Path(workdir) / CHECKPOINTS)
         # Both policies are given: by default Orbax saves at every idle step and keeps everything.
         self._checkpointer = ocp.training.Checkpointer(
             Path(workdir).absolute() / CHECKPOINTS,
@@ -165,10 +166,3 @@ def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     partial = epath.Path(workdir) / f"{CONFIG}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(epath.Path(workdir) / CONFIG)
-
-
-def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes and types of a tree, to be placed by `sharding`."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )

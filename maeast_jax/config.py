@@ -78,7 +78,9 @@ def pretrain() -> ConfigDict:
     evaluation.knn = ""
     evaluation.knn_clips = 1_000
 
-    config.mesh = ConfigDict({"data": -1})  # devices that share a batch; -1 is all
+    # Devices along each axis; -1 takes what the others leave. data: share a batch. fsdp: share a
+    # batch and, while it is not in use, the state. tensor: share heads and the MLP's inner width.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()
 
 

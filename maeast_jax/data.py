@@ -109,15 +109,14 @@ def train_batches(
     num_frames: int,
     start_step: int,
     total_steps: int,
-    process: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Batches of steps `start_step` .. `total_steps` - 1, this process's rows of each.
+    """Batches of steps `start_step` .. `total_steps` - 1, of each the rows named (None: all).
 
     {audio int16 [b, S]} or {fbank float32 [b, T, F]}; a crop of `num_frames` at a random place,
     shorter clips looped to fill.
     """
-    rows = _process_rows(batch_size, process, process_count)
+    rows = np.arange(batch_size) if rows is None else rows
     num_samples = fbank.num_samples(num_frames)
     if clips is None:
         for step in range(start_step, total_steps):
@@ -139,15 +138,14 @@ def eval_batches(
     batch_size: int,
     num_frames: int,
     max_clips: int = 0,
-    process: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """One pass over `max_clips` (0: all) spread evenly over the sets, each once.
+    """One pass over `max_clips` (0: all) spread evenly over the sets, each once; `rows` of each.
 
     Crops are the same at every pass. All batches are full: rows past the end are silence with
     `mask` False.
     """
-    rows = _process_rows(batch_size, process, process_count)
+    rows = np.arange(batch_size) if rows is None else rows
     num_samples = fbank.num_samples(num_frames)
     count = eval_count(clips, max_clips)
 
@@ -265,16 +263,6 @@ def _stream(data: DataConfig, load, start: int, stop: int, shape) -> Iterator[Ba
         if failures:
             raise failures[0] from None
         raise
-
-
-def _process_rows(batch_size: int, process: int, process_count: int) -> np.ndarray:
-    """Rows of the global batch that one process feeds."""
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of {process_count}, the processes"
-        )
-    share = batch_size // process_count
-    return np.arange(process * share, (process + 1) * share)
 
 
 def _synthetic(positions: np.ndarray, seed: int, num_samples: int) -> np.ndarray:

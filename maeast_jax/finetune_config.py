@@ -83,9 +83,15 @@ def finetune() -> ConfigDict:
     data.threads = 0
 
     # Of linear and knn: what a clip's features are (see `python -m maeast_jax.embed --help`).
-    # source: encoder | fbank (mean and deviation of each mel band: what any model has to beat).
-    config.features = ConfigDict({"source": "encoder", "pool": "time", "layer": "last"})
-    config.mesh = ConfigDict({"data": -1})
+    features = config.features = ConfigDict()
+    # encoder | fbank (mean and deviation of each mel band: what any model has to beat)
+    features.source = "encoder"
+    features.pool = "moments"  # mean | time | moments
+    features.layer = "last"  # last | a layer's number from 0
+    # Grids of tokens that a clip is seen on, each begun a part of a token earlier; of frame tokens
+    # 2 at most. docs/finetuning.md says what it is worth.
+    features.phases = 4
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()
 
 

@@ -49,19 +49,23 @@ class FoldTrainer:
         )
         self._optimizer = steps.adam(run.optimizer, rate)
         graph = classifier_graph(run.model, run.head, len(run.class_names))
-        replicated = sharding.replicated(self._mesh)
-        self._step = jax.jit(
-            steps.make_train_step(
-                graph, run.loss, self._optimizer, rate, run.augment,
-                seed=config.seed, accumulation_steps=config.accumulation_steps,
-            ),
-            donate_argnums=0,
-            out_shardings=replicated,
+        whole = sharding.replicated(self._mesh)
+        self._shardings = sharding.by_rules(self._mesh, jax.eval_shape(self._initial))
+        step = steps.make_train_step(
+            graph, run.loss, self._optimizer, rate, run.augment,
+            seed=config.seed, accumulation_steps=config.accumulation_steps,
         )  # fmt: skip
-        self._choose = jax.jit(
-            lambda state, value: steps.choose(state, config.select, value), out_shardings=replicated
+        self._step = jax.jit(
+            sharding.traced_on(self._mesh, step),
+            donate_argnums=0,
+            out_shardings=(self._shardings, whole),
         )
-        self._predict = jax.jit(steps.make_predict(graph, run.loss))
+        self._choose = jax.jit(
+            lambda state, value: steps.choose(state, config.select, value),
+            out_shardings=self._shardings,
+        )
+        predict = sharding.traced_on(self._mesh, steps.make_predict(graph, run.loss))
+        self._predict = jax.jit(predict, out_shardings=whole)
 
     def train(self, normalize: tuple[float, float] | None) -> FinetuneState:
         """Starts, or goes on from the newest checkpoint, to the end; the last state.
@@ -96,7 +100,8 @@ class FoldTrainer:
             max_frames=config.max_frames,
             threads=config.data.threads,
         ):
-            found = self._predict(params, statistics, sharding.put_batch(self._mesh, batch))
+            placed = sharding.put_batch(self._mesh, batch, config.batch_size)
+            found = self._predict(params, statistics, placed)
             rows.append(np.asarray(found)[: len(real)])
             ids += [clip.id for clip in real]
             classes += [clip.classes for clip in real]
@@ -107,15 +112,20 @@ class FoldTrainer:
         weights = None
         if run.init_from is not None and checkpoints.latest_step() is None:
             weights = run.init_from.read_weights()
-        state = steps.init_state(
+        return jax.device_put(self._initial(weights, normalize), self._shardings)
+
+    def _initial(self, weights=None, normalize=None) -> FinetuneState:
+        run = self._run
+        return steps.init_state(
             run.model, run.head, len(run.class_names), self._optimizer,
             seed=run.config.seed, weights=weights, normalize=normalize,
         )  # fmt: skip
-        return jax.device_put(state, sharding.replicated(self._mesh))
 
     def _restore(self, checkpoints, step: int, state: FinetuneState) -> FinetuneState:
-        abstract = checkpoint.abstract(_parts(state), sharding.replicated(self._mesh))
-        return _from_parts(checkpoints.restore(step, abstract))
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        return _from_parts(checkpoints.restore(step, _parts(abstract)))
 
     def _run_steps(self, state, start_step, checkpoints, writer, progress, stop) -> FinetuneState:
         config, train = self._run.config, self._sets.train
@@ -135,7 +145,8 @@ class FoldTrainer:
         )
         throughput = logs.Throughput(config.batch_size)
         for step, batch in enumerate(batches, start_step + 1):
-            state, row = self._step(state, sharding.put_batch(self._mesh, batch))
+            placed = sharding.put_batch(self._mesh, batch, config.batch_size)
+            state, row = self._step(state, placed)
             if step % config.log_every == 0 or step in (1, self._total_steps):
                 values = _finite({name: float(a / b) for name, (a, b) in row.items()}, step)
                 rate = throughput.rate(step)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from maeast_jax import sharding
+
 # BERT's initial values, which the authors use throughout both transformers.
 normal_init = nnx.initializers.normal(0.02)
 # torch's LayerNorm; flax's default is 1e-6.
@@ -163,7 +165,7 @@ class TransformerLayer(nnx.Module):
         if self.pre_norm:
             x = self._norm(self.mlp_norm, x)
         x = residual + dropout(self.mlp(x), self.dropout_rate, mlp_key)
-        return x if self.pre_norm else self._norm(self.mlp_norm, x)
+        return sharding.over_batch(x if self.pre_norm else self._norm(self.mlp_norm, x))
 
     def _norm(self, norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
         return norm(x).astype(self.dtype)
@@ -248,8 +250,8 @@ class Transformer(nnx.Module):
         stem_key, layers_key, last_key = split_key(key, 3)
         x, _ = self._scan(self._stem(x_BxNxD, stem_key), None, layers_key, self.num_layers - 1)
         graph, stacked = nnx.split(self.layers)
-        last = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[-1], stacked))
-        return self._head(last(x, key=last_key, places_BxM=places_BxM))
+        last = sharding.gathered(jax.tree.map(lambda leaf: leaf[-1], stacked))
+        return self._head(nnx.merge(graph, last)(x, key=last_key, places_BxM=places_BxM))
 
     def _stem(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         x = x if self.pre_norm else self.norm(x).astype(self.dtype)
@@ -268,7 +270,7 @@ class Transformer(nnx.Module):
         def body(x, layer_and_key):
             state, layer_key = layer_and_key
             drop_key, inner_key = split_key(layer_key, 2)
-            y = nnx.merge(graph, state)(x, padding_BxN, inner_key)
+            y = nnx.merge(graph, sharding.gathered(state))(x, padding_BxN, inner_key)
             if drop_key is not None and self.layer_drop > 0.0:
                 y = jnp.where(jax.random.uniform(drop_key) < self.layer_drop, x, y)
             return y, y

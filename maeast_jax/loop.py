@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import logs, plots
+from maeast_jax import hosts, logs, plots
 from maeast_jax.checkpoint import Checkpoints
-from maeast_jax.program import Interrupted, NonFiniteError, stop_signals
+from maeast_jax.program import Interrupted, NonFiniteError
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
 
 Batch = dict[str, np.ndarray]
@@ -28,10 +28,10 @@ _TOLD = ("loss", "mse", "info_nce", "knn_accuracy", "knn_map")
 class Loop:
     """Runs steps over a stream of batches; everything with a side effect in training is here.
 
-    `step`, `eval_step`, `reconstruct` and `calibrate` (None: a checkpoint has the statistics) are
-    compiled or jitted functions of train_step.py; `put` and `put_eval` place a host batch on the
-    devices; `eval_batches` starts a pass over the evaluation set (None: no evaluation); `knn` is
-    what else an evaluation asks of a state (None: nothing).
+    `step`, `eval_step`, `reconstruct` (None: no pictures), `calibrate` (None: a checkpoint has the
+    statistics) and `knn` (None: not asked) are those of programs.py; `put` and `put_eval` place a
+    host batch on the devices; `eval_batches` starts a pass over the evaluation set (None: no
+    evaluation).
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Loop:
         checkpoints: Checkpoints,
         step: Callable,
         eval_step: Callable,
-        reconstruct: Callable,
+        reconstruct: Callable | None,
         calibrate: Callable | None,
         put: Callable[[Batch], dict[str, jax.Array]],
         put_eval: Callable[[Batch], dict[str, jax.Array]],
@@ -62,8 +62,10 @@ class Loop:
         self._put_eval = put_eval
         self._eval_batches = eval_batches
         self._knn = knn
-        self._writer = logs.MetricsWriter(workdir, start_step)
-        self._progress = logs.Progress(config.total_steps, start_step)
+        # Of several processes the first alone writes; all compute what is written.
+        self._writer = logs.MetricsWriter(workdir, start_step) if hosts.is_first() else None
+        stream = None if self._writer else open(os.devnull, "w")  # noqa: SIM115 (for good)
+        self._progress = logs.Progress(config.total_steps, start_step, stream)
         self._throughput = logs.Throughput(config.batch_size)
         # Steps since the last line, and the closed intervals whose values are still on the device.
         self._interval: list[tuple[int, Metrics]] = []
@@ -72,9 +74,9 @@ class Loop:
     def run(self, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         """To the last step, or to Interrupted or NonFiniteError; the last evaluation's metrics."""
         total_steps = self._config.total_steps
-        evaluation = {}
+        evaluation, stream = {}, batches
         try:
-            with stop_signals() as self._stop:
+            with hosts.stopping() as self._asked_to_stop:
                 if self._calibrate is not None:
                     first = _next(batches, 0)
                     batches = itertools.chain([first], batches)
@@ -85,7 +87,7 @@ class Loop:
                 for step in range(self._start_step, total_steps):
                     # Saved before the next batch is taken: the state has seen `step` batches. Read
                     # once: a signal between two looks would stop without having saved.
-                    stopping = bool(self._stop)
+                    stopping = self._asked_to_stop()
                     due = step > self._start_step and step % self._config.checkpoint_every == 0
                     if stopping:
                         self._progress.say(f"asked to stop: saving step {step}")
@@ -93,7 +95,7 @@ class Loop:
                         self._save(state, step)
                     if stopping:
                         self._checkpoints.wait()
-                        raise Interrupted(self._stop[0], step)
+                        raise Interrupted(stopping, step)
                     state, metrics = self._step(state, self._put(_next(batches, step)))
                     self._interval.append((step + 1, metrics))
                     if len(self._interval) > STEPS_IN_FLIGHT:
@@ -105,8 +107,13 @@ class Loop:
                 self._save(state, total_steps)
                 self._checkpoints.wait()
         finally:
+            if hasattr(stream, "close"):
+                # Now, not as the interpreter ends: tf.data would then wait for ever for its
+                # threads, which wait for the interpreter.
+                stream.close()
             self._progress.close()
-            self._writer.close()
+            if self._writer:
+                self._writer.close()
             self._checkpoints.close()
         return evaluation
 
@@ -131,7 +138,8 @@ class Loop:
         row["learning_rate"] = _means([values[-1][1]])["learning_rate"]
         if clips_per_second is not None:
             row["clips_per_second"] = clips_per_second
-        self._writer.write(step, "train", row)
+        if self._writer:
+            self._writer.write(step, "train", row)
         self._progress.update(step, row["loss"], clips_per_second)
 
     def _finite(self, values: list[tuple[int, Metrics]]) -> list[tuple[int, Metrics]]:
@@ -157,15 +165,15 @@ class Loop:
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Writes and returns the held-out metrics; {} where there are none or when stopped."""
         self._flush()
-        if self._writer.has(step, "eval"):
+        if hosts.from_first(self._writer is not None and self._writer.has(step, "eval")):
             return {}
         row = self._held_out(state, step) if self._eval_batches is not None else {}
         if self._knn is not None:
-            if self._stop:
+            if self._asked_to_stop():
                 return {}
             row |= self._knn(state)
-        if not row:
-            return {}
+        if not row or self._writer is None:
+            return row
         self._writer.write(step, "eval", row)
         terms = (f"{name} {row[name]:.4f}" for name in _TOLD if name in row)
         self._progress.say(f"step {step}: held-out {', '.join(terms)}")
@@ -179,24 +187,24 @@ class Loop:
         """Means over the evaluation set; {} when stopped on the way."""
         sums = []
         for index, batch in enumerate(self._eval_batches()):
-            if self._stop:
+            if self._asked_to_stop():
                 return {}
+            placed = self._put_eval(batch)
             if index == 0:
-                self._picture(state, step, batch)
-            sums.append(self._eval_step(state, self._put_eval(batch), np.int32(index)))
+                self._picture(state, step, placed)
+            sums.append(self._eval_step(state, placed, np.int32(index)))
             if len(sums) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(sums[-1 - STEPS_IN_FLIGHT])
         return _means(jax.device_get(sums))
 
-    def _picture(self, state: TrainState, step: int, batch: Batch) -> None:
+    def _picture(self, state: TrainState, step: int, batch: dict[str, jax.Array]) -> None:
         """Held-out clips: what they are, what the encoder saw, what came back."""
-        count = int(min(self._config.eval.pictures, batch["mask"].sum()))
-        if count:
-            few = {name: rows[:count] for name, rows in batch.items() if name != "mask"}
-            image = plots.reconstructions(
-                *jax.device_get(self._reconstruct(state, few)),
-                kept_percent=100.0 * (1.0 - self._config.model.mask_ratio),
-            )
+        if self._reconstruct is None:
+            return
+        shown = jax.device_get(self._reconstruct(state, batch))
+        if self._writer:
+            kept_percent = 100.0 * (1.0 - self._config.model.mask_ratio)
+            image = plots.reconstructions(*shown, kept_percent=kept_percent)
             self._writer.image(step, "reconstructions", image)
             plots.write_png(self._workdir / RECONSTRUCTIONS, image)
 

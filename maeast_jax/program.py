@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
+EXIT_PEER_LOST = 75  # sysexits.h: a failure that passes; launchers start the run again
 
 
 class Interrupted(Exception):
@@ -28,6 +29,10 @@ class Interrupted(Exception):
 
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient that is not finite."""
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run is gone, and with it what only it held."""
 
 
 @contextmanager
@@ -57,26 +62,78 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run(main: Callable[[ConfigDict, str], None]) -> None:
+def run(
+    main: Callable[[ConfigDict, str], None],
+    join: Callable[[str | None, int | None, int | None], None] | None = None,
+) -> None:
     """Parses --config and --workdir, calls `main(config, workdir)`, and ends the process.
 
+    join: of a program that can be several processes, called first in each of them with
+      --coordinator, --num_processes and --process_id, or with None where the cluster tells.
+
     Exit codes: 0; 1 for what the system refused (a full disk, a folder); 2 for a ValueError, a
-    mistake in flags, configuration, data or checkpoint; 3 for a loss that is not finite; 143 or
-    130 after SIGTERM or Ctrl-C, once the state is saved.
+    mistake in flags, configuration, data or checkpoint; 3 for a loss that is not finite; 75 where
+    another process of the run was lost; 143 or 130 after SIGTERM or Ctrl-C, once the state is
+    saved.
     """
     config = config_flags.DEFINE_config_file("config", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Folder the run lives in.", required=True)
     flags.mark_flag_as_required("config")
     # absl's --help shows the flags of the main module alone.
-    for name in ("config", "workdir"):
+    for name in ("config", "workdir", *(_define_join_flags() if join else ())):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def call(argv: Sequence[str]) -> None:
         if unread := argv[1:]:
             _fail(f"{unread[0]!r} is not a flag; fields are set as --config.field=value")
-        _guard(lambda: main(config.value, workdir.value), "stopped before it could save")
+        if join is None or not _is_joined():
+            _guard(lambda: main(config.value, workdir.value), "stopped before it could save")
+            return
+        try:
+            _guard(lambda: _join_and_call(join, main, config.value, workdir.value), "stopped")
+        except SystemExit as end:
+            # The others wait in a computation for this one, and jax would wait here for them.
+            if end.code not in (0, *_AGREED_ENDS):
+                sys.stderr.flush()
+                os._exit(end.code)
+            raise
 
     _start(call, _parse)
+
+
+# Ends that all processes come to together.
+_AGREED_ENDS = (128 + signal.SIGTERM,)
+
+
+def _define_join_flags() -> tuple[str, ...]:
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "This is one of several processes, found from the cluster: a TPU pod, SLURM, Kubernetes,"
+        " Open MPI.",
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
+    flags.DEFINE_integer("num_processes", None, "How many they are; with --coordinator.")
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0; with --coordinator.")
+    return ("distributed", *_JOIN_FLAGS)
+
+
+_JOIN_FLAGS = ("coordinator", "num_processes", "process_id")
+
+
+def _is_joined() -> bool:
+    return flags.FLAGS.distributed or any(flags.FLAGS[n].value is not None for n in _JOIN_FLAGS)
+
+
+def _join_and_call(join: Callable, main: Callable, config: ConfigDict, workdir: str) -> None:
+    given = [flags.FLAGS[name].value for name in _JOIN_FLAGS]
+    if any(value is not None for value in given) and None in given:
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id go together; pass all three, or"
+            " --distributed alone on a cluster"
+        )
+    join(*given)
+    main(config, workdir)
 
 
 def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) -> None:
@@ -127,6 +184,8 @@ def _guard(main: Callable[[], None], interrupted: str) -> None:
         sys.exit(stop.exit_code)
     except NonFiniteError as error:
         _fail(error, EXIT_NON_FINITE)
+    except PeerLostError as error:
+        _fail(error, EXIT_PEER_LOST)
     except ValueError as error:
         _fail(error)
     except OSError as error:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, data, fbank, logs, masking, pretrained, sharding
+from maeast_jax import checkpoint, data, fbank, hosts, logs, masking, pretrained, sharding
 from maeast_jax import config as configuration
 from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.mixture import Clips
@@ -121,26 +122,38 @@ def put_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:
     for name, wanted in wanted_fields.items():
         if name not in batch:
             raise ValueError(f"a batch has the fields {sorted(batch)}, but {name!r} is needed")
-        shape = (wanted.shape[0] // jax.process_count(), *wanted.shape[1:])
+        shape = (len(_rows(run)), *wanted.shape[1:])
         if batch[name].shape != shape or batch[name].dtype != wanted.dtype:
             raise ValueError(
                 f"a batch's {name!r} is {batch[name].dtype} {batch[name].shape}, but "
                 f"{wanted.dtype} {shape} is needed, by batch_size and num_frames"
             )
-    return sharding.put_batch(run.mesh, {name: batch[name] for name in wanted_fields})
+    return _put(run, {name: batch[name] for name in wanted_fields})
 
 
 def put_eval_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:
     """As `put_batch`, with `mask`, which says which rows count."""
-    return put_batch(run, batch) | sharding.put_batch(run.mesh, {"mask": batch["mask"]})
+    return put_batch(run, batch) | _put(run, {"mask": batch["mask"]})
+
+
+def _put(run: Run, batch: Batch) -> dict[str, jax.Array]:
+    return sharding.put_batch(run.mesh, batch, run.config.batch_size)
+
+
+def _rows(run: Run) -> np.ndarray:
+    """Rows of the global batch that this process feeds."""
+    return sharding.process_rows(run.mesh, run.config.batch_size)
 
 
 @contextmanager
 def alone(workdir: Path) -> Iterator[None]:
-    """Holds a workdir for this process; raises ValueError where another one is at work in it.
+    """Holds a workdir for this run; raises ValueError where another one is at work in it.
 
-    The lock is on an open file, so it ends with its process however that ends.
+    The lock is on an open file, so it ends with its process, the run's first, however that ends.
     """
+    if not hosts.is_first():
+        yield
+        return
     with (workdir / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,13 +188,12 @@ def _open_knn(config: ConfigDict, data_config: data.DataConfig) -> KnnEval:
     return open_knn(config.eval.knn, data_config.folder, rate, config.eval.knn_clips)
 
 
-def _stream_settings(run: Run) -> dict[str, int]:
+def _stream_settings(run: Run) -> dict[str, Any]:
     return {
         "seed": run.config.seed,
         "batch_size": run.config.batch_size,
         "num_frames": run.config.num_frames,
-        "process": jax.process_index(),
-        "process_count": jax.process_count(),
+        "rows": _rows(run),
     }
 
 

@@ -1,35 +1,93 @@
-"""The device mesh and what lies where on it: batches over `data`, parameters everywhere."""
+"""The device mesh and what lies where on it.
+
+Axes: `data` shares a batch; `fsdp` shares a batch and, between uses, the parameters and the
+optimiser's moments; `tensor` shares heads and the MLP's inner width. Who travels is left to XLA
+(GSPMD): a program is written as for one device, and its inputs and results are placed.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# What lies along the last axes of a parameter: the first rule whose pattern ends its path; axes in
+# front, such as that of stacked layers, are whole. An optimiser's moments have the path of their
+# parameter at the end. Outside the layers there is less than a hundredth of the paper's model.
+_RULES = (
+    (r"attention/qkv_kernel", ("fsdp", None, "tensor", None)),
+    (r"attention/qkv_bias", (None, "tensor", None)),
+    (r"attention/out_kernel", ("tensor", None, "fsdp")),
+    (r"attention/out_bias", ()),
+    (r"mlp/up/kernel", ("fsdp", "tensor")),
+    (r"mlp/up/bias", ("tensor",)),
+    (r"mlp/down/kernel", ("tensor", "fsdp")),
+    (r"mlp/down/bias", ()),
+    (r"(\w+_)?norm/(scale|bias)", ()),
+    (r"(token|decoder)_projection/(kernel|bias)", ()),
+    (r"(reconstruction|classification)_head/(kernel|bias)", ()),
+    (r"mask_token", ()),
+    (r"head/\w+(/\w+)?", ()),  # of fine-tuning
+    # Running statistics, and counters of steps.
+    (r"input_norm/\w+", ()),
+    (r"count|step|chosen_(value|count)", ()),
+)
 
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh of `data` devices, -1 for all of them.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of data x fsdp x tensor devices; one of them may be -1, what the others leave.
 
-    Raises ValueError where there are fewer devices than asked for.
+    Raises ValueError for sizes that the devices there are do not give.
     """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     devices = jax.devices()
-    count = len(devices) if data == -1 else data
-    if not 1 <= count <= len(devices):
+    if any(size < 1 and size != -1 for size in sizes.values()) or [*sizes.values()].count(-1) > 1:
+        raise ValueError(f"{text}: each must be 1 or more, and one at most -1 (what is left)")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sizes.items():
+        if size == -1:
+            if len(devices) % known:
+                raise ValueError(
+                    f"{text}: {len(devices)} devices are no multiple of {known}; change the sizes"
+                )
+            sizes[axis] = len(devices) // known
+    count = math.prod(sizes.values())
+    if count > len(devices):
         raise ValueError(
-            f"mesh.data={data} must be -1 (all) or from 1 to {len(devices)}, the devices there are"
+            f"{text} needs {count} devices, but there are {len(devices)}; ask for less"
         )
-    return jax.make_mesh((count,), (DATA_AXIS,), (AxisType.Auto,), devices=devices[:count])
+    if count < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"{text} leaves out {len(devices) - count} of {len(devices)} devices, which several "
+            "processes cannot; set one of them to -1"
+        )
+    shape = tuple(sizes.values())
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def batch_shares(mesh: Mesh) -> int:
+    """Into how many equal parts a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int) -> None:
     """Raises ValueError where devices and accumulation do not share a batch evenly."""
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")
-    share = mesh.size * accumulation_steps
-    if batch_size < 1 or batch_size % share:
+    shares = batch_shares(mesh)
+    if batch_size < 1 or batch_size % (shares * accumulation_steps):
         raise ValueError(
-            f"batch_size={batch_size} must be a multiple of {share}, devices ({mesh.size}) times "
-            f"accumulation_steps ({accumulation_steps}); set another batch_size or mesh.data"
+            f"batch_size={batch_size} must be a multiple of {shares * accumulation_steps}, "
+            f"mesh.data x mesh.fsdp ({shares}) times accumulation_steps ({accumulation_steps}); "
+            "set another batch_size or mesh"
         )
 
 
@@ -38,13 +96,92 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_example(mesh: Mesh) -> NamedSharding:
-    """The leading axis over `data`."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """The leading axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch to its devices, as one global array a field."""
+def by_rules(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each leaf of a tree of parameters, moments or statistics.
+
+    Raises ValueError for a leaf that no rule covers, and for an axis that devices do not divide.
+    """
+
+    def place(path, leaf) -> NamedSharding:
+        axes = _axes(path, leaf.shape)
+        for place, axis in enumerate(axes):
+            if axis and leaf.shape[place] % mesh.shape[axis]:
+                raise ValueError(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide {leaf.shape[place]}, axis "
+                    f"{place} of {_name(path)} {list(leaf.shape)}; choose a mesh.{axis} that does"
+                )
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, to be jitted: `over_batch` and `gathered` know the mesh while it is traced."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def over_batch(x: jax.Array) -> jax.Array:
+    """`x` with its leading axis over the batch's axes; outside of `traced_on` x itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def gathered(layer: Any) -> Any:
+    """A layer's parameters as they are used: whole along `fsdp`, still shared over `tensor`.
+
+    Left to itself XLA may gather the batch instead, which is far larger. Outside of `traced_on`
+    the parameters themselves.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return layer
+
+    def gather(path, leaf: jax.Array) -> jax.Array:
+        axes = (None if axis == "fsdp" else axis for axis in _axes(path, leaf.shape))
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(gather, layer)
+
+
+def _axes(path, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    name = _name(path)
+    for pattern, axes in _RULES:
+        if re.search(rf"(^|/)({pattern})$", name):
+            return (None,) * (len(shape) - len(axes)) + axes if axes else ()
+    raise ValueError(f"no rule says how {name} {list(shape)} is sharded; add one to sharding.py")
+
+
+def _name(path) -> str:
+    names = (str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    return "/".join(name for name in names if name != "value")  # an nnx variable's own
+
+
+@functools.cache
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of the global batch that this process' devices hold, ascending."""
+    slices = by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """This process' rows (`process_rows`) to its devices, as one array of all a field."""
+    place = np.full(batch_size, -1)
+    own = process_rows(mesh, batch_size)
+    place[own] = np.arange(len(own))
     sharding = by_example(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+        name: jax.make_array_from_callback(
+            (batch_size, *rows.shape[1:]), sharding, lambda index, rows=rows: rows[place[index[0]]]
+        )
+        for name, rows in batch.items()
     }

@@ -173,18 +173,19 @@ def make_eval_step(
 
 
 def make_reconstruct(
-    config: ModelConfig, *, seed: int, num_frames: int
+    config: ModelConfig, *, seed: int, num_frames: int, count: int
 ) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """`(state, batch) -> (original, masked, reconstructed)`, log energies [b, T, F].
+    """`(state, batch) -> (original, masked, reconstructed)`, log energies [count, T, F].
 
-    `masked` holds NaN where a token was masked; `reconstructed` is the model's there and the
-    original elsewhere. The masks are those of evaluation batch 0.
+    Of the batch's first `count` clips. `masked` holds NaN where a token was masked; `reconstructed`
+    is the model's there and the original elsewhere. The masks are those of evaluation batch 0.
     """
     graph = model_graph(config)
 
     def reconstruct(state: TrainState, batch: Batch):
         model = nnx.merge(graph, state.params, state.statistics)
-        patches_BxNxP = model.normalized_patches(_features(batch, num_frames), training=False)
+        few = {name: rows[:count] for name, rows in batch.items()}
+        patches_BxNxP = model.normalized_patches(_features(few, num_frames), training=False)
         first = jnp.zeros((), jnp.int32)
         kept_BxK, masked_BxM = _eval_masks(config, seed, num_frames, patches_BxNxP.shape[0], first)
         predictions = model.pretrain(patches_BxNxP, kept_BxK, masked_BxM)

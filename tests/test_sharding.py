@@ -1,28 +1,59 @@
+"""The mesh, what lies where on it, and refusals of what does not divide."""
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from maeast_jax import sharding
+from maeast_jax.model import ModelConfig
+from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
+from maeast_jax.train_step import init_state
+
+WIDE = {"encoder_layers": 2, "width": 48, "heads": 6, "mlp_width": 96, "decoder_width": 24}
 
 
-def test_rows_of_a_batch_lie_one_share_a_device():
-    mesh = sharding.make_mesh(4)
+def abstract_state(**fields):
+    config = OptimizerConfig(warmup_steps=1)
+    optimizer = adamw(config, schedule(config, 10))
+    return jax.eval_shape(lambda: init_state(ModelConfig(**WIDE | fields), optimizer, 0))
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 4)])
+def test_rows_of_a_batch_lie_one_share_a_device(sizes):
+    mesh = sharding.make_mesh(*sizes)
     rows = np.arange(24, dtype=np.int16).reshape(8, 3)
-    placed = sharding.put_batch(mesh, {"audio": rows})["audio"]
+    placed = sharding.put_batch(mesh, {"audio": rows}, 8)["audio"]
     assert placed.sharding.is_equivalent_to(sharding.by_example(mesh), 2)
-    shards = sorted(placed.addressable_shards, key=lambda shard: shard.index[0].start)
-    assert [shard.data.shape for shard in shards] == [(2, 3)] * 4
-    np.testing.assert_array_equal(np.concatenate([shard.data for shard in shards]), rows)
+    share = 8 // sharding.batch_shares(mesh)
+    shards = sorted(placed.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    assert [shard.data.shape for shard in shards] == [(share, 3)] * mesh.size
+    np.testing.assert_array_equal(
+        np.concatenate([shard.data for shard in shards[:: sizes[2]]]), rows
+    )
+    np.testing.assert_array_equal(sharding.process_rows(mesh, 8), np.arange(8))
 
 
-def test_all_devices_or_the_number_asked_for():
-    assert sharding.make_mesh().size == len(jax.devices()) == 8
+def test_one_axis_takes_what_the_others_leave():
+    assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert sharding.make_mesh(2, -1, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     assert sharding.make_mesh(2).size == 2
-    for count in (0, 9, -2):
-        with pytest.raises(
-            ValueError, match=rf"mesh.data={count} must be -1 \(all\) or from 1 to 8"
-        ):
-            sharding.make_mesh(count)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1, 1), "mesh.data=0, mesh.fsdp=1, mesh.tensor=1: each must be 1 or more"),
+        ((-1, -1, 1), "one at most -1"),
+        ((-2, 1, 1), "each must be 1 or more"),
+        ((-1, 3, 1), "8 devices are no multiple of 3"),
+        ((3, 3, 1), "9 devices, but there are 8"),
+    ],
+)
+def test_a_mesh_that_the_devices_do_not_give_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(*sizes)
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(12, 1), (16, 4), (0, 1), (8, 0)])
@@ -32,3 +63,44 @@ def test_a_batch_that_does_not_divide_is_refused(batch_size, steps):
     ):
         sharding.check_batch(sharding.make_mesh(), batch_size, steps)
     sharding.check_batch(sharding.make_mesh(), 16, 2)
+    # Devices along `tensor` see the same clips.
+    sharding.check_batch(sharding.make_mesh(2, 1, 4), 2, 1)
+
+
+def test_every_leaf_of_the_state_has_a_rule_and_moments_lie_as_their_parameters():
+    state = abstract_state()
+    shardings = sharding.by_rules(sharding.make_mesh(2, 2, 2), state)
+    layers = shardings.params["encoder"]["layers"]
+    assert layers["attention"]["qkv_kernel"].spec == PartitionSpec(
+        None, "fsdp", None, "tensor", None
+    )
+    assert layers["mlp"]["down"]["kernel"].spec == PartitionSpec(None, "tensor", "fsdp")
+    assert shardings.params["mask_token"].spec == PartitionSpec()
+    (adam,) = (part for part in jax.tree.leaves(
+        shardings.opt_state, is_leaf=lambda part: hasattr(part, "mu")
+    ) if hasattr(part, "mu"))  # fmt: skip
+    for moment in (adam.mu, adam.nu):
+        assert jax.tree.all(jax.tree.map(lambda a, b: a == b, moment, shardings.params))
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match=r"no rule says how encoder/new_kernel \[4, 8\]"):
+        sharding.by_rules(sharding.make_mesh(), {"encoder": {"new_kernel": jnp.ones((4, 8))}})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 1, 4), r"mesh.tensor=4 does not divide 6, axis 1 of .*out_kernel \[2, 6, 8, 48\]"),
+        ((1, 5, 1), r"mesh.fsdp=5 does not divide 48, axis 3 of .*out_kernel"),
+    ],
+)
+def test_an_axis_that_devices_do_not_divide_is_an_error_that_names_both(sizes, message):
+    params = abstract_state().params["encoder"]
+    with pytest.raises(ValueError, match=message):
+        sharding.by_rules(sharding.make_mesh(*sizes), params)
+
+
+def test_off_a_mesh_nothing_is_placed():
+    x = jnp.ones((3, 4))
+    assert sharding.over_batch(x) is x and sharding.gathered({"any": x})["any"] is x

@@ -205,20 +205,20 @@ def refuse(*_):
 
 def test_a_finished_run_is_left_alone_and_returns_its_evaluation(tmp_path, monkeypatch, capsys):
     evaluation = train(short_config(), tmp_path)
-    monkeypatch.setattr(train_module, "_compile_step", refuse)
+    monkeypatch.setattr(train_module.Programs, "step", refuse)
     assert train(short_config(), tmp_path) == evaluation
     assert "has done its 4 steps already" in capsys.readouterr().out
 
 
 def test_a_second_process_in_the_same_workdir_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "_compile_step", refuse)
+    monkeypatch.setattr(train_module.Programs, "step", refuse)
     with alone(tmp_path), pytest.raises(ValueError, match="another process is training in"):
         train(short_config(), tmp_path)
 
 
 def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
     train(short_config(), tmp_path / "run")
-    monkeypatch.setattr(train_module, "_compile_step", refuse)
+    monkeypatch.setattr(train_module.Programs, "step", refuse)
     (tmp_path / "foreign" / "checkpoints" / "12").mkdir(parents=True)
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "run", broken)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,11 +97,21 @@ def noise_batch(clips=16, frames=FRAMES, seed=0):
     return {"audio": np.random.default_rng(seed).integers(-3000, 3000, shape).astype(np.int16)}
 
 
+EXCHANGES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+
+
+def put(batch, devices):
+    return sharding.put_batch(sharding.make_mesh(*devices), batch, len(batch["audio"]))
+
+
 @functools.cache
 def compiled(accumulation_steps, devices, seed):
     """The jitted step and the initial state it starts from."""
     optimizer = adamw(RECIPE, constant)
-    replicated = sharding.replicated(sharding.make_mesh(devices))
+    mesh = sharding.make_mesh(*devices)
     step = make_train_step(
         TINY,
         LossConfig(),
@@ -110,15 +121,17 @@ def compiled(accumulation_steps, devices, seed):
         num_frames=FRAMES,
         accumulation_steps=accumulation_steps,
     )
-    state = jax.jit(lambda: init_state(TINY, optimizer, seed), out_shardings=replicated)()
-    return jax.jit(step, out_shardings=replicated), state
+    initial = functools.partial(init_state, TINY, optimizer, seed)
+    shardings = sharding.by_rules(mesh, jax.eval_shape(initial))
+    state = jax.jit(initial, out_shardings=shardings)()
+    out_shardings = (shardings, sharding.replicated(mesh))
+    return jax.jit(sharding.traced_on(mesh, step), out_shardings=out_shardings), state
 
 
-def run_step(steps=2, accumulation_steps=1, devices=1, seed=0):
+def run_step(steps=2, accumulation_steps=1, devices=(1, 1, 1), seed=0):
     step, state = compiled(accumulation_steps, devices, seed)
-    mesh = sharding.make_mesh(devices)
     for index in range(steps):
-        state, metrics = step(state, sharding.put_batch(mesh, noise_batch(seed=index)))
+        state, metrics = step(state, put(noise_batch(seed=index), devices))
     return jax.device_get((state, metrics))
 
 
@@ -132,7 +145,10 @@ def assert_same_run(actual, expected):
         np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("devices", "accumulation_steps"), [(8, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("devices", "accumulation_steps"),
+    [((8, 1, 1), 2), ((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1)],
+)
 def test_devices_and_accumulation_change_nothing_but_rounding(
     one_device, devices, accumulation_steps
 ):
@@ -143,12 +159,45 @@ def test_devices_and_accumulation_change_nothing_but_rounding(
     )
 
 
-def test_accumulated_rows_stay_on_their_devices():
-    step, state = compiled(accumulation_steps=2, devices=8, seed=0)
-    batch = sharding.put_batch(sharding.make_mesh(8), noise_batch())
-    text = step.lower(state, batch).compile().as_text()
-    assert "all-reduce" in text
-    assert "all-gather" not in text and "all-to-all" not in text
+def exchanged(devices, accumulation_steps=1):
+    """Shapes that devices exchange in the compiled step, by kind of exchange."""
+    step, state = compiled(accumulation_steps, devices, 0)
+    text = step.lower(state, put(noise_batch(), devices)).compile().as_text()
+    found = {}
+    for shape, kind in re.findall(rf" = (.+?) ({'|'.join(EXCHANGES)})(?:-start)?\(", text):
+        found.setdefault(kind, []).append(shape)
+    return found
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_data_parallel_devices_exchange_sums_alone(accumulation_steps):
+    assert set(exchanged((8, 1, 1), accumulation_steps)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("devices", [(1, 8, 1), (2, 2, 2), (1, 1, 4)])
+def test_shared_layers_are_gathered_one_at_a_time_and_the_batch_never(devices):
+    found = exchanged(devices)
+    assert set(found) <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert ("all-gather" in found) == (devices[1] > 1)
+    layers = jax.tree.leaves(compiled(1, devices, 0)[1].params["encoder"]["layers"])
+    # Of one layer, and of it a device's share of the heads and the MLP.
+    sizes = {int(np.prod(leaf.shape[1:])) // devices[2] for leaf in layers if leaf.ndim > 2}
+    for shape in found.get("all-gather", []):
+        (axes,) = re.findall(r"f32\[([\d,]+)\]", shape)
+        assert int(np.prod([int(n) for n in axes.split(",")])) in sizes, shape
+
+
+def test_a_device_holds_its_share_of_the_layers_and_of_their_moments():
+    _, state = compiled(1, (2, 2, 2), 0)
+    for tree in (state.params, state.opt_state):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path)
+            share = 1.0
+            if "layers" in name and "kernel" in name:
+                share = 1 / 4  # fsdp and tensor
+            elif "'up'" in name or "qkv" in name:
+                share = 1 / 2  # tensor
+            assert leaf.addressable_shards[0].data.size == share * leaf.size, name
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(one_device):
@@ -202,10 +251,10 @@ def test_reconstruction_keeps_kept_tokens_and_undoes_the_normalisation(golden):
     state = authors_state(golden, optax.identity())
     config = dataclasses.replace(TINY, tokens=golden["tokens"])
     batch = {"fbank": golden["values"]["fbank"]}
-    original, masked, rebuilt = jax.jit(make_reconstruct(config, seed=0, num_frames=FRAMES))(
-        state, batch
-    )
-    assert_close(original, batch["fbank"], relative=1e-5)
+    count = len(batch["fbank"]) - 1
+    reconstruct = make_reconstruct(config, seed=0, num_frames=FRAMES, count=count)
+    original, masked, rebuilt = jax.jit(reconstruct)(state, batch)
+    assert_close(original, batch["fbank"][:count], relative=1e-5)
     is_masked = np.isnan(masked)
     np.testing.assert_allclose(is_masked.mean(), 0.75)
     np.testing.assert_array_equal(np.asarray(masked)[~is_masked], np.asarray(original)[~is_masked])

@@ -1,0 +1,139 @@
+"""Several processes of one run: how they find each other, what they agree on, how they end.
+
+Every process runs the same program on rows of its own; the first one alone writes logs and speaks.
+With one process everything here is at hand without any of it.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from maeast_jax.program import PeerLostError, stop_signals
+
+# How long a process may be silent before the others take it for dead and end.
+HEARTBEAT_SECONDS = 30
+_INITIALIZATION_SECONDS = 300
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the run's processes, before anything else touches a device.
+
+    Args:
+      coordinator: HOST:PORT of the first process; None finds all three from the cluster (a TPU
+        pod, SLURM, Kubernetes, Open MPI).
+
+    Raises:
+      ValueError: no cluster is known here, or the numbers do not fit together.
+      PeerLostError: the others did not come.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            # Detection would also choose devices, of which an explicit start keeps all.
+            cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=_INITIALIZATION_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed: {error}; on a cluster that jax does not know, pass --coordinator="
+            "HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise PeerLostError(
+            f"the other processes did not come within {_INITIALIZATION_SECONDS} s "
+            f"({_first_line(error)})"
+        ) from error
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process' life)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that logs."""
+    return jax.process_index() == 0
+
+
+def agree(what: str, value: object) -> None:
+    """Raises ValueError, in every process, where they differ in a value that JSON holds."""
+    if jax.process_count() == 1:
+        return
+    encoded = json.dumps(value, sort_keys=True).encode()
+    digest = np.frombuffer(encoded, np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(digest)))
+    if len(set(lengths.tolist())) == 1:
+        everyone = multihost_utils.process_allgather(digest)
+        if (everyone == everyone[:1]).all():
+            return
+    raise ValueError(
+        f"the processes of this run differ in {what}: start all of them by the same command, on "
+        "the same files"
+    )
+
+
+def from_first(value: bool) -> bool:
+    """The first process' value, in every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], int | None]]:
+    """A function that gives the signal that asked the run to stop, or None.
+
+    All processes get the same answer at the same call of it, whichever of them was signalled, so
+    that all save the same step; so they have to call it at the same places.
+    """
+    if jax.process_count() == 1:
+        with stop_signals() as caught:
+            yield lambda: caught[0] if caught else None
+        return
+    # jax has caught SIGTERM since `initialize`; Ctrl-C joins it.
+    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    calls, stopped = itertools.count(), []
+
+    def asked() -> int | None:
+        if not stopped and multihost_utils.reached_preemption_sync_point(next(calls)):
+            stopped.append(signal.SIGTERM)
+        return stopped[0] if stopped else None
+
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def others_alive() -> Iterator[None]:
+    """Raises PeerLostError for what a computation shared with other processes fails on."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise PeerLostError(
+            f"another process of this run is gone ({_first_line(error)}); the same command goes on "
+            "from the newest checkpoint"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]

@@ -1,0 +1,174 @@
+"""Two real processes over loopback: one curve, one stop, one end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maeast_jax import checkpoint, hosts, logs, shard_writer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+
+    def clips(count, seed):
+        random = np.random.default_rng(seed)
+        for index in range(count):
+            samples = random.integers(-9000, 9000, 4_000 + 1_500 * index).astype(np.int16)
+            yield f"{seed}-{index}", samples, "ab"[index % 2]
+
+    parts = {"train": lambda: clips(11, 0), "valid": lambda: clips(5, 1)}
+    shard_writer.write("sounds", folder, parts, label_names=["a", "b"])
+    return folder
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(workdir, data_dir, processes, devices, *overrides):
+    """The program in so many processes of so many devices each."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    common = [
+        sys.executable, "-m", "maeast_jax.train", f"--config=tests/tiny.py:{data_dir}",
+        f"--workdir={workdir}", "--config.total_steps=8", "--config.eval_every=4",
+        "--config.eval.knn=sounds", *overrides,
+    ]  # fmt: skip
+    address = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+    return [
+        subprocess.Popen(
+            common + ([*address, f"--process_id={i}"] if processes > 1 else []),
+            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+def ends(started, timeout=300):
+    outputs = [process.communicate(timeout=timeout) for process in started]
+    return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
+
+
+def curve(workdir):
+    return {
+        (row["step"], row["split"], name): row[name]
+        for row in logs.read_metrics(workdir)
+        for name in ("loss", "mse", "info_nce", "grad_norm", "knn_accuracy")
+        if name in row
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data_dir):
+    """One process with four devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    ((code, _, told),) = ends(start(folder, data_dir, 1, 4))
+    assert code == 0, told
+    return folder
+
+
+def assert_same_curve(workdir, other):
+    got, wanted = curve(workdir), curve(other)
+    assert got.keys() == wanted.keys()
+    assert {split for _, split, _ in got} == {"train", "eval"}
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-5, err_msg=str(name))
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor"])
+def test_two_processes_have_the_curve_of_one(tmp_path, data_dir, alone, mesh):
+    """Along `tensor` both processes hold the same rows."""
+    sizes = {"data": 2, "fsdp": 2} if mesh == "fsdp" else {"data": 1, mesh: 4} | (
+        {"tensor": 2, "data": 2} if mesh == "tensor" else {}
+    )  # fmt: skip
+    fields = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+    first, second = ends(start(tmp_path, data_dir, 2, 2, *fields))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert_same_curve(tmp_path, alone)
+    # The first alone speaks; gloo greets in both.
+    assert "held-out loss" in first[1] + first[2]
+    told = [line for line in (second[1] + second[2]).splitlines() if "[Gloo]" not in line]
+    assert not told
+
+
+def reported(process, step):
+    assert any(line.startswith(f"step {step}/") for line in process.stderr), "it ended before"
+
+
+def test_sigterm_on_one_process_saves_one_step_on_both_and_one_goes_on(tmp_path, data_dir, alone):
+    started = start(tmp_path, data_dir, 2, 2, "--config.checkpoint_every=100")
+    reported(started[0], 1)
+    started[1].send_signal(signal.SIGTERM)
+    first, second = ends(started)
+    assert (first[0], second[0]) == (143, 143), first[2] + second[2]
+    (step,) = checkpoint.saved_steps(tmp_path)
+    assert 0 < step < 8
+    assert all(f"stopped by SIGTERM at step {step}, which is saved" in end[2] for end in
+               (first, second))  # fmt: skip
+    # Another number of processes goes on from it, to the same end.
+    ((code, _, told),) = ends(start(tmp_path, data_dir, 1, 4))
+    assert code == 0, told
+    assert_same_curve(tmp_path, alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_takes_the_other_down_in_time(tmp_path, data_dir, victim):
+    started = start(tmp_path, data_dir, 2, 1, "--config.total_steps=100000")
+    reported(started[0], 1)
+    started[victim].kill()
+    since = time.monotonic()
+    _, told = started[1 - victim].communicate(timeout=3 * hosts.HEARTBEAT_SECONDS)
+    assert time.monotonic() - since < 2 * hosts.HEARTBEAT_SECONDS
+    assert started[1 - victim].returncode in (75, -signal.SIGABRT)
+    assert "another process of this run is gone" in told or "another task died" in told
+    started[victim].communicate()
+
+
+def test_processes_that_differ_are_told_so(tmp_path, data_dir):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "maeast_jax.train", f"--config=tests/tiny.py:{data_dir}",
+             f"--workdir={tmp_path}", f"--config.seed={i}", f"--coordinator=127.0.0.1:{port}",
+             "--num_processes=2", f"--process_id={i}"],
+            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for code, _, told in ends(started):
+        assert code == 2 and "the processes of this run differ in the configuration" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=127.0.0.1:1"], "--process_id go together"),
+        (["--distributed"], "on a cluster that jax does not know, pass --coordinator"),
+        (["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "process_id"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(tmp_path, flags, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "maeast_jax.train", "--config=tests/tiny.py",
+         f"--workdir={tmp_path}", *flags],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_one_process_agrees_with_itself():
+    hosts.agree("anything", json.loads('{"a": 1}'))
+    assert hosts.from_first(True) is True and hosts.is_first()
