@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EXIT_INCOMPLETE = 4
 
-_POOLS = ("mean", "time", "none")
+_POOLS = ("mean", "time", "moments", "none")
 _SHORTEST_SECONDS = 0.025  # a frame
 _FRAMES_PER_SECOND = 100
 
@@ -203,7 +203,10 @@ def _plan(
     sizes = {"layers": embedder.num_layers, "steps": "steps", "size": embedder.embedding_size}
     shape = ", ".join(str(sizes[axis]) for axis in embedder.axes)
     step = f"steps of {embedder.step_seconds:g} s"
-    pooled = {"mean": "mean over time and bands", "time": "mean over time", "none": step}
+    pooled = {
+        "mean": "mean over time and bands", "time": "mean over time", "none": step,
+        "moments": "mean and deviation over time",
+    }  # fmt: skip
     layers = "all layers"
     if embedder.layer != "all":
         layers = f"layer {embedder.layer} (0 to {embedder.num_layers - 1})"
@@ -246,7 +249,8 @@ def _define_flags() -> None:
         "pool",
         "mean",
         _POOLS,
-        "mean: over all tokens; time: over time, the bands side by side; none: every time step.",
+        "mean: over all tokens; time: over time, the bands side by side; moments: that, and the"
+        " deviation over time; none: every time step.",
     )
     flags.DEFINE_string("layer", "-1", "0 to the last, negative ones from the end, or all.")
     flags.DEFINE_float(

@@ -19,7 +19,7 @@ from maeast_jax.batching import Batch, Bucket, Row, Stream
 from maeast_jax.model import MaeAst
 from maeast_jax.windows import Window
 
-POOLS = ("mean", "time", "none")
+POOLS = ("mean", "time", "moments", "none")
 ALL_LAYERS = "all"
 # The paper's clip, 10.24 s.
 DEFAULT_WINDOW_FRAMES = 1024
@@ -41,7 +41,11 @@ class Embedder:
     left out; a clip shorter than one is padded to it. No result depends on other clips.
 
     pool: "mean" over all tokens, [D]; "time": over time alone, a step's R bands side by side,
-      lowest first, [R * D]; "none": every time step, [steps, R * D]. R is 1 for frame tokens.
+      lowest first, [R * D]; "moments": that mean, then the deviation over time, [2 * R * D];
+      "none": every time step, [steps, R * D]. R is 1 for frame tokens.
+    phases: of pooled embeddings, on how many grids of tokens a clip is seen, each begun a part of a
+      token earlier than the one before, on the clip's own end; more than a token has frames are
+      not. What sounds half a patch later is else another thing to the model. Costs as many times.
     layer: after which one, 0 to `num_layers` - 1 or from -1 backwards; "all" is a leading axis.
     window_frames: None is what the model was trained on (else the paper's 1,024, to whole tokens);
       0 never cuts: memory grows with the square of a clip's length.
@@ -57,6 +61,7 @@ class Embedder:
         model: MaeAst,
         *,
         pool: str = "mean",
+        phases: int = 1,
         layer: int | str = -1,
         window_frames: int | None = None,
         stride_frames: int | None = None,
@@ -64,11 +69,15 @@ class Embedder:
     ):
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r} is unknown; known: {', '.join(POOLS)}")
+        if phases < 1 or (phases > 1 and pool == "none"):
+            raise ValueError(f"phases={phases} must be 1 or more, and 1 with pool=none")
         config = model.config
         self.pool = pool
         self.num_layers = config.encoder_layers
         self.layer = _layer_index(layer, self.num_layers)
         self._patch_frames, patch_bands = config.patch_shape
+        phases = min(phases, self._patch_frames)
+        self._early_frames = [self._patch_frames * phase // phases for phase in range(phases)]
         self._bands = fbank.NUM_MEL_BANDS // patch_bands
         if window_frames is None:
             window_frames = model.window_frames or self._default_steps() * self._patch_frames
@@ -86,7 +95,8 @@ class Embedder:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
         self._batch_tokens = batch_tokens
-        self.embedding_size = config.width * (1 if pool == "mean" else self._bands)
+        vectors = {"mean": 1, "moments": 2 * self._bands}.get(pool, self._bands)
+        self.embedding_size = config.width * vectors
         graph, state = nnx.split(
             model if self.layer == ALL_LAYERS else _first_layers(model, self.layer + 1)
         )
@@ -120,11 +130,14 @@ class Embedder:
         stream = Stream(self._compute, most_steps, _WAITING_BYTES)
         windows_of_clips = collections.deque()
         for number, clip in enumerate(clips):
-            samples = _checked(number, clip)
-            cut = self._cut(samples)
+            cut, rows, num_bytes = [], [], 0
+            for samples in self._on_grids(_checked(number, clip)):
+                of_grid = self._cut(samples)
+                cut += of_grid
+                rows += self._rows(samples, of_grid)
+                num_bytes += samples.nbytes + self._result_bytes(of_grid)
             windows_of_clips.append(cut)
-            num_bytes = samples.nbytes + self._result_bytes(cut)
-            for parts in stream.add(self._rows(samples, cut), cut[-1].stop, num_bytes):
+            for parts in stream.add(rows, _num_own(cut), num_bytes):
                 yield self._joined(parts, windows_of_clips.popleft())
         for parts in stream.flush():
             yield self._joined(parts, windows_of_clips.popleft())
@@ -138,6 +151,12 @@ class Embedder:
                 f"{name}={frames} must be a multiple of {self._patch_frames}, the frames of a token"
             )
         return frames // self._patch_frames
+
+    def _on_grids(self, samples: np.ndarray) -> Iterator[np.ndarray]:
+        """The clip with some of its own end in front, once a phase."""
+        for frames in self._early_frames:
+            front = np.arange(-frames * fbank.FRAME_SHIFT, 0) % len(samples)
+            yield np.concatenate([samples[front], samples]) if frames else samples
 
     def _cut(self, samples: np.ndarray) -> list[Window]:
         num_steps = self.num_steps(len(samples))
@@ -183,9 +202,20 @@ class Embedder:
                 axis=1,
             )
         else:
-            count = cut[-1].stop * (self._bands if self.pool == "mean" else 1)
-            embedding = (np.sum(parts, axis=0, dtype=np.float64) / count).astype(np.float32)
+            count = _num_own(cut) * (self._bands if self.pool == "mean" else 1)
+            embedding = np.sum(parts, axis=0, dtype=np.float64) / count
+            if self.pool == "moments":
+                mean, square = np.split(embedding, 2, axis=-1)
+                variance = square - mean**2
+                variance[variance < 1e-6 * square] = 0.0  # float32's rounding
+                embedding = np.concatenate([mean, np.sqrt(variance)], axis=-1)
+            embedding = embedding.astype(np.float32)
         return embedding if self._plan.all_layers else embedding[0]
+
+
+def _num_own(cut: list[Window]) -> int:
+    """Time steps that windows stand for."""
+    return sum(window.own_stop - window.own_start for window in cut)
 
 
 def _checked(number: int, samples: np.ndarray) -> np.ndarray:
@@ -254,8 +284,10 @@ def _embed(
         return x
     step_C = jnp.arange(tokens // plan.bands)
     is_own_BxC = (step_C >= own_Bx2[:, :1]) & (step_C < own_Bx2[:, 1:])
+    if plan.pool == "moments":
+        x = jnp.concatenate([x, jnp.square(x)], axis=-1)
     # Not a product with 0 and 1, whose factors a TPU would round.
     x = jnp.sum(jnp.where(is_own_BxC[:, None, :, None], x, jnp.zeros_like(x)), axis=2)
-    if plan.pool == "time":
+    if plan.pool != "mean":
         return x
     return jnp.sum(x.reshape(rows, layers, plan.bands, width), axis=2)

@@ -42,12 +42,14 @@ class Features:
             self._embedder = Embedder(
                 model,
                 pool=section.pool,
+                phases=section.phases,
                 layer=layer if layer == "all" else int(layer),
                 window_frames=max(1, frames // patch_frames) * patch_frames,
             )
             self._about |= {
                 "checkpoint": run.init_from.path if run.init_from else f"seed {run.config.seed}",
                 "model": str(model.config), "pool": section.pool, "layer": str(section.layer),
+                "phases": section.phases,
                 "window_frames": frames, "normalize": run.normalize,
             }  # fmt: skip
 
