@@ -235,13 +235,14 @@ def _block_shares(
     theirs = targets[index]
     if targets.ndim == 1:
         theirs = jax.nn.one_hot(theirs, num_classes)
-    return jnp.stack(
+    shares = jnp.stack(
         [
             jnp.einsum("mk,mkc->mc", votes[:, :k], theirs[:, :k])
             / jnp.sum(votes[:, :k], axis=1, keepdims=True)
             for k in neighbours
         ]
     )
+    return jnp.minimum(shares, 1.0)  # the two sums round by themselves
 
 
 def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:

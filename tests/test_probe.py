@@ -219,3 +219,10 @@ def test_settings_that_cannot_be_are_refused():
     for settings in ({"neighbours": [91]}, {"components": [13]}):
         with pytest.raises(ValueError, match="no setting fits 90 training examples of 12 features"):
             probe.knn(*arguments, **settings)
+
+
+def test_shares_of_one_class_never_round_past_1():
+    train_x, train_y = clusters(0, n=400, num_features=8)
+    x = np.random.default_rng(1).normal(size=(2_000, 8))
+    fitted = probe.knn(train_x, train_y, train_x, train_y, 3, components=(0,), neighbours=(50,))
+    assert fitted.scores(x).max() == 1.0
