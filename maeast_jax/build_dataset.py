@@ -10,22 +10,25 @@ layouts.py says of each what has to lie in the folder. Its clips stay whole.
 
 A file that no decoder reads is skipped, and a clip that a layout's lists name may be missing: both
 are counted, and listed in skipped.tsv in the data set's folder.
-An interrupted build leaves nothing that opens: run it again.
+An interrupted build leaves nothing that opens: run it again. On Apache Beam it goes on with the
+shards that are not done:
+
+  python -m maeast_jax.build_dataset ... --beam_pipeline_options=direct
 """
 
 import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax import audio, layouts, program, shard_writer
-from maeast_jax.build_report import Tally, pretrain_command
+from maeast_jax import beam_build, beam_runner, layouts, program, shard_file, shard_writer
+from maeast_jax.build_report import Tally, next_steps
+from maeast_jax.clips import SHORTEST_TAIL_SECONDS, Cut, clips_of
 from maeast_jax.decode_pool import DecodePool, num_cores
 from maeast_jax.manifest import (
     AudioFile,
@@ -37,7 +40,6 @@ from maeast_jax.manifest import (
 )
 
 _PIECE_SECONDS = 30.0
-_SHORTEST_TAIL_SECONDS = 1.0
 
 
 def build(
@@ -55,18 +57,19 @@ def build(
     num_processes: int | None = None,
     max_skipped_percent: float = 5.0,
     overwrite: bool = False,
+    beam_pipeline_options: str | None = None,
 ) -> Path:
     """Builds the data set `data_dir/name`; the arguments are the program's flags.
 
-    Decodes in `num_processes` other processes (None: one a core). The data set is the same for any
-    number of them.
+    Decodes in `num_processes` other processes (None: one a core), or on Apache Beam where it is
+    given options. The examples are the same whoever decodes.
 
     Returns:
       The directory of the data set's version.
 
     Raises:
       ManifestError, DataError, DecoderDiedError, OSError: and nothing was written, but the listing
-        of skipped files where these are too many.
+        of skipped files where these are too many, and on Beam the shards that are done.
     """
     _check_source(audio_dir, manifest, layout, test_dir, label_from_folder)
     _check_percents(valid_percent, max_skipped_percent)
@@ -74,6 +77,15 @@ def build(
         # What is labelled for a task is scored a clip, not a piece.
         piece_seconds = 0.0 if layout else _PIECE_SECONDS
     _check_lengths(piece_seconds, min_seconds, num_processes)
+    _check_data_dir(data_dir)
+    options = None
+    if beam_pipeline_options is not None:
+        if num_processes is not None:
+            raise ManifestError(
+                f"--num_processes={num_processes} goes without --beam_pipeline_options: drop it, or"
+                f" pass --beam_pipeline_options=direct_num_workers={num_processes}"
+            )
+        options = beam_runner.parse_options(beam_pipeline_options)
     data_dir = shard_writer.resolve_data_dir(data_dir)
     if layout:
         listing = layouts.list_layout(layout, audio_dir, test_dir)
@@ -90,87 +102,70 @@ def build(
         for split in sorted({file.split for file in files})
     }
     shard_writer.check_writable(name, data_dir, list(by_split), overwrite)
-    num_processes = min(num_processes or num_cores(), len(files))
-    source = manifest or audio_dir
-    print(f"{len(files)} files from {source} to {data_dir / name}, {num_processes} processes")
+    if options is None:
+        num_processes = min(num_processes or num_cores(), len(files))
+        write = functools.partial(_write, num_processes=num_processes)
+        workers = f"{num_processes} processes"
+    else:
+        write = functools.partial(beam_build.write, options=options)
+        workers = beam_runner.describe(options)
+    print(f"{len(files)} files from {manifest or audio_dir} to {data_dir / name}, {workers}")
     if listing.missing:
         print(f"not in the folder: {len(listing.missing)} more that the lists name")
     sys.stdout.flush()  # ahead of the progress bar, also in a pipe
     tally = Tally(listing)
     skipped = data_dir / f"{name}.skipped.tsv"
-    allowed = len(files) * max_skipped_percent / 100
     skipped.unlink(missing_ok=True)
-    with DecodePool(num_processes) as pool, tqdm(total=len(files), unit="file") as bar:
-
-        def examples(split: str) -> Iterator[shard_writer.Example]:
-            paths = [file.path for file in by_split[split]]
-            for file, samples in zip(by_split[split], pool.decode(paths), strict=True):
-                tally.files[split] += 1
-                if isinstance(samples, str):
-                    tally.unreadable.append((file.id, samples))
-                else:
-                    yield from _clips(file, samples, piece_seconds, min_seconds, tally)
-                if len(tally.unreadable) > allowed:
-                    raise tally.too_many_skipped(max_skipped_percent, skipped)
-                bar.set_postfix_str(f"{tally.hours:.2f} h", refresh=False)
-                bar.update()
-
-        directory = shard_writer.write(
-            name,
-            data_dir,
-            {split: functools.partial(examples, split) for split in by_split},
-            label_names=listing.label_names,
-            multi_label=listing.is_multi_label,
-            description=f"{len(files)} audio files, built by maeast_jax.build_dataset.",
-            finish=lambda staged: tally.write_skipped(staged / "skipped.tsv"),
-            overwrite=overwrite,
-            may_be_empty=may_be_empty,
-        )
-    splits = [split for split in by_split if tally.clips[split]]
-    print(f"{tally.summary(directory)}\nbuilt {directory}; ", end="")
-    # Folds and speakers are nothing to pretrain on.
-    print(
-        f"its splits: {', '.join(splits)}"
-        if layout
-        else f"next:\n  {pretrain_command(name, data_dir, splits)}",
-        flush=True,
+    directory = write(
+        shard_file.Schema(name, listing.label_names, listing.is_multi_label),
+        data_dir,
+        by_split,
+        Cut(piece_seconds, min_seconds),
+        tally,
+        check_skipped=functools.partial(tally.check_skipped, max_skipped_percent, skipped),
+        description=f"{len(files)} audio files, built by maeast_jax.build_dataset.",
+        overwrite=overwrite,
+        may_be_empty=may_be_empty,
     )
+    splits = [split for split in by_split if tally.clips[split]]
+    print(tally.summary(directory))
+    print(f"built {directory}; {next_steps(name, data_dir, splits, listing, layout)}", flush=True)
     return directory
 
 
-def cut_pieces(samples: np.ndarray, piece_samples: int, min_samples: int) -> list[np.ndarray]:
-    """Cuts [samples] into pieces of `piece_samples` (0: one piece), the last one shorter.
+def _write(
+    schema: shard_file.Schema,
+    data_dir: Path,
+    by_split: Mapping[str, Sequence[AudioFile]],
+    cut: Cut,
+    tally: Tally,
+    check_skipped: Callable[[], None],
+    num_processes: int,
+    **kwargs,
+) -> Path:
+    """Writes the data set from here, decoding in other processes; `beam_build.write` is another."""
+    num_files = len(tally.listing.files)
+    with DecodePool(num_processes) as pool, tqdm(total=num_files, unit="file") as bar:
 
-    A last piece under a second (or `min_samples`) is dropped, unless it is the only one, and one
-    piece shorter than `min_samples` gives none.
-    """
-    if not piece_samples or len(samples) <= piece_samples:
-        return [samples] if len(samples) >= min_samples else []
-    shortest = max(min_samples, round(_SHORTEST_TAIL_SECONDS * audio.SAMPLE_RATE_HZ))
-    starts = range(0, len(samples), piece_samples)
-    pieces = [samples[start : start + piece_samples] for start in starts]
-    return pieces if len(pieces[-1]) >= shortest else pieces[:-1]
+        def examples(split: str) -> Iterator[shard_writer.Example]:
+            paths = [file.path for file in by_split[split]]
+            for file, decoded in zip(by_split[split], pool.decode(paths), strict=True):
+                clips = clips_of(file, decoded, cut)
+                tally.add(file, decoded, clips)
+                check_skipped()
+                yield from clips
+                bar.set_postfix_str(f"{tally.hours:.2f} h", refresh=False)
+                bar.update()
 
-
-def _clips(
-    file: AudioFile, samples: np.ndarray, piece_seconds: float, min_seconds: float, tally: Tally
-) -> Iterator[shard_writer.Example]:
-    """The examples of a file; ids of pieces end in their number."""
-    if file.piece_seconds is not None:
-        piece_seconds = file.piece_seconds
-    pieces = cut_pieces(
-        samples,
-        piece_samples=round(piece_seconds * audio.SAMPLE_RATE_HZ),
-        min_samples=round(min_seconds * audio.SAMPLE_RATE_HZ),
-    )
-    if not pieces:
-        seconds = len(samples) / audio.SAMPLE_RATE_HZ
-        tally.too_short.append((file.id, f"{seconds:.2f} s, shorter than --min_seconds"))
-    whole = len(pieces) == 1 and len(pieces[0]) == len(samples)
-    for index, piece in enumerate(pieces):
-        tally.clips[file.split] += 1
-        tally.samples[file.split] += len(piece)
-        yield file.id if whole else f"{file.id}#{index:04d}", piece, file.label
+        return shard_writer.write(
+            schema.name,
+            data_dir,
+            {split: functools.partial(examples, split) for split in by_split},
+            label_names=schema.label_names,
+            multi_label=schema.multi_label,
+            finish=lambda staged: tally.write_skipped(staged / "skipped.tsv"),
+            **kwargs,
+        )
 
 
 # --- command line ----------------------------------------------------------------------------
@@ -200,10 +195,10 @@ def _check_percents(valid_percent, max_skipped_percent):
 
 
 def _check_lengths(piece_seconds, min_seconds, num_processes):
-    if piece_seconds and not piece_seconds >= _SHORTEST_TAIL_SECONDS:
+    if piece_seconds and not piece_seconds >= SHORTEST_TAIL_SECONDS:
         raise ManifestError(
             f"--piece_seconds={piece_seconds:g}, expected 0 (never cut) or at least"
-            f" {_SHORTEST_TAIL_SECONDS:g}"
+            f" {SHORTEST_TAIL_SECONDS:g}"
         )
     if not min_seconds >= 0 or (piece_seconds and min_seconds > piece_seconds):
         raise ManifestError(
@@ -211,6 +206,14 @@ def _check_lengths(piece_seconds, min_seconds, num_processes):
         )
     if num_processes is not None and num_processes < 1:
         raise ManifestError(f"--num_processes={num_processes}, expected at least 1")
+
+
+def _check_data_dir(data_dir):
+    if "://" in str(data_dir):
+        raise ManifestError(
+            f"--data_dir={data_dir}, expected a folder (on Beam, one that all workers mount): build"
+            " there and copy it"
+        )
 
 
 def _define_flags() -> None:
@@ -244,12 +247,23 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "Processes that decode. Default: one a core.")
     flags.DEFINE_float("max_skipped_percent", 5.0, "The build fails past this share of bad files.")
     flags.DEFINE_bool("overwrite", False, "Replace the data set of that name, once built.")
+    flags.DEFINE_string(
+        "beam_pipeline_options",
+        None,
+        "Build on Apache Beam (pip install -r requirements-beam.txt): its options, such as"
+        " runner=FlinkRunner,flink_master=HOST:8081. `direct`: processes of this machine.",
+    )
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int | None:
     if arguments:
         raise ManifestError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
-    build(**{name: flags.FLAGS[name].value for name in inspect.signature(build).parameters})
+    try:
+        build(**{name: flags.FLAGS[name].value for name in inspect.signature(build).parameters})
+    except beam_build.BeamInterrupted as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        return 130
+    return None
 
 
 if __name__ == "__main__":

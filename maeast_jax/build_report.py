@@ -1,13 +1,49 @@
-"""What a build tells of its files: how many became clips, and which did not and why."""
+"""What a build tells: how many files became clips, which did not and why, and what comes next."""
 
 import collections
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from maeast_jax.audio import SAMPLE_RATE_HZ
-from maeast_jax.manifest import Listing
-from maeast_jax.shard_writer import DataError
+from maeast_jax.manifest import AudioFile, Listing
+from maeast_jax.shard_writer import DataError, Example
+
+# Of each layout its file in configs/, the splits that this names, and in which fields.
+_FINETUNE = {
+    "audioset": (
+        "finetune_audioset20k.py",
+        ("train", "test"),
+        {"valid": "@test[:5%]", "test": "@test"},
+    ),
+    "esc50": ("finetune_esc50.py", ("fold1", "fold2", "fold3", "fold4", "fold5"), {}),
+    "speech_commands_v1": (
+        "finetune_ks1.py",
+        ("train", "valid", "test"),
+        {"valid": "@valid", "test": "@test"},
+    ),
+    "speech_commands_v2": (
+        "finetune_ks2.py",
+        ("train", "valid", "test"),
+        {"valid": "@valid", "test": "@test"},
+    ),
+    "voxceleb1": (
+        "finetune_voxceleb1.py",
+        ("train", "valid", "test"),
+        {"valid": "@valid", "test": "@test"},
+    ),
+    "iemocap": (
+        "finetune_iemocap.py",
+        ("session1", "session2", "session3", "session4", "session5"),
+        {},
+    ),
+}
+
+_COUNTERS = ("files", "clips", "samples")
+_SKIPPED = ("unreadable", "too_short")
 
 
 @dataclasses.dataclass
@@ -26,6 +62,28 @@ class Tally:
     unreadable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     too_short: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
+    def add(self, file: AudioFile, decoded: np.ndarray | str, clips: Sequence[Example]) -> None:
+        """Counts a file that was decoded, or not for the reason given, and gave these clips."""
+        self.files[file.split] += 1
+        self.clips[file.split] += len(clips)
+        self.samples[file.split] += sum(len(samples) for _, samples, _ in clips)
+        if isinstance(decoded, str):
+            self.unreadable.append((file.id, decoded))
+        elif not clips:
+            seconds = len(decoded) / SAMPLE_RATE_HZ
+            self.too_short.append((file.id, f"{seconds:.2f} s, shorter than --min_seconds"))
+
+    def counts(self) -> dict:
+        """What has been added, as `json` holds it."""
+        return {name: getattr(self, name) for name in _COUNTERS + _SKIPPED}
+
+    def add_counts(self, counts: dict) -> None:
+        """Adds the `counts` of another tally, of other files."""
+        for name in _COUNTERS:
+            getattr(self, name).update(counts[name])
+        for name in _SKIPPED:
+            getattr(self, name).extend((clip, reason) for clip, reason in counts[name])
+
     @property
     def hours(self) -> float:
         """Of audio in all splits."""
@@ -38,11 +96,13 @@ class Tally:
         lines = [f"{clip}\t{' '.join(reason.split())}" for clip, reason in skipped]
         path.write_text("\n".join(["path\treason", *lines]) + "\n", encoding="utf-8")
 
-    def too_many_skipped(self, max_skipped_percent: float, listing: Path) -> DataError:
-        """The error of a build that stops for them, once they are listed in the file `listing`."""
+    def check_skipped(self, max_skipped_percent: float, listing: Path) -> None:
+        """DataError where too many files are unreadable, once they are in the file `listing`."""
+        if len(self.unreadable) <= len(self.listing.files) * max_skipped_percent / 100:
+            return
         self.write_skipped(listing)
         name, reason = self.unreadable[0]
-        return DataError(
+        raise DataError(
             f"{len(self.unreadable)} of the first {self.files.total()} files (of"
             f" {len(self.listing.files)}) cannot be read, more than"
             f" --max_skipped_percent={max_skipped_percent:g}, e.g. {name}: {reason}; all are in"
@@ -92,12 +152,56 @@ class Tally:
         return "\n".join(lines)
 
 
+def next_steps(
+    name: str, data_dir: Path, splits: list[str], listing: Listing, layout: str | None
+) -> str:
+    """What to do with the data set `name` of these splits, which has some example in each."""
+    finetune = finetune_command(name, data_dir, splits, layout)
+    if layout:  # folds and speakers are nothing to pretrain on
+        lines = [f"its splits: {', '.join(splits)}"]
+        if finetune:
+            lines += ["next, to fine-tune a checkpoint CKPT on it:", f"  {finetune}"]
+        return "\n".join(lines)
+    lines = ["next:", f"  {pretrain_command(name, data_dir, splits)}"]
+    if len(listing.label_names or ()) > 1 or listing.is_multi_label:
+        lines += ["or, to fine-tune a checkpoint CKPT on its labels:", f"  {finetune}"]
+    return "\n".join(lines)
+
+
 def pretrain_command(name: str, data_dir: Path, splits: list[str]) -> str:
     """The command that trains on the data set `name` of these splits."""
     return (
         f"python -m maeast_jax.train --config=configs/pretrain_small.py --workdir=runs/{name}"
         f" --config.data.dir={shlex.quote(str(data_dir))} {sources_of(name, splits)}"
     )
+
+
+def finetune_command(
+    name: str, data_dir: Path, splits: list[str], layout: str | None = None
+) -> str | None:
+    """The command that fine-tunes on a labelled data set.
+
+    None for a layout that lacks a split which its configuration names: there is no such result.
+    """
+    if layout:
+        config, needed, fields = _FINETUNE[layout]
+        if not set(needed) <= set(splits):
+            return None
+        terms = {field: f"{name}{split}" for field, split in fields.items()}
+        terms = {} if name == layout else {"train": name, **terms}
+    else:
+        config = "finetune_folder.py"
+        train = "train" if "train" in splits else splits[0]
+        terms = {"train": name if train == "train" else f"{name}@{train}"}
+        for field, term in (("valid", name), ("test", f"{name}@test")):
+            if field in splits and field != train:
+                terms[field] = term
+    words = [
+        f"python -m maeast_jax.finetune --config=configs/{config} --workdir=runs/{name}_labels",
+        f"--config.init_from=CKPT --config.data.dir={shlex.quote(str(data_dir))}",
+        *(shlex.quote(f"--config.data.{field}={term}") for field, term in terms.items()),
+    ]
+    return " ".join(words)
 
 
 def sources_of(name: str, splits: list[str]) -> str:

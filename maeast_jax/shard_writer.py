@@ -48,8 +48,9 @@ def write(
     That is `label`, a ClassLabel; in multi-label sets `labels`, a Sequence of it.
 
     Everything goes into an incomplete directory that nothing opens and that is renamed at the end,
-    so whoever kills this leaves what was there before; the next call removes the remains. The
-    shards depend on the examples alone, not on their order (TFDS orders by a hash of the id).
+    so whoever kills this leaves what was there before; the next call removes the remains. What is
+    in the shards, and in which order, depends on the examples alone, not on their order (TFDS
+    orders by a hash of the id).
 
     Args:
       name: lower snake case.
@@ -82,8 +83,8 @@ def write(
             return target
         _check_free(target, overwrite)  # a build may have ended since the first check
         with staging.directory(target) as aside:
-            classes = _Classes(label_names, multi_label)
-            builder = _builder(name, aside, splits, may_be_empty, classes, description)
+            classes = Classes(label_names, multi_label)
+            builder = make_builder(name, aside, splits, may_be_empty, classes, description)
             builder.download_and_prepare(file_format="array_record")
             staged = Path(builder.data_dir)
             if finish is not None:
@@ -134,7 +135,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
 # --- what TFDS is given ----------------------------------------------------------------------
 
 
-class _Classes:
+class Classes:
     """The labels' feature, and what of an example goes into it."""
 
     def __init__(self, names: Sequence[str] | None, multi_label: bool):
@@ -166,7 +167,7 @@ class _Classes:
         return {"label": self._numbers[label]}
 
 
-def _builder(name, data_dir, splits, may_be_empty, classes: _Classes, description):
+def make_builder(name, data_dir, splits, may_be_empty, classes: Classes, description):
     """A TFDS builder of the data set, as a class of its own because TFDS names it by class."""
     import tensorflow_datasets as tfds
 
@@ -229,7 +230,7 @@ def _opened(splits, may_be_empty: Collection[str]) -> dict[str, Iterator[Example
     return opened
 
 
-def _checked(split, examples, classes: _Classes, ids: set[str]) -> Iterator[tuple[str, dict]]:
+def _checked(split, examples, classes: Classes, ids: set[str]) -> Iterator[tuple[str, dict]]:
     """The examples of a split as TFDS wants them; `ids` are those of all splits so far."""
     empty = True
     for example_id, audio, label in examples:

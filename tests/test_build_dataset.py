@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from recordings import digests, noise, records, write_wav
 
-from maeast_jax import build_dataset, decode_pool, manifest, shards
+from maeast_jax import decode_pool, manifest, shards
 from maeast_jax.build_dataset import build
 
 pytest.importorskip("tensorflow_datasets")
@@ -45,6 +45,11 @@ def test_a_folder_becomes_a_data_set(farm, tmp_path, capsys):
         "python -m maeast_jax.train --config=configs/pretrain_small.py --workdir=runs/farm"
         f" --config.data.dir={tmp_path} --config.data.train=farm --config.data.eval=farm"
     ) in told.out
+    assert told.out.endswith(
+        "  python -m maeast_jax.finetune --config=configs/finetune_folder.py"
+        f" --workdir=runs/farm_labels --config.init_from=CKPT --config.data.dir={tmp_path}"
+        " --config.data.train=farm --config.data.valid=farm\n"
+    )
     assert "12/12" in told.err
     assert "file/s" in told.err
 
@@ -75,27 +80,6 @@ def test_long_files_are_cut_and_all_pieces_fall_on_one_side(tmp_path):
         "3.wav": 2, "4.wav": 0.5, "5.wav": 1.9,
     }  # fmt: skip
     np.testing.assert_array_equal(clips["0.wav#0001"], noise(5, 0)[32_000:64_000])
-
-
-@pytest.mark.parametrize(
-    ("seconds", "piece", "shortest", "expected"),
-    [
-        (7, 0, 0, [7]),
-        (7, 3, 0, [3, 3, 1]),
-        (6.5, 3, 0, [3, 3]),
-        (3.5, 3, 0, [3]),
-        (7, 3, 2, [3, 3]),
-        (0.5, 3, 0, [0.5]),
-        (0.5, 3, 0.6, []),
-        (0.5, 0, 0.6, []),
-    ],
-)
-def test_pieces(seconds, piece, shortest, expected):
-    samples = np.arange(round(seconds * 16_000))
-    pieces = build_dataset.cut_pieces(samples, piece * 16_000, round(shortest * 16_000))
-    assert [len(piece) / 16_000 for piece in pieces] == expected
-    joined = np.concatenate([samples[:0], *pieces])
-    np.testing.assert_array_equal(joined, samples[: len(joined)])
 
 
 def test_a_manifest_with_labels_splits_and_files_that_fail(tmp_path, capsys):
@@ -215,6 +199,7 @@ def test_overwriting(farm, tmp_path):
         ({"layout": "esc50", "audio_dir": None}, "no source: pass --audio_dir"),
         ({"layout": "esc50", "audio_dir": None, "manifest": "x.tsv"}, "with --audio_dir alone"),
         ({"test_dir": "x"}, "--test_dir goes with --layout=speech_commands_v1 alone"),
+        ({"data_dir": "gs://farm"}, "--data_dir=gs://farm, expected a folder"),
         ({"data_dir": "file/below"}, "cannot write to data directory file/below (Not a directory)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Imports only downwards, and TensorFlow and torch only where they may be."""
+"""Imports only downwards, and TensorFlow, torch and Beam only where they may be."""
 
 import ast
 from pathlib import Path
@@ -8,23 +8,37 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "maeast_jax"
 # A file imports files of lower levels only.
 LEVELS = [
-    {"fbank", "patches", "masking", "losses", "optimizer", "layers", "authors", "config"},
-    {"sharding", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_pickle", "program"},
-    {"torch_file", "windows", "batching", "input_norm", "embedding_file", "augment", "metrics"},
+    {"fbank", "patches", "masking", "losses", "optimizer", "sharding", "authors", "config"},
+    {"layers", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_pickle", "program"},
+    {
+        "torch_file",
+        "windows",
+        "batching",
+        "input_norm",
+        "embedding_file",
+        "augment",
+        "metrics",
+        "hosts",
+    },
     {"staging", "logistic", "finetune_config", "confusion"},
     {"demo_audio", "shard_writer", "manifest", "model", "results", "probe"},
+    {"clips", "shard_file"},
+    {"shard_plan"},
     {"shards", "decode_pool", "train_step", "flops", "authors_config", "audioset"},
     {"mixture", "loop", "layouts", "classifier", "authors_file", "build_report"},
     {"pretrained", "data", "finetune_step"},
     {"embedder", "labelled"},
     {"knn_eval", "finetune_run", "labelled_batches"},
     {"run"},
-    {"summary"},
+    {"summary", "programs"},
     {"features", "finetune_loop"},
+    {"beam_runner"},
+    {"beam_build"},
     {"train", "build_dataset", "embed", "export", "hear", "finetune"},
 ]
-TENSORFLOW = {"data", "shards", "shard_writer", "fbank"}
+TENSORFLOW = {"data", "shards", "shard_writer", "shard_file", "fbank"}
 TORCH = {"export", "hear"}
+BEAM = {"beam_runner"}
 
 
 def imports(path: Path, top_only: bool = False) -> set[str]:
@@ -63,9 +77,13 @@ def test_imports_go_down(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_tensorflow_and_torch_are_imported_by_few_and_inside_functions(module):
+def test_tensorflow_torch_and_beam_are_imported_by_few_and_inside_functions(module):
     path = PACKAGE / f"{module}.py"
-    for heavy, users in ((("tensorflow", "tensorflow_datasets"), TENSORFLOW), (("torch",), TORCH)):
+    for heavy, users in (
+        (("tensorflow", "tensorflow_datasets"), TENSORFLOW),
+        (("torch",), TORCH),
+        (("apache_beam",), BEAM),
+    ):
         assert not imports(path, top_only=True) & set(heavy)
         if module not in users:
             assert not imports(path) & set(heavy)
