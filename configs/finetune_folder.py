@@ -7,7 +7,9 @@
       --config.data.train=mine --config.data.valid=mine
 
 Add --config.data.test=mine@test where there is a split that nothing was chosen on, and
---config.mode=linear or knn for frozen features, which takes seconds.
+--config.mode=linear or knn for frozen features, which takes seconds. The learning rate and the lack
+of dropout are for models as small as configs/pretrain_small.py; for the paper's, with 12 layers of
+768, set optimizer.learning_rate=1e-4 and model.dropout=0.1.
 """
 
 from maeast_jax import finetune_config
@@ -17,7 +19,8 @@ def get_config():
     config = finetune_config.finetune()
     config.epochs = 30
     config.batch_size = 32
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 1e-3
+    config.model.update(input_dropout=0.0, dropout=0.0, attention_dropout=0.0, layer_drop=0.0)
     config.schedule.warmup_steps = 50
     config.augment.frequency_mask = 24
     config.augment.time_mask = 24
