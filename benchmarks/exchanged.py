@@ -1,0 +1,82 @@
+"""Bytes that a device sends in a compiled program, read from its HLO."""
+
+import math
+import re
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
+          "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+# Of n devices in a ring, how often each sends its result's bytes.
+_SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,  # its result is one device's part
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+_EXCHANGE = re.compile(rf" = (.+?) ({'|'.join(_SENT)})(?:-start)?\(")
+
+
+def bytes_by_kind(hlo: str) -> dict[str, float]:
+    """{kind of exchange: bytes that a device sends}, loops counted as often as they turn.
+
+    Raises ValueError for a loop that holds an exchange and whose turns are not known.
+    """
+    computations = _computations(hlo)
+    entry = next(name for name in computations if name.startswith("ENTRY "))
+    sums: dict[str, float] = {}
+
+    def walk(name: str, times: int) -> None:
+        for line in computations[name]:
+            if found := _EXCHANGE.search(line):
+                shapes, kind = found.groups()
+                sent = _SENT[kind](_group_size(line)) * _size(shapes) * times
+                sums[kind] = sums.get(kind, 0.0) + sent
+            for called in re.findall(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)", line):
+                turns = 1
+                if "body=" in line and f"body=%{called}" in line:
+                    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                    if not known and _holds_exchange(computations, called):
+                        raise ValueError(f"how often the loop {called} turns is not known")
+                    turns = int(known[1]) if known else 1
+                walk(called, times * turns)
+
+    walk(entry, 1)
+    return sums
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            lines = found.setdefault((head[1] or "") + head[2], [])
+        elif line.startswith(" "):
+            lines.append(line)
+    return found
+
+
+def _holds_exchange(computations, name: str) -> bool:
+    return any(_EXCHANGE.search(line) for line in computations[name])
+
+
+def _size(shapes: str) -> int:
+    return sum(
+        _BYTES[kind] * math.prod(int(n) for n in axes.split(",") if n)
+        for kind, axes in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    )
+
+
+def _group_size(line: str) -> int:
+    """Devices that exchange with each other; ValueError for a notation not known here."""
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(iota[1])
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(groups[1].split(","))
+    # Axes of a mesh: mesh['a'=2,'b'=4] {'b'}, of an axis' part {'b':(1)2}.
+    if groups := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
+        axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", groups[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if "source_target_pairs" in line:
+        return 2  # a permutation: each sends once
+    raise ValueError(f"whose exchange is this? {line.strip()[:200]}")

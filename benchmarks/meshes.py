@@ -1,0 +1,66 @@
+"""python -m benchmarks.meshes [--config=configs/pretrain_small.py] [--steps=20]: one run, any mesh.
+
+The same run on 1, 2, 4 and 8 CPU devices and with the state and the heads shared: the loss after so
+many steps on synthetic clips, the bytes that a device sends a step (from the compiled HLO, as rings
+send them), and the memory that XLA plans for a device. --steps=0 compiles only. A table in
+Markdown.
+"""
+
+import argparse
+import runpy
+import tempfile
+
+import jax
+
+from benchmarks import exchanged
+from maeast_jax import run, summary
+from maeast_jax.programs import Programs
+
+MESHES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2))
+
+
+def measure(config_file: str, mesh: tuple[int, int, int], steps: int) -> list[str]:
+    config = runpy.run_path(config_file)["get_config"]()
+    config.data.source = "synthetic"
+    config.total_steps = max(steps, config.optimizer.warmup_steps + 1)
+    config.mesh.update(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    with tempfile.TemporaryDirectory() as workdir:
+        checked = run.check_run(config, workdir)
+    programs = Programs(checked)
+    step = programs.step()
+    loss = ""
+    if steps:
+        state = programs.initial_state()
+        for _, batch in zip(range(steps), run.train_stream(checked), strict=False):
+            state, metrics = step(state, run.put_batch(checked, batch))
+        total, count = jax.device_get(metrics["loss"])
+        loss = f"{total / count:.6f}"
+    sent = exchanged.bytes_by_kind(step.as_text())
+    plan = step.memory_analysis()
+    return [
+        " x ".join(map(str, mesh)), loss,
+        *(f"{sent.get(kind, 0) / 1e6:.1f}" for kind in ("all-reduce", "all-gather")),
+        f"{sum(v for k, v in sent.items() if k not in ('all-reduce', 'all-gather')) / 1e6:.1f}",
+        f"{plan.argument_size_in_bytes / 1e6:.0f}", f"{summary.planned_bytes(step) / 1e6:.0f}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/pretrain_small.py")
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", max(d * f * t for d, f, t in MESHES))
+    print(
+        f"| data x fsdp x tensor | loss after {options.steps} steps | all-reduce, MB sent a step | "
+        "all-gather, MB | other, MB | state and batch, MB a device | planned in all, MB a device |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for mesh in MESHES:
+        print(f"| {' | '.join(measure(options.config, mesh, options.steps))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
