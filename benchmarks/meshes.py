@@ -23,7 +23,7 @@ def measure(config_file: str, mesh: tuple[int, int, int], steps: int) -> list[st
     config = runpy.run_path(config_file)["get_config"]()
     config.data.source = "synthetic"
     config.total_steps = max(steps, config.optimizer.warmup_steps + 1)
-    config.mesh.update(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     with tempfile.TemporaryDirectory() as workdir:
         checked = run.check_run(config, workdir)
     programs = Programs(checked)

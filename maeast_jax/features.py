@@ -68,7 +68,7 @@ class Features:
             return saved["features"], saved["truth"], saved["ids"].tolist()
 
     def _write(self, path: Path, clips: Labelled, about: dict) -> None:
-        embed = self._embedder or _fbank_moments
+        embed = self._embedder or fbank_moments
         features, truth, ids = labelled.embedded(clips, embed)
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial.npz")
@@ -109,7 +109,7 @@ def fbank_statistics(clips: Labelled, seed: int) -> tuple[float, float]:
     return float(mean), float(np.sqrt(squares / count - mean**2))
 
 
-def _fbank_moments(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def fbank_moments(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """Mean and deviation over time of each mel band, [256]."""
     for samples in clips:
         energies = np.asarray(_fbank(samples))
