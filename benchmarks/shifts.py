@@ -1,4 +1,4 @@
-"""python -m benchmarks.shifts --data_dir=DIR --pretrained=RUN --set=NAME: where on the grid it lies.
+"""python -m benchmarks.shifts --data_dir=DIR --pretrained=RUN --set=NAME: where the grid begins.
 
 A linear probe on frozen features of clips as they are, scored on test clips with so many frames of
 silence in front: a model of patches knows where on its grid of tokens a sound begins. A row a way

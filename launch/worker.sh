@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What tpu_vm.sh has done on each worker; it lies there in the source that was sent.
 #
-#   launch/worker.sh install            .venv beside launch/, with requirements.txt and jax[tpu]
+#   launch/worker.sh install            .venv beside launch/, with requirements.txt, jax[tpu] and gcsfs
 #   launch/worker.sh start [OPTIONS] -- PROGRAM ARGUMENTS...     in the background, brought back
 #   launch/worker.sh status             running or ended, and the log's last line
 #   launch/worker.sh stop               SIGTERM, and waits until the program has saved and ended
@@ -45,7 +45,7 @@ install() {
   "$python" -m venv .venv
   # One call, so that jax[tpu] is had in a version that requirements.txt allows.
   .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet -r requirements.txt 'jax[tpu]'
+  .venv/bin/python -m pip install --quiet -r requirements.txt 'jax[tpu]' gcsfs
   .venv/bin/python -c 'import jax; print("installed jax", jax.__version__)'
   touch .venv/installed
 }

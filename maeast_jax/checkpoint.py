@@ -3,7 +3,8 @@
 A checkpoint is two parts, so that weights load without the optimiser: `weights` {params,
 statistics} and `progress` {step, opt_state}. Orbax writes it under another name and renames it
 when it is whole, so the newest folder with a bare number for a name is complete. It deletes old
-ones where they lie: a kill can leave an older one short.
+ones where they lie: a kill can leave an older one short. On gs:// nothing can be renamed: there it
+writes under the bare number, and at the end the object `commit_success.txt` that completes it.
 """
 
 import json
@@ -17,8 +18,11 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from maeast_jax import paths
+
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+_COMPLETE = "commit_success.txt"
 
 
 class CheckpointError(ValueError):
@@ -30,11 +34,12 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int, config: dict[str, Any]):
         self._config = config
+        folder = paths.absolute(workdir) / CHECKPOINTS
         if jax.process_index() == 0:
-            _clear_half_written(epath.Path(workdir) / CHECKPOINTS)
+            _clear_half_written(folder)
         # Both policies are given: by default Orbax saves at every idle step and keeps everything.
         self._checkpointer = ocp.training.Checkpointer(
-            Path(workdir).absolute() / CHECKPOINTS,
+            folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         )
@@ -67,10 +72,19 @@ class Checkpoints:
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints in a workdir, ascending; the last one is complete."""
-    folder = epath.Path(workdir) / CHECKPOINTS
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+    folder = paths.path(workdir) / CHECKPOINTS
+    with paths.reaching(folder):
+        if not folder.is_dir():
+            return []
+        return sorted(
+            int(entry.name)
+            for entry in folder.iterdir()
+            if entry.name.isdigit() and not _is_unfinished(entry)
+        )
+
+
+def _is_unfinished(folder: epath.Path) -> bool:
+    return paths.is_remote(folder) and not (folder / _COMPLETE).exists()
 
 
 def find(path: str | os.PathLike) -> epath.Path:
@@ -79,11 +93,13 @@ def find(path: str | os.PathLike) -> epath.Path:
     Raises CheckpointError where there is none.
     """
     # Orbax reads absolute paths only, and warns at length of others.
-    path = epath.Path(path).expanduser().absolute()
+    path = paths.absolute(path)
     if path.name == CHECKPOINTS:
         path = path.parent
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS and path.exists():
-        return path
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        with paths.reaching(path):
+            if path.exists() and not _is_unfinished(path):
+                return path
     steps = saved_steps(path)
     if not steps and path.parent.name == CHECKPOINTS and (there := saved_steps(path.parent.parent)):
         raise CheckpointError(
@@ -157,12 +173,12 @@ def _clear_half_written(folder: epath.Path) -> None:
     """Removes what a kill left of a save; Orbax clears only some of its temporary folders."""
     if folder.exists():
         for entry in folder.iterdir():
-            if "orbax-checkpoint-tmp" in entry.name:
+            left = entry.name.isdigit() and _is_unfinished(entry)
+            if left or "orbax-checkpoint-tmp" in entry.name:
                 entry.rmtree()
 
 
 def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     """Atomic, so that a kill leaves the old file or the new one."""
-    partial = epath.Path(workdir) / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(epath.Path(workdir) / CONFIG)
+    text = json.dumps(config, indent=2) + "\n"
+    paths.write_whole(paths.path(workdir) / CONFIG, text.encode())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from maeast_jax import authors_file, checkpoint, config, logs, pretrained, program
+from maeast_jax import authors_file, checkpoint, config, logs, paths, pretrained, program
 from maeast_jax.authors_file import AuthorsFile
 from maeast_jax.pretrained import FILES, Pretrained
 
@@ -44,6 +44,7 @@ def export(
     Raises:
       ValueError: no such checkpoint, or an output that cannot be; nothing was written. OSError.
     """
+    paths.check_local(output)
     output = Path(output).expanduser()
     is_file = output.suffix in FILES
     if max_token_length is not None and not (is_file and max_token_length > 0):

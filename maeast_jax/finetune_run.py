@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import data, finetune_config, labelled, mixture, pretrained
+from maeast_jax import data, finetune_config, labelled, mixture, paths, pretrained
 from maeast_jax.augment import AugmentConfig
 from maeast_jax.classifier import HeadConfig, backbone_config
 from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
@@ -53,6 +53,7 @@ class FinetuneRun:
 
 def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     """All that can be known to be wrong before compiling; raises ValueError in one line."""
+    paths.check_local(workdir)
     configuration.check(config, finetune_config.finetune())
     _check_numbers(config)
     settings = config.to_dict()

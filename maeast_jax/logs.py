@@ -6,41 +6,56 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import tensorboardX
 import tqdm
+from etils import epath
+
+from maeast_jax import paths
 
 _SPLITS = ("train", "eval")
 METRICS_FILE = "metrics.jsonl"
+# An object may be written once a second at most, and the run waits for it.
+_REWRITE_SECONDS = 30.0
 
 
 class MetricsWriter:
     """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard's event files beside it.
 
+    On gs:// there are no event files, and metrics.jsonl is written anew every half a minute and by
+    `flush`.
+
     A run that was killed has written lines for steps after its last checkpoint, perhaps half a line
     at the end. Opening drops both, so that after the resumed run every step is there once.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        resume_step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Opens the files for a run that has done `resume_step` steps; 0 is a run from the start.
 
         Raises:
           ValueError: metrics.jsonl holds a line, other than the last, that is not a metrics row.
           OSError: `workdir` cannot be written.
         """
-        self._path = Path(workdir) / METRICS_FILE
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        path = paths.path(workdir) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         # From the start, an evaluation before step 1 will be written again: nothing is kept.
-        rows = _read_rows(self._path) if resume_step > 0 and self._path.exists() else []
+        rows = _read_rows(path) if resume_step > 0 and path.exists() else []
         rows = [row for row in rows if row["step"] <= resume_step]
         self._written = {(row["step"], row["split"]) for row in rows}
-        temporary = self._path.with_name(f".{METRICS_FILE}.tmp")
-        temporary.write_text("".join(map(_json_line, rows)), encoding="ascii")
-        os.replace(temporary, self._path)
-        self._file = open(self._path, "a", encoding="ascii")  # noqa: SIM115 (closed by close)
+        lines = "".join(map(_json_line, rows)).encode("ascii")
+        paths.write_whole(path, lines)
+        self._events = None
+        if paths.is_remote(path):
+            self._file = _Rewritten(path, lines, clock)
+            return
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
         # TensorBoard hides the events at purge_step and later that came before this one.
         self._events = tensorboardX.SummaryWriter(
             str(workdir),
@@ -50,7 +65,8 @@ class MetricsWriter:
         )
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Appends one line, flushed at once, and one TensorBoard scalar `{split}/{key}` a value.
+        """Appends one line, on a disk flushed at once, and one TensorBoard scalar
+        `{split}/{key}` a value.
 
         What the file already holds for this step and split stays: a resumed run that evaluates
         again at the step of its checkpoint computes the same numbers.
@@ -67,10 +83,16 @@ class MetricsWriter:
             return
         self._written.add((step, split))
         values = {key: float(value) for key, value in values.items()}
-        self._file.write(_json_line({"step": step, "split": split, **values}))
+        self._file.write(_json_line({"step": step, "split": split, **values}).encode("ascii"))
+        if self._events is None:
+            return
         self._file.flush()
         for key, value in values.items():
             self._events.add_scalar(f"{split}/{key}", value, step)
+
+    def flush(self) -> None:
+        """Until every line is where a kill cannot lose it."""
+        self._file.flush()
 
     def has(self, step: int, split: str) -> bool:
         """Whether that line is written."""
@@ -78,11 +100,36 @@ class MetricsWriter:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds a picture, uint8 [H, W, 3], to TensorBoard."""
-        self._events.add_image(name, image, int(step), dataformats="HWC")
+        if self._events is not None:
+            self._events.add_image(name, image, int(step), dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class _Rewritten:
+    """A file that grows by lines, of a store that cannot append: it is written anew at times."""
+
+    def __init__(self, path: epath.Path, data: bytes, clock: Callable[[], float]):
+        self._path = path
+        self._data = bytearray(data)
+        self._flushed = len(data)
+        self._clock, self._seconds = clock, clock()
+
+    def write(self, line: bytes) -> None:
+        self._data += line
+        if self._clock() - self._seconds >= _REWRITE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._flushed < len(self._data):
+            paths.write_whole(self._path, bytes(self._data))
+            self._flushed, self._seconds = len(self._data), self._clock()
+
+    def close(self) -> None:
+        self.flush()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
@@ -94,7 +141,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
       FileNotFoundError: there is no such file.
       ValueError: a line other than the last is not a metrics row.
     """
-    return _read_rows(Path(workdir) / METRICS_FILE)
+    return _read_rows(paths.path(workdir) / METRICS_FILE)
 
 
 def last_row(workdir: str | os.PathLike, split: str) -> dict[str, float]:
@@ -107,7 +154,7 @@ def last_row(workdir: str | os.PathLike, split: str) -> dict[str, float]:
     )
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: epath.Path) -> list[dict]:
     rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):

@@ -4,13 +4,12 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import hosts, logs, plots
+from maeast_jax import hosts, logs, paths, plots
 from maeast_jax.checkpoint import Checkpoints
 from maeast_jax.program import Interrupted, NonFiniteError
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
@@ -51,7 +50,7 @@ class Loop:
         knn: Callable[[TrainState], dict[str, float]] | None = None,
     ):
         self._config = config
-        self._workdir = Path(workdir)
+        self._workdir = paths.path(workdir)
         self._start_step = start_step
         self._checkpoints = checkpoints
         self._step = step
@@ -160,6 +159,8 @@ class Loop:
         if self._interval:
             self._log(step)
         self._flush()
+        if self._writer:
+            self._writer.flush()
         self._checkpoints.save(step, checkpoint_parts(state))
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
@@ -175,6 +176,7 @@ class Loop:
         if not row or self._writer is None:
             return row
         self._writer.write(step, "eval", row)
+        self._writer.flush()
         terms = (f"{name} {row[name]:.4f}" for name in _TOLD if name in row)
         self._progress.say(f"step {step}: held-out {', '.join(terms)}")
         plots.write_png(self._workdir / CURVES, plots.curves(logs.read_metrics(self._workdir)))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from maeast_jax import demo_audio, shard_writer, shards
+from maeast_jax import demo_audio, paths, shard_writer, shards
 
 # Slots of the weighted mixture's repeating pattern: weights are met to one in this many.
 MIXTURE_SLOTS = 10_000
@@ -89,6 +89,7 @@ def open_demo(split: str, data_dir: str | None) -> Clips:
     try:
         opened = shards.open_split(demo_audio.NAME, split, data_dir)
     except shards.NotPreparedError:
+        paths.check_local(data_dir or "")
         print(f"building the embedded corpus {demo_audio.NAME}: some ten seconds, once", flush=True)
         shard_writer.write(
             demo_audio.NAME,

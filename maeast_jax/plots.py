@@ -3,12 +3,14 @@
 Every figure is its own `matplotlib.figure.Figure` on an Agg canvas: no display, no pyplot state.
 """
 
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
+
+from maeast_jax import paths
 
 MASKED_GREY = (160, 160, 160)  # what `reconstructions` paints where there is no value
 _SPLIT_STYLES = {
@@ -137,13 +139,9 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
             f"image is {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3]: scale to "
             "0..255 and convert"
         )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename is atomic
-    try:
-        imsave(temporary, image, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    file = io.BytesIO()
+    imsave(file, image, format="png")
+    paths.write_whole(paths.path(path), file.getvalue())
 
 
 def _figure(width_inches: float, height_inches: float):

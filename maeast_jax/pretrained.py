@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax import authors_config, authors_file, checkpoint
+from maeast_jax import authors_config, authors_file, checkpoint, paths
 from maeast_jax.model import MaeAst, ModelConfig, model_graph
 
 # The paper's clips: what a checkpoint that does not say was trained on.
@@ -88,6 +88,8 @@ def read(path: str | os.PathLike) -> Pretrained:
     Raises as `load` does.
     """
     path = os.path.expanduser(os.fspath(path))
+    if path.endswith(FILES):
+        paths.check_local(path)
     if Path(path).is_file():
         return _from_file(path)
     if Path(path).suffix in FILES and not Path(path).exists():

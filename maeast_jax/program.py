@@ -164,6 +164,8 @@ def _start(call: Callable, parse: Callable) -> None:
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    # Of the libraries that reach gs:// for epath, the one that works without TensorFlow too.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     try:
         app.run(call, flags_parser=parse)
     except SystemExit as end:

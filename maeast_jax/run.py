@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, data, fbank, hosts, logs, masking, pretrained, sharding
+from maeast_jax import checkpoint, data, fbank, hosts, logs, masking, paths, pretrained, sharding
 from maeast_jax import config as configuration
 from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.mixture import Clips
@@ -38,7 +37,7 @@ class Run:
     """A configuration that was checked, its data opened, its devices chosen; nothing compiled."""
 
     config: ConfigDict
-    workdir: Path
+    workdir: epath.Path
     model: ModelConfig
     loss: LossConfig
     optimizer: optax.GradientTransformation
@@ -58,9 +57,7 @@ def check_run(
     config: ConfigDict, workdir: str | os.PathLike, batches: Batches | None = None
 ) -> Run:
     """All that can be known to be wrong before compiling; raises ValueError in one line."""
-    if "://" in os.fspath(workdir):
-        raise ValueError(f"workdir {workdir} must be a folder of this machine")
-    workdir = Path(workdir).expanduser()
+    workdir = paths.path(workdir)
     configuration.check(config)
     configuration.check_loop(config)
     start_step, config, init_from = _start(workdir, config)
@@ -84,7 +81,7 @@ def check_run(
     eval_clips = data.open_eval(data_config) if has_eval else None
     knn = _open_knn(config, data_config) if config.eval.knn else None
     # Last: a mistake above leaves no empty folder behind.
-    _check_workdir(workdir)
+    paths.make_writable(workdir, "--workdir")
     return Run(
         config=config,
         workdir=workdir,
@@ -146,12 +143,13 @@ def _rows(run: Run) -> np.ndarray:
 
 
 @contextmanager
-def alone(workdir: Path) -> Iterator[None]:
+def alone(workdir: os.PathLike) -> Iterator[None]:
     """Holds a workdir for this run; raises ValueError where another one is at work in it.
 
-    The lock is on an open file, so it ends with its process, the run's first, however that ends.
+    The lock is on an open file, so it ends with its process, the run's first, however that ends. On
+    gs:// there is no lock: nothing keeps two runs apart.
     """
-    if not hosts.is_first():
+    if not hosts.is_first() or paths.is_remote(workdir):
         yield
         return
     with (workdir / "lock").open("w") as file:
@@ -197,7 +195,7 @@ def _stream_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _start(workdir: Path, config: ConfigDict) -> tuple[int, ConfigDict, Pretrained | None]:
+def _start(workdir: epath.Path, config: ConfigDict) -> tuple[int, ConfigDict, Pretrained | None]:
     """The step to go on from, the configuration with its architecture settled, and `init_from`.
 
     A configuration with `init_from` takes the architecture of that checkpoint; a run that is
@@ -228,7 +226,7 @@ def _with_architecture(config: ConfigDict, source: Pretrained) -> ConfigDict:
     return config
 
 
-def _check_resume(workdir: Path, step: int, newest: Pretrained, config: ConfigDict) -> None:
+def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: ConfigDict) -> None:
     if not checkpoint.has_part(epath.Path(newest.path), "progress"):
         raise checkpoint.CheckpointError(
             f"{workdir} holds weights alone, which no run can go on from; start one from them with "
@@ -254,15 +252,3 @@ def _check_resume(workdir: Path, step: int, newest: Pretrained, config: ConfigDi
     if changed:
         listed = ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
         print(f"resuming with other settings than before: {listed}", flush=True)
-
-
-def _check_workdir(workdir) -> None:
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        probe = Path(workdir) / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"workdir {workdir} cannot be written ({error.strerror}); choose another --workdir"
-        ) from error

@@ -7,10 +7,11 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
+from maeast_jax import paths
 from maeast_jax.shard_writer import DataError, resolve_data_dir
 
 __all__ = ["DataError", "NotPreparedError", "Split", "open_split"]
@@ -78,12 +79,12 @@ class Split:
 
 
 def open_split(
-    name_or_directory: str | Path,
+    name_or_directory: str | os.PathLike,
     split: str,
-    data_dir: str | Path | None = None,
+    data_dir: str | os.PathLike | None = None,
     sample_rate_hz: int | None = None,
 ) -> Split:
-    """Opens a split of a prepared TFDS data set. Reads local files only, never the network.
+    """Opens a split of a prepared TFDS data set, on this machine or on gs://; downloads none.
 
     Args:
       name_or_directory: `name`, `name/config`, `name:1.0.0` or `name/config:1.0.0` under
@@ -99,11 +100,13 @@ def open_split(
     """
     import tensorflow_datasets as tfds
 
-    directory = _find(name_or_directory, resolve_data_dir(data_dir))
-    builder = tfds.builder_from_directory(str(directory))
-    info = builder.info
-    _check_format(info, directory, tfds)
-    _check_split(info, split)
+    data_dir = paths.path(data_dir or resolve_data_dir(None))
+    with paths.reaching(data_dir):
+        directory = _find(name_or_directory, data_dir)
+        builder = tfds.builder_from_directory(str(directory))
+        info = builder.info
+        _check_format(info, directory, tfds)
+        _check_split(info, split)
     features = dict(info.features.items())
     audio_feature = _audio_feature(info.full_name, features, tfds)
     label_names, is_multi_label = _classes(features, tfds)
@@ -125,7 +128,7 @@ def open_split(
 # --- where it is -----------------------------------------------------------------------------
 
 
-def _find(name_or_directory: str | Path, data_dir: Path) -> Path:
+def _find(name_or_directory: str | os.PathLike, data_dir: epath.Path) -> epath.Path:
     """The version directory that holds the data set's dataset_info.json."""
     text = os.fspath(name_or_directory)
     if match := _NAME.fullmatch(text):
@@ -138,7 +141,7 @@ def _find(name_or_directory: str | Path, data_dir: Path) -> Path:
                 f"data set {text!r} in {data_dir} comes in the configs {', '.join(configs)}: name"
                 f" one, e.g. {match['path']}/{configs[0]}"
             )
-    directory = Path(os.path.expanduser(text))
+    directory = paths.path(text)
     if (directory / _INFO_FILE).is_file():
         return directory
     if versions := _versions(directory):
@@ -152,7 +155,7 @@ def _find(name_or_directory: str | Path, data_dir: Path) -> Path:
     )
 
 
-def _versions(home: Path) -> dict[str, Path]:
+def _versions(home: epath.Path) -> dict[str, epath.Path]:
     """The version directories in `home`, oldest first."""
     found = [info.parent for info in home.glob(f"*/{_INFO_FILE}")]
     found = [path for path in found if _VERSION.fullmatch(path.name)]
@@ -160,14 +163,14 @@ def _versions(home: Path) -> dict[str, Path]:
     return {path.name: path for path in found}
 
 
-def _pick(versions: dict[str, Path], version: str | None, text: str) -> Path:
+def _pick(versions: dict[str, epath.Path], version: str | None, text: str) -> epath.Path:
     version = version or list(versions)[-1]
     if version not in versions:
         raise DataError(f"data set {text!r}: there are versions {', '.join(versions)} only")
     return versions[version]
 
 
-def _listing(data_dir: Path) -> str:
+def _listing(data_dir: epath.Path) -> str:
     homes = [path for path in data_dir.glob("*") if path.is_dir()]
     names = [home.name for home in homes if _versions(home)]
     names += [
@@ -182,11 +185,11 @@ def _listing(data_dir: Path) -> str:
 # --- whether it serves -----------------------------------------------------------------------
 
 
-def _check_format(info, directory: Path, tfds) -> None:
+def _check_format(info, directory: epath.Path, tfds) -> None:
     formats = sorted(file_format.value for file_format in info.available_file_formats())
     if "array_record" in formats:
         return
-    directory = directory.absolute()
+    directory = paths.absolute(directory)
     if info.name in tfds.list_builders(with_community_datasets=False):
         root = directory.parents[2 if info.config_name else 1]
         name = f"{info.name}/{info.config_name}" if info.config_name else info.name
@@ -202,20 +205,20 @@ def _check_format(info, directory: Path, tfds) -> None:
     )
 
 
-def _prepare_command(name: str, data_dir: Path, download_dir: Path | None = None) -> str:
+def _prepare_command(name: str, data_dir: epath.Path, downloads: epath.Path | None = None) -> str:
     """The command that prepares a set of TFDS' catalogue for random access.
 
     Not `tfds build`: the command line of TFDS 4.9 starts only with apache_beam and mlcroissant, and
     it leaves a TFRecord version that is already there as it is.
     """
-    downloads = f"download_dir='{download_dir}'" if download_dir else ""
+    arguments = f"download_dir='{downloads}'" if downloads else ""
     return (
         f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}',"
-        f" data_dir='{data_dir}', file_format='array_record').download_and_prepare({downloads})\""
+        f" data_dir='{data_dir}', file_format='array_record').download_and_prepare({arguments})\""
     )
 
 
-def _convert_command(directory: Path) -> str:
+def _convert_command(directory: epath.Path) -> str:
     """The command that adds array_record shards to a prepared set; TFDS' module imports Beam."""
     return (
         'pip install apache-beam && python -c "from etils.epath import Path; from'
@@ -236,7 +239,7 @@ def _check_split(info, split: str) -> None:
     if not count:
         raise DataError(f"split {split!r} of {info.full_name} is empty; its splits are {there}")
     for part in info.splits[split].file_instructions:
-        if not os.path.exists(part.filename):
+        if not epath.Path(part.filename).exists():
             raise DataError(
                 f"shard {part.filename} of {info.full_name} is missing: copy or build the data set"
                 " again"

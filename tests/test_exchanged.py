@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from benchmarks import exchanged
 
+from benchmarks import exchanged
 from maeast_jax import sharding
 
 
@@ -48,5 +48,5 @@ def test_a_loop_of_unknown_length_is_an_error(mesh):
         return jax.lax.while_loop(lambda total: total.sum() < 500, step, jnp.ones(100))
 
     text = compiled(mesh, looped, jnp.ones((16, 100)))
-    with pytest.raises(ValueError, match="how often the loop .* turns is not known"):
+    with pytest.raises(ValueError, match=r"how often the loop .* turns is not known"):
         exchanged.bytes_by_kind(text)

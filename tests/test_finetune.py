@@ -202,3 +202,8 @@ def test_mistakes_are_one_line_before_anything_is_written(tmp_path, data_dir, pa
     with pytest.raises(ValueError, match=message) as error:
         finetune(config, tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_workdir_on_an_object_store_is_refused(data_dir):
+    with pytest.raises(ValueError, match=r"gs://bucket/run must be on this machine"):
+        finetune(small(data_dir), "gs://bucket/run")

@@ -136,6 +136,27 @@ def test_a_process_that_dies_takes_the_other_down_in_time(tmp_path, data_dir, vi
     started[victim].communicate()
 
 
+def test_the_launcher_brings_back_a_run_of_which_a_process_was_killed(tmp_path, data_dir, alone):
+    launcher = subprocess.Popen(
+        ["launch/local_multiprocess.sh", "--processes=2", "--devices_per_process=2",
+         f"--log_dir={tmp_path / 'logs'}", "--", sys.executable, "-m", "maeast_jax.train",
+         f"--config=tests/tiny.py:{data_dir}", f"--workdir={tmp_path / 'run'}",
+         "--config.total_steps=8", "--config.eval_every=4", "--config.eval.knn=sounds",
+         "--config.checkpoint_every=2"],
+        cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    reported(launcher, 3)
+    (second,) = subprocess.run(
+        ["pgrep", "--full", f"python.*{tmp_path}.*--process_id=1"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    os.kill(int(second), signal.SIGKILL)
+    _, told = launcher.communicate(timeout=400)
+    assert launcher.returncode == 0, told
+    assert "process 1 ended with code 137" in told and "starting again" in told
+    assert_same_curve(tmp_path / "run", alone)
+
+
 def test_processes_that_differ_are_told_so(tmp_path, data_dir):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     port = free_port()

@@ -8,7 +8,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "maeast_jax"
 # A file imports files of lower levels only.
 LEVELS = [
-    {"fbank", "patches", "masking", "losses", "optimizer", "sharding", "authors", "config"},
+    {
+        "fbank",
+        "patches",
+        "masking",
+        "losses",
+        "optimizer",
+        "sharding",
+        "authors",
+        "config",
+        "paths",
+    },
     {"layers", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_pickle", "program"},
     {
         "torch_file",

@@ -227,7 +227,7 @@ def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
     for workdir, config, message in (
         (tmp_path / "foreign", longer, r"12 is not a checkpoint of this program"),
         (broken, longer, r"metrics.jsonl line 1 is b'not json'"),
-        ("gs://bucket/run", longer, r"gs://bucket/run must be a folder of this machine"),
+        ("s3://bucket/run", longer, r"s3://bucket/run is unknown: name a folder of this machine"),
         (tmp_path / "new", short_config(num_frames=65), r"num_frames=65 must be a multiple of 16"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,125 @@
+"""Folders and files of this machine, or of Google Cloud Storage (`gs://BUCKET/...`), by epath.
+
+An object there is written whole or not at all, and only whole: nothing is appended to, renamed or
+locked. What goes wrong there comes from several libraries; `reaching` makes one line of it.
+"""
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from etils import epath
+
+# Brings google-cloud-storage along, which Orbax asks about the bucket.
+_INSTALL = "pip install gcsfs"
+
+
+def path(name: str | os.PathLike) -> epath.Path:
+    """`name` with `~` expanded. Raises ValueError for an address of another kind than gs://."""
+    text = os.fspath(name)
+    if is_remote(text):
+        if not text.startswith("gs://"):
+            raise ValueError(f"{text} is unknown: name a folder of this machine or gs://BUCKET/...")
+        # Else a folder that was listed once hides what other processes and tensorstore add to it.
+        import fsspec
+
+        fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    return epath.Path(text).expanduser()
+
+
+def absolute(name: str | os.PathLike) -> epath.Path:
+    """As `path`, and absolute, as Orbax wants them; epath's own puts this folder before gs://."""
+    found = path(name)
+    return found if is_remote(found) else found.absolute()
+
+
+def is_remote(name: str | os.PathLike) -> bool:
+    """Whether this is no folder or file of this machine."""
+    return "://" in os.fspath(name)
+
+
+def check_local(name: str | os.PathLike) -> None:
+    """Raises ValueError for what only a file or folder of this machine can be."""
+    if is_remote(name):
+        raise ValueError(
+            f"{name} must be on this machine; copy from or to gs:// with gcloud storage cp"
+        )
+
+
+def write_whole(file: epath.Path, data: bytes) -> None:
+    """A reader, or a kill, meets the old file or the new one, never half of one."""
+    if is_remote(file):
+        file.write_bytes(data)
+        return
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_writable(folder: epath.Path, flag: str) -> None:
+    """Makes a folder where it is missing; ValueError where it cannot be written, naming `flag`."""
+    probe = folder / f".writable-{uuid.uuid4().hex}"  # hosts may share the folder
+    remedy = f"choose another {flag}"
+    try:
+        with reaching(folder, "written", remedy):
+            if is_remote(folder):
+                _ask_for_bucket(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({_reason(error)}); {remedy}") from error
+
+
+@contextmanager
+def reaching(
+    name: str | os.PathLike, done: str = "read", remedy: str = "check the address"
+) -> Iterator[None]:
+    """Raises ValueError, in one line, for what goes wrong inside with an object store.
+
+    The libraries that reach it share no base class of errors. What goes wrong on this machine is
+    raised as it is.
+    """
+    if not is_remote(name):
+        yield
+        return
+    try:
+        with _quiet():
+            yield
+    except ValueError:
+        raise
+    except ImportError as error:
+        raise ValueError(f"{name} needs gcsfs: {_INSTALL} ({_reason(error)})") from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be {done} ({_reason(error)}); {remedy}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """These log, with a traceback, what they raise as well."""
+    loggers = [logging.getLogger(name) for name in ("gcsfs", "google.auth")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _ask_for_bucket(folder: epath.Path) -> None:
+    """As Orbax will, which has to know whether the bucket has real folders."""
+    from google.cloud import storage
+
+    storage.Client().get_bucket(os.fspath(folder).split("/")[2])
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200]

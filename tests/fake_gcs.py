@@ -1,0 +1,315 @@
+"""A stand-in for Google Cloud Storage on 127.0.0.1: as much of its JSON API as readers here use.
+
+Those are gcsfs, google-cloud-storage, tensorstore and array_record's reader; `environment` points
+all of them at it. Objects live in memory. `python tests/fake_gcs.py` serves
+a bucket `bucket` until it is ended.
+"""
+
+import base64
+import email
+import hashlib
+import json
+import re
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+_OBJECT = re.compile(r"(?:/download)?/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)")
+_OBJECTS = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/o/?")
+_BUCKET = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/?")
+_UPLOAD = re.compile(r"/upload/storage/v1/b/(?P<bucket>[^/]+)/o")
+_TIME = "2026-01-01T00:00:00.000Z"
+
+
+class FakeGcs(ThreadingHTTPServer):
+    """`buckets` {bucket: {name: (bytes, generation)}}; `written`, names in the order of writing.
+
+    `delete` and `copy` change objects behind the clients' backs; a bucket in `forbidden` can be
+    read and not written.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, *buckets: str):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.buckets = {name: {} for name in buckets}
+        self.forbidden: set[str] = set()
+        self.written: list[str] = []
+        self.uploads: dict[str, dict] = {}
+        self.lock = threading.Lock()
+        self._generation = 1_000_000
+
+    def handle_error(self, request, client_address):
+        # gcsfs asks for an object and a folder of a name at once, and hangs up on the slower.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that send every reader here, and none to look for credentials elsewhere."""
+        host = f"127.0.0.1:{self.server_port}"
+        return {
+            "STORAGE_EMULATOR_HOST": f"http://{host}",  # gcsfs, google-cloud-storage
+            "TENSORSTORE_GCS_HTTP_URL": f"http://{host}",
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": f"http://{host}",  # array_record
+            "GCE_METADATA_ROOT": host,  # tensorstore: not on Google's machines
+            "GCE_METADATA_HOST": host,
+            "NO_GCE_CHECK": "true",
+            # It asks what kind of bucket this is by gRPC, which is not spoken here.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "EPATH_USE_TF": "false",  # TensorFlow's reader knows Google's own address alone
+        }
+
+    def put(self, bucket: str, name: str, data: bytes) -> dict:
+        self._generation += 1
+        self.buckets[bucket][name] = (bytes(data), self._generation)
+        self.written.append(f"{bucket}/{name}")
+        return self.resource(bucket, name)
+
+    def delete(self, bucket: str, name: str) -> None:
+        with self.lock:
+            del self.buckets[bucket][name]
+
+    def copy(self, bucket: str, prefix: str, to: str) -> None:
+        """Copies all objects under one prefix to another."""
+        with self.lock:
+            for name, (data, _) in list(self.buckets[bucket].items()):
+                if name.startswith(prefix):
+                    self.put(bucket, to + name.removeprefix(prefix), data)
+
+    def names(self, bucket: str) -> list[str]:
+        with self.lock:
+            return sorted(self.buckets[bucket])
+
+    def resource(self, bucket: str, name: str) -> dict:
+        data, generation = self.buckets[bucket][name]
+        return {
+            "kind": "storage#object",
+            "id": f"{bucket}/{name}/{generation}",
+            "name": name,
+            "bucket": bucket,
+            "size": str(len(data)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "contentType": "application/octet-stream",
+            "storageClass": "STANDARD",
+            "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode(),
+            "timeCreated": _TIME,
+            "updated": _TIME,
+        }
+
+
+@contextmanager
+def serving(*buckets: str):
+    server = FakeGcs(*buckets)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Failure(Exception):
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self._answer(self._get)
+
+    def do_POST(self):
+        self._answer(self._post)
+
+    def do_PUT(self):
+        self._answer(self._post)
+
+    def do_DELETE(self):
+        self._answer(self._delete)
+
+    def _answer(self, method) -> None:
+        self._body = self._read_body()
+        parts = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        try:
+            with self.server.lock:
+                status, headers, data = method(parts.path, query)
+        except _Failure as failure:
+            error = {"code": failure.status, "message": str(failure), "errors": []}
+            status, headers, data = failure.status, {}, json.dumps({"error": error}).encode()
+        self.send_response(status)
+        if data and "Content-Type" not in headers:
+            headers["Content-Type"] = "application/json; charset=UTF-8"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if status != 304:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if status != 304:
+            self.wfile.write(data)
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    # --- what is asked --------------------------------------------------------------------------
+
+    def _get(self, path: str, query: dict):
+        if match := _OBJECT.fullmatch(path):
+            return self._get_object(self._bucket(match), unquote(match["name"]), query)
+        if match := _OBJECTS.fullmatch(path):
+            return 200, {}, json.dumps(self._list(self._bucket(match), query)).encode()
+        if match := _BUCKET.fullmatch(path):
+            bucket = self._bucket(match)
+            found = {"kind": "storage#bucket", "id": bucket, "name": bucket, "location": "US"}
+            return 200, {}, json.dumps(found).encode()
+        raise _Failure(404, f"no such address: {path}")
+
+    def _post(self, path: str, query: dict):
+        match = _UPLOAD.fullmatch(path)
+        if not match:
+            raise _Failure(404, f"no such address: {path}")
+        bucket = self._writable(match)
+        if "upload_id" in query:
+            return self._continue(bucket, query["upload_id"])
+        kind = query["uploadType"]
+        if kind == "media":
+            return self._store(bucket, query["name"], self._body, query)
+        if kind == "multipart":
+            return self._store(bucket, *_parts(self.headers["Content-Type"], self._body), query)
+        name = query.get("name") or json.loads(self._body)["name"]
+        upload_id = f"upload{len(self.server.uploads)}"
+        self.server.uploads[upload_id] = {"name": name, "data": bytearray(), "query": query}
+        where = f"http://{self.headers['Host']}{path}?uploadType=resumable&upload_id={upload_id}"
+        return 200, {"Location": where}, b""
+
+    def _delete(self, path: str, query: dict):
+        match = _OBJECT.fullmatch(path)
+        if not match:
+            raise _Failure(404, f"no such address: {path}")
+        bucket, name = self._writable(match), unquote(match["name"])
+        self._check_generation(bucket, name, query)
+        if name not in self.server.buckets[bucket]:
+            raise _Failure(404, f"No such object: {bucket}/{name}")
+        del self.server.buckets[bucket][name]
+        return 204, {}, b""
+
+    # --- how it is done -------------------------------------------------------------------------
+
+    def _bucket(self, match) -> str:
+        bucket = unquote(match["bucket"])
+        if bucket not in self.server.buckets:
+            raise _Failure(404, "The specified bucket does not exist.")
+        return bucket
+
+    def _writable(self, match) -> str:
+        bucket = self._bucket(match)
+        if bucket in self.server.forbidden:
+            raise _Failure(403, "the caller does not have storage.objects.create access")
+        return bucket
+
+    def _get_object(self, bucket: str, name: str, query: dict):
+        objects = self.server.buckets[bucket]
+        if name not in objects:
+            raise _Failure(404, f"No such object: {bucket}/{name}")
+        self._check_generation(bucket, name, query)
+        data, generation = objects[name]
+        if query.get("alt") != "media":
+            return 200, {}, json.dumps(self.server.resource(bucket, name)).encode()
+        headers = {"Content-Type": "application/octet-stream", "x-goog-generation": generation}
+        if query.get("ifGenerationNotMatch") == str(generation):
+            return 304, headers, b""
+        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not wanted:
+            return 200, headers, data
+        if wanted[1]:
+            first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
+        else:
+            first, last = max(0, len(data) - int(wanted[2])), len(data) - 1
+        if first >= len(data):
+            raise _Failure(416, "The requested range cannot be satisfied.")
+        last = min(last, len(data) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        return 206, headers, data[first : last + 1]
+
+    def _list(self, bucket: str, query: dict) -> dict:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+        found, prefixes = [], []
+        for name in sorted(self.server.buckets[bucket]):
+            rest = name.removeprefix(prefix)
+            if not name.startswith(prefix):
+                continue
+            if delimiter and delimiter in rest:
+                folder = prefix + rest.split(delimiter)[0] + delimiter
+                if folder not in prefixes:
+                    prefixes.append(folder)
+            else:
+                found.append(name)
+        entries = sorted(found + prefixes)
+        start = int(query.get("pageToken", 0))
+        end = start + int(query.get("maxResults", 1000))
+        page = set(entries[start:end])
+        listed = {
+            "kind": "storage#objects",
+            "items": [self.server.resource(bucket, name) for name in found if name in page],
+            "prefixes": [name for name in prefixes if name in page],
+        }
+        if end < len(entries):
+            listed["nextPageToken"] = str(end)
+        return listed
+
+    def _check_generation(self, bucket: str, name: str, query: dict) -> None:
+        _, generation = self.server.buckets[bucket].get(name, (b"", 0))
+        if "generation" in query and query["generation"] != str(generation):
+            raise _Failure(404, f"No such object: {bucket}/{name}#{query['generation']}")
+        if query.get("ifGenerationMatch", str(generation)) != str(generation):
+            raise _Failure(412, "At least one of the pre-conditions did not hold.")
+
+    def _store(self, bucket: str, name: str, data: bytes, query: dict):
+        self._check_generation(bucket, name, query)
+        return 200, {}, json.dumps(self.server.put(bucket, name, data)).encode()
+
+    def _continue(self, bucket: str, upload_id: str):
+        """A piece of a resumable upload: `Content-Range: bytes FIRST-LAST/TOTAL`, or `*`s."""
+        upload = self.server.uploads[upload_id]
+        upload["data"] += self._body
+        total = self.headers.get("Content-Range", "/").rpartition("/")[2]
+        if total in ("", str(len(upload["data"]))):
+            return self._store(bucket, upload["name"], upload["data"], upload["query"])
+        return 308, {"Range": f"bytes=0-{len(upload['data']) - 1}"}, b""
+
+
+def _parts(content_type: str, body: bytes) -> tuple[str, bytes]:
+    """The name and the data of a multipart upload; the data may hold anything."""
+    header = email.message_from_string(f"Content-Type: {content_type}\n\n")
+    boundary = b"--" + header.get_param("boundary").encode()
+    _, metadata, rest = body.split(boundary, 2)
+    data = rest.rpartition(boundary)[0]
+    strip = re.compile(rb"\r?\n(?:[^\r\n]+\r?\n)*\r?\n")
+    content = data[strip.match(data).end() :]
+    content = content[:-2] if content.endswith(b"\r\n") else content[:-1]
+    return json.loads(metadata[strip.match(metadata).end() :])["name"], content
+
+
+if __name__ == "__main__":
+    with serving("bucket") as server:
+        print("\n".join(f"export {k}={v}" for k, v in server.environment.items()), flush=True)
+        threading.Event().wait()

@@ -1,0 +1,267 @@
+"""Runs, checkpoints and data sets on gs://, against a stand-in for it on this machine.
+
+What stands between them and Google's own service is not tested here: credentials, gcsfs' question
+what kind of bucket it is, and how it is without a lock or with a slow network.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_gcs
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils.epath import gpath
+from test_checkpoint import CONFIG, parts, placed
+from test_logs import Clock
+
+import maeast_jax
+from maeast_jax import checkpoint, logs, paths, plots, pretrained, shard_writer, shards
+from maeast_jax.mixture import open_demo
+from maeast_jax.run import alone
+from maeast_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+SYNTHETIC = ("--config.data.source=synthetic", "--config.data.train=", "--config.data.eval=")
+
+
+@pytest.fixture(scope="module")
+def store():
+    with fake_gcs.serving("bucket", "shut") as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        gpath._is_tf_installed.cache_clear()  # which has asked for EPATH_USE_TF once
+        server.forbidden.add("shut")
+        yield server
+    gpath._is_tf_installed.cache_clear()
+
+
+def run(store, workdir, *overrides, kill_at=None):
+    """The program, as a user calls it; its exit code and what it said."""
+    environment = os.environ | store.environment | {"JAX_PLATFORMS": "cpu"}
+    del environment["EPATH_USE_TF"]  # the program's own affair
+    words = [
+        sys.executable, "-m", "maeast_jax.train", "--config=tests/tiny.py", f"--workdir={workdir}",
+        *SYNTHETIC, f"--config.total_steps={STEPS}", "--config.eval.max_clips=4", *overrides,
+    ]  # fmt: skip
+    with subprocess.Popen(
+        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if kill_at is not None and line.startswith(f"step {kill_at}/"):
+                process.kill()
+        return process.wait(), process.stdout.read(), "".join(said)
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    """A run in a bucket, killed and resumed, and the same run on this machine, not killed."""
+    local = tmp_path_factory.mktemp("local") / "run"
+    code, _, said = run(store, local)
+    assert code == 0, said
+    # By then step 5 is saved whole, for 10 waited for it, and 10 is on its way.
+    code, _, said = run(store, "gs://bucket/run", kill_at=11)
+    assert code == -signal.SIGKILL, said
+    code, out, said = run(store, "gs://bucket/run")
+    assert code == 0, said
+    assert "5 -> 12, resumed" in out or "10 -> 12, resumed" in out, out
+    assert "gs://bucket/run/checkpoints/12" in out
+    return local
+
+
+def test_a_killed_run_in_a_bucket_ends_as_one_on_a_disk(store, trained):
+    assert checkpoint.saved_steps("gs://bucket/run") == [10, 12]
+    ends = [
+        [checkpoint.load_part(checkpoint.find(workdir), n) for n in ("weights", "progress")]
+        for workdir in ("gs://bucket/run", trained)
+    ]
+    for got, wanted in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    rows = [
+        [{k: v for k, v in row.items() if k != "clips_per_second"} for row in found]
+        for found in map(logs.read_metrics, ("gs://bucket/run", trained))
+    ]
+    assert rows[0] == rows[1]
+    beside = {name.split("/")[1] for name in store.names("bucket") if name.startswith("run/")}
+    assert beside == {
+        "checkpoints", "config.json", "curves.png", "metrics.jsonl", "reconstructions.png"
+    }  # fmt: skip
+
+
+def synthetic():
+    config = tiny.get_config()
+    config.total_steps, config.mesh.data = STEPS, 1
+    config.data.update(source="synthetic", train="", eval="")
+    return config
+
+
+def test_a_finished_run_in_a_bucket_is_left_alone(trained):
+    config = synthetic()
+    assert train(config, "gs://bucket/run") == logs.last_row("gs://bucket/run", "eval")
+
+
+def test_models_load_from_a_bucket(trained):
+    for path in ("gs://bucket/run", "gs://bucket/run/checkpoints/12"):
+        found = maeast_jax.load(path).encode(*(waves := clips()))
+        wanted = maeast_jax.load(trained).encode(*waves)
+        np.testing.assert_array_equal(found.hidden_states, wanted.hidden_states)
+    assert pretrained.read("gs://bucket/run").path == "gs://bucket/run/checkpoints/12"
+
+
+def clips():
+    waves = np.random.default_rng(0).normal(size=(2, 10480)).astype(np.float32)
+    return waves, np.array([10480, 5360])
+
+
+def test_a_checkpoint_without_its_last_object_is_none_and_is_cleared(store):
+    workdir = "gs://bucket/cut"
+    checkpoints = checkpoint.Checkpoints(workdir, 2, CONFIG)
+    for step in (5, 10):
+        checkpoints.save(step, parts(step))
+    checkpoints.close()
+    store.copy("bucket", "cut/checkpoints/10/", "cut/checkpoints/15/")
+    assert checkpoint.saved_steps(workdir) == [5, 10, 15]
+    store.delete("bucket", "cut/checkpoints/15/commit_success.txt")
+    assert checkpoint.saved_steps(workdir) == [5, 10]
+    assert checkpoint.find(workdir).name == "10"
+    with pytest.raises(checkpoint.CheckpointError, match=r"15 is not there; .* saved are 5, 10"):
+        checkpoint.find(f"{workdir}/checkpoints/15")
+    checkpoints = checkpoint.Checkpoints(workdir, 2, CONFIG)
+    assert not [name for name in store.names("bucket") if name.startswith("cut/checkpoints/15")]
+    assert checkpoints.latest_step() == 10
+    checkpoints.save(15, parts(15))
+    checkpoints.close()
+    assert checkpoint.saved_steps(workdir) == [10, 15]
+    checkpoints = checkpoint.Checkpoints(workdir, 2, CONFIG)
+    restored = checkpoints.restore(15, placed(parts(0.0)))
+    checkpoints.close()
+    np.testing.assert_array_equal(restored["weights"]["params"]["w"], np.full((3, 4), 15))
+
+
+def test_metrics_are_written_anew_now_and_then_and_when_asked(store):
+    clock = Clock()
+    writer = logs.MetricsWriter("gs://bucket/logged", clock=clock)
+    assert store.written.count("bucket/logged/metrics.jsonl") == 1
+    for step in range(1, 5):
+        clock.seconds += 9.0
+        writer.write(step, "train", {"loss": 1.0})
+    assert store.written.count("bucket/logged/metrics.jsonl") == 2  # at 36 s
+    assert [row["step"] for row in logs.read_metrics("gs://bucket/logged")] == [1, 2, 3, 4]
+    writer.write(5, "train", {"loss": 1.0})
+    writer.image(5, "picture", np.zeros((4, 6, 3), np.uint8))
+    assert len(logs.read_metrics("gs://bucket/logged")) == 4
+    writer.flush()
+    writer.flush()
+    assert store.written.count("bucket/logged/metrics.jsonl") == 3
+    assert len(logs.read_metrics("gs://bucket/logged")) == 5
+    writer.write(6, "train", {"loss": 1.0})
+    writer.close()
+    assert len(logs.read_metrics("gs://bucket/logged")) == 6
+    writer = logs.MetricsWriter("gs://bucket/logged", resume_step=3)
+    writer.write(4, "train", {"loss": 2.0})
+    writer.close()
+    rows = logs.read_metrics("gs://bucket/logged")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert [name for name in store.names("bucket") if name.startswith("logged")] == [
+        "logged/metrics.jsonl"
+    ]
+
+
+def test_pictures_go_to_a_bucket(store):
+    plots.write_png("gs://bucket/pictures/a.png", np.zeros((4, 6, 3), np.uint8))
+    data, _ = store.buckets["bucket"]["pictures/a.png"]
+    assert data.startswith(b"\x89PNG")
+
+
+def test_a_bucket_is_not_locked(store):
+    with alone(paths.path("gs://bucket/run")), alone(paths.path("gs://bucket/run")):
+        pass
+
+
+def one_line(call, *arguments):
+    with pytest.raises(ValueError) as caught:
+        call(*arguments)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def test_what_is_wrong_with_a_bucket_is_one_line(store):
+    config = synthetic()
+    line = one_line(train, config, "gs://nowhere/run")
+    assert line.startswith("gs://nowhere/run cannot be written (404 ")
+    assert line.endswith("The specified bucket does not exist.); choose another --workdir")
+    line = one_line(train, config, "gs://shut/run")
+    assert "storage.objects.create access); choose another --workdir" in line
+    for path in ("gs://nowhere/run", "gs://bucket/nothing"):
+        assert f"{path} holds no checkpoint" in one_line(maeast_jax.load, path)
+    assert "copy from or to gs://" in one_line(maeast_jax.load, "gs://bucket/a.pt")
+    assert "az://box/run is unknown" in one_line(maeast_jax.load, "az://box/run")
+    config.init_from = "gs://nowhere/run"
+    assert "gs://nowhere/run holds no checkpoint" in one_line(train, config, "gs://bucket/new")
+    assert not [name for name in store.names("bucket") if name.startswith("new")]
+
+
+def test_a_mistake_ends_the_program_with_that_line_alone(store):
+    code, _, said = run(store, "gs://nowhere/run")
+    assert code == 2
+    (line,) = said.splitlines()
+    assert line.startswith("error: gs://nowhere/run cannot be written (404 ")
+
+
+HIDDEN = """
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *where):
+        if name.split(".")[0] != "gcsfs":
+            return self.finder.find_spec(name, *where)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import maeast_jax
+try:
+    maeast_jax.load("gs://bucket/run")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_gcsfs_it_is_named(store):
+    result = subprocess.run(
+        [sys.executable, "-c", HIDDEN], cwd=ROOT, env=os.environ | store.environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "checkpoints needs gcsfs: pip install gcsfs" in result.stdout, result.stderr
+
+
+def test_data_sets_are_read_from_a_bucket(store, tmp_path):
+    def examples():
+        random = np.random.default_rng(1)
+        for index in range(7):
+            yield f"clip{index}", random.integers(-9000, 9000, 5000).astype(np.int16), None
+
+    shard_writer.write("sounds", tmp_path, {"train": examples})
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            store.put("bucket", f"data/{file.relative_to(tmp_path)}", file.read_bytes())
+    local = shards.open_split("sounds", "train", tmp_path).read(range(7))
+    there = shards.open_split("sounds", "train[:6]", "gs://bucket/data").read([5, 0, 3])
+    for got, wanted in zip(there, (local[5], local[0], local[3]), strict=True):
+        assert got["id"] == wanted["id"]
+        np.testing.assert_array_equal(got["audio"], wanted["audio"])
+    line = one_line(shards.open_split, "others", "train", "gs://bucket/data")
+    assert "no data set 'others' in gs://bucket/data, which holds sounds" in line
+    assert "gs://bucket/none must be on this machine" in one_line(
+        open_demo, "train", "gs://bucket/none"
+    )
+    (shard,) = (name for name in store.names("bucket") if "sounds-train" in name)
+    store.delete("bucket", shard)
+    assert f"shard gs://bucket/{shard} of sounds/1.0.0 is missing" in one_line(
+        shards.open_split, "sounds", "train", "gs://bucket/data"
+    )
