@@ -21,6 +21,7 @@ from pathlib import Path
 
 from maeast_jax import finetune_config, pretrained
 from maeast_jax.finetune import finetune
+from maeast_jax.run import ENCODER_FIELDS
 
 METHODS = (
     "fbank", "initial_linear", "initial_knn", "frozen_linear", "frozen_knn", "scratch", "tuned",
@@ -46,7 +47,7 @@ def configuration(method: str, options: argparse.Namespace, name: str, percent: 
         config.init_from = str(options.pretrained)
     else:
         model = pretrained.read(str(options.pretrained)).config
-        for field in ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm"):
+        for field in ENCODER_FIELDS:
             config.model[field] = getattr(model, field)
     # As many steps with few labels as with all: what differs is what there is to learn from.
     config.total_steps = options.steps
@@ -57,6 +58,7 @@ def configuration(method: str, options: argparse.Namespace, name: str, percent: 
 def measure(options: argparse.Namespace) -> list[dict]:
     path = options.workdir / "rows.jsonl"
     options.workdir.mkdir(parents=True, exist_ok=True)
+    _check_same(options)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["method"], row["set"], row["percent"], row["seed"]) for row in rows}
     for percent in options.percents:
@@ -80,6 +82,15 @@ def measure(options: argparse.Namespace) -> list[dict]:
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
     return rows
+
+
+def _check_same(options: argparse.Namespace) -> None:
+    """Rows of another encoder, or of other steps, are not to stand beside these."""
+    path = options.workdir / "options.json"
+    wanted = {"pretrained": str(options.pretrained), "steps": options.steps}
+    if path.exists() and json.loads(path.read_text()) != wanted:
+        raise SystemExit(f"{options.workdir} holds rows of {path.read_text()}: name another")
+    path.write_text(json.dumps(wanted))
 
 
 def table(rows: list[dict]) -> str:

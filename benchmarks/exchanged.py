@@ -13,7 +13,10 @@ _SENT = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-_EXCHANGE = re.compile(rf" = (.+?) ({'|'.join(_SENT)})(?:-start)?\(")
+_EXCHANGE = re.compile(rf" = (.+?) ({'|'.join(_SENT)})(-start)?\(")
+_SHAPE = re.compile(r"\w+\[[\d,]*\]")
+_CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 def bytes_by_kind(hlo: str) -> dict[str, float]:
@@ -28,10 +31,12 @@ def bytes_by_kind(hlo: str) -> dict[str, float]:
     def walk(name: str, times: int) -> None:
         for line in computations[name]:
             if found := _EXCHANGE.search(line):
-                shapes, kind = found.groups()
+                shapes, kind, is_start = found.groups()
+                if is_start and kind != "all-reduce":
+                    shapes = _SHAPE.findall(shapes)[-1]  # after the operand
                 sent = _SENT[kind](_group_size(line)) * _size(shapes) * times
                 sums[kind] = sums.get(kind, 0.0) + sent
-            for called in re.findall(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)", line):
+            for called in _called(line):
                 turns = 1
                 if "body=" in line and f"body=%{called}" in line:
                     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
@@ -55,8 +60,16 @@ def _computations(hlo: str) -> dict[str, list[str]]:
     return found
 
 
+def _called(line: str) -> list[str]:
+    branches = [name for names in _BRANCHES.findall(line) for name in names.split(",")]
+    return [*_CALLED.findall(line), *(name.strip().lstrip("%") for name in branches)]
+
+
 def _holds_exchange(computations, name: str) -> bool:
-    return any(_EXCHANGE.search(line) for line in computations[name])
+    return any(
+        _EXCHANGE.search(line) or any(_holds_exchange(computations, n) for n in _called(line))
+        for line in computations[name]
+    )
 
 
 def _size(shapes: str) -> int:

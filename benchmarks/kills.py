@@ -2,9 +2,9 @@
 
 A small model trains on synthetic clips and saves at every step; each time a line reports a new
 step it is killed (SIGKILL) after a random moment, most often in the middle of a save. After every
-kill the newest checkpoint must load whole and be no older than one step before the last that was
-complete; then the run goes on. At the end its parameters, optimiser and losses must be those of a
-run that nobody killed, bit for bit. Prints a line a kill, and what half-written things it found.
+kill the newest checkpoint must load whole and be no older than the newest before the kill; then
+the run goes on. At the end its parameters, optimiser and losses must be those of a run that nobody
+killed, bit for bit. Prints a line a kill, and what half-written things it found.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def kill_once(workdir: Path, steps: int, draw: random.Random) -> str | None:
 def final(workdir: Path) -> list:
     newest = checkpoint.find(workdir)
     parts = [checkpoint.load_part(newest, name) for name in ("weights", "progress")]
-    losses = [(r["step"], r["split"], r["loss"]) for r in logs.read_metrics(workdir)]
-    return [*map(np.asarray, jax.tree.leaves(parts)), np.array([loss for *_, loss in losses])]
+    losses = np.array([(r["step"], r["loss"]) for r in logs.read_metrics(workdir)])
+    return [*map(np.asarray, jax.tree.leaves(parts)), losses]
 
 
 def main() -> None:
@@ -85,13 +85,13 @@ def main() -> None:
             raise SystemExit(f"the run ended after {count} kills: raise its steps")
         count += 1
         in_a_save += not told.startswith("killed with 0")
-        saved = checkpoint.saved_steps(killed)
-        if saved:
+        saved = checkpoint.saved_steps(killed) or [0]
+        assert saved[-1] >= newest_before, f"step {newest_before} was lost"
+        if saved[-1]:
             newest = checkpoint.find(killed)
             for name in ("weights", "progress"):
                 checkpoint.load_part(newest, name)  # raises where a file is short
-            assert saved[-1] >= newest_before, f"step {newest_before} was lost"
-            newest_before = saved[-1]
+        newest_before = saved[-1]
         print(f"{count}: {told}; newest checkpoint {newest_before}, whole", flush=True)
     for workdir in (killed, whole):
         process = start(workdir, steps)

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/pretrain_small.py")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(d * f * t for d, f, t in MESHES))
     print(
         f"| data x fsdp x tensor | loss after {options.steps} steps | all-reduce, MB sent a step | "

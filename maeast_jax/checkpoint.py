@@ -7,9 +7,12 @@ ones where they lie: a kill can leave an older one short. On gs:// nothing can b
 writes under the bare number, and at the end the object `commit_success.txt` that completes it.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,10 @@ class Checkpoints:
         A step that is saved already is left as it is: the state is a function of the step.
         """
         if step != self.latest_step():
-            self._checkpointer.save_checkpointables_async(
-                step, parts, force=True, custom_metadata={"config": self._config}
-            )
+            with _disk_may_be_full():
+                self._checkpointer.save_checkpointables_async(
+                    step, parts, force=True, custom_metadata={"config": self._config}
+                )
 
     def restore(self, step: int, abstract_parts: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint of `step`, placed as `abstract_parts` (shapes, types, shardings) says."""
@@ -64,10 +68,26 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until all that was asked for is on the disk."""
-        self._checkpointer.wait()
+        with _disk_may_be_full():
+            self._checkpointer.wait()
 
     def close(self) -> None:
-        self._checkpointer.close()
+        with _disk_may_be_full():
+            self._checkpointer.close()
+
+
+@contextmanager
+def _disk_may_be_full() -> Iterator[None]:
+    """Raises OSError for what Orbax, which writes through tensorstore, raises as ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            "no space left to save a checkpoint: free some, and start the same command again",
+        ) from error
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:

@@ -4,9 +4,11 @@ Every process runs the same program on rows of its own; the first one alone writ
 With one process everything here is at hand without any of it.
 """
 
+import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from maeast_jax.program import PeerLostError, stop_signals
 # How long a process may be silent before the others take it for dead and end.
 HEARTBEAT_SECONDS = 30
 _INITIALIZATION_SECONDS = 300
+# What jax's errors say where another process is gone, by way of exchange.
+_SIGNS_OF_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL")
 
 
 def initialize(
@@ -36,6 +40,8 @@ def initialize(
       ValueError: no cluster is known here, or the numbers do not fit together.
       PeerLostError: the others did not come.
     """
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, of the first process")
     try:
         jax.distributed.initialize(
             coordinator,
@@ -46,7 +52,10 @@ def initialize(
             initialization_timeout=_INITIALIZATION_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
+        is_silent = not is_first()  # starts the devices, of all processes
     except ValueError as error:
+        if coordinator is not None:
+            raise
         raise ValueError(
             f"--distributed: {error}; on a cluster that jax does not know, pass --coordinator="
             "HOST:PORT --num_processes=N --process_id=I"
@@ -56,7 +65,7 @@ def initialize(
             f"the other processes did not come within {_INITIALIZATION_SECONDS} s "
             f"({_first_line(error)})"
         ) from error
-    if not is_first():
+    if is_silent:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process' life)
 
 
@@ -69,13 +78,10 @@ def agree(what: str, value: object) -> None:
     """Raises ValueError, in every process, where they differ in a value that JSON holds."""
     if jax.process_count() == 1:
         return
-    encoded = json.dumps(value, sort_keys=True).encode()
-    digest = np.frombuffer(encoded, np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(digest)))
-    if len(set(lengths.tolist())) == 1:
-        everyone = multihost_utils.process_allgather(digest)
-        if (everyone == everyone[:1]).all():
-            return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+    everyone = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (everyone == everyone[:1]).all():
+        return
     raise ValueError(
         f"the processes of this run differ in {what}: start all of them by the same command, on "
         "the same files"
@@ -87,12 +93,6 @@ def from_first(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
-
-
-def wait_for_all(name: str) -> None:
-    """Returns once every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 @contextmanager
@@ -123,11 +123,14 @@ def stopping() -> Iterator[Callable[[], int | None]]:
 
 @contextmanager
 def others_alive() -> Iterator[None]:
-    """Raises PeerLostError for what a computation shared with other processes fails on."""
+    """Raises PeerLostError where a computation shared with other processes fails for want of one.
+
+    Other failures, such as of memory, are raised as they are.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or not any(word in str(error) for word in _SIGNS_OF_LOSS):
             raise
         raise PeerLostError(
             f"another process of this run is gone ({_first_line(error)}); the same command goes on "

@@ -144,6 +144,14 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     return _read_rows(paths.path(workdir) / METRICS_FILE)
 
 
+def has_row(workdir: str | os.PathLike, step: int, split: str) -> bool:
+    """Whether metrics.jsonl is there and holds that row."""
+    path = paths.path(workdir) / METRICS_FILE
+    return path.exists() and any(
+        (row["step"], row["split"]) == (step, split) for row in _read_rows(path)
+    )
+
+
 def last_row(workdir: str | os.PathLike, split: str) -> dict[str, float]:
     """The values of the last row of a split; {} where there is none."""
     rows = [row for row in read_metrics(workdir) if row["split"] == split]

@@ -105,6 +105,9 @@ class Loop:
                         evaluation = self._evaluate(state, step + 1)
                 self._save(state, total_steps)
                 self._checkpoints.wait()
+                if (stopping := self._asked_to_stop()) and not evaluation:
+                    # The same command makes up for the last evaluation.
+                    raise Interrupted(stopping, total_steps)
         finally:
             if hasattr(stream, "close"):
                 # Now, not as the interpreter ends: tf.data would then wait for ever for its

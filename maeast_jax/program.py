@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -93,16 +94,24 @@ def run(
             _guard(lambda: _join_and_call(join, main, config.value, workdir.value), "stopped")
         except SystemExit as end:
             # The others wait in a computation for this one, and jax would wait here for them.
-            if end.code not in (0, *_AGREED_ENDS):
-                sys.stderr.flush()
-                os._exit(end.code)
-            raise
+            if end.code in (0, *_AGREED_ENDS):
+                raise
+            _leave(end.code)
+        except BaseException:
+            traceback.print_exc()
+            _leave(EXIT_SYSTEM)
 
     _start(call, _parse)
 
 
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 # Ends that all processes come to together.
-_AGREED_ENDS = (128 + signal.SIGTERM,)
+_AGREED_ENDS = (128 + signal.SIGTERM, EXIT_NON_FINITE)
 
 
 def _define_join_flags() -> tuple[str, ...]:

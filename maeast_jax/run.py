@@ -28,8 +28,8 @@ from maeast_jax.train_step import LossConfig
 Batch = dict[str, np.ndarray]
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
 # Fields that decide which arrays a checkpoint holds and what they mean.
-_ENCODER = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
-_DECODER = ("decoder_layers", "decoder_width", "decoder_projection")
+ENCODER_FIELDS = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
+DECODER_FIELDS = ("decoder_layers", "decoder_width", "decoder_projection")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ def put_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:
         if batch[name].shape != shape or batch[name].dtype != wanted.dtype:
             raise ValueError(
                 f"a batch's {name!r} is {batch[name].dtype} {batch[name].shape}, but "
-                f"{wanted.dtype} {shape} is needed, by batch_size and num_frames"
+                f"{wanted.dtype} {shape} is needed, by num_frames and this process' rows of "
+                f"batch_size={run.config.batch_size}"
             )
     return _put(run, {name: batch[name] for name in wanted_fields})
 
@@ -135,6 +136,11 @@ def put_eval_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:
 
 def _put(run: Run, batch: Batch) -> dict[str, jax.Array]:
     return sharding.put_batch(run.mesh, batch, run.config.batch_size)
+
+
+def describe_data(run: Run) -> list[str]:
+    """Names and sizes of the data sets, for processes to compare."""
+    return [clips.describe() for clips in (run.train_clips, run.eval_clips) if clips is not None]
 
 
 def _rows(run: Run) -> np.ndarray:
@@ -181,7 +187,10 @@ def eval_stream(run: Run) -> Iterator[Batch]:
 
 
 def _open_knn(config: ConfigDict, data_config: data.DataConfig) -> KnnEval:
-    data.check_installed()
+    try:
+        data.check_installed()
+    except ValueError as error:
+        raise ValueError(f"eval.knn={config.eval.knn!r}: {error}") from error
     rate = data_config.sample_rate_hz or None
     return open_knn(config.eval.knn, data_config.folder, rate, config.eval.knn_clips)
 
@@ -210,12 +219,13 @@ def _start(workdir: epath.Path, config: ConfigDict) -> tuple[int, ConfigDict, Pr
     if not steps:
         return 0, config, init_from
     _check_resume(workdir, steps[-1], newest, config)
-    return steps[-1], config, None
+    # A run stopped at step 0 holds the weights that it was to start from, and starts.
+    return steps[-1], config, None if steps[-1] else init_from
 
 
 def _with_architecture(config: ConfigDict, source: Pretrained) -> ConfigDict:
     """`config` with the architecture of `source`; of an encoder alone, but for the decoder."""
-    names = _ENCODER if source.config.is_encoder_only else _ENCODER + _DECODER
+    names = ENCODER_FIELDS if source.config.is_encoder_only else ENCODER_FIELDS + DECODER_FIELDS
     taken = {name: getattr(source.config, name) for name in names}
     changed = {name: value for name, value in taken.items() if config.model[name] != value}
     if changed:
@@ -233,7 +243,7 @@ def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: Co
             f"--config.init_from={workdir} and another --workdir"
         )
     wanted = ModelConfig(**config.model.to_dict())
-    for name in _ENCODER + _DECODER:
+    for name in ENCODER_FIELDS + DECODER_FIELDS:
         was, is_ = getattr(newest.config, name), getattr(wanted, name)
         if was != is_:
             raise checkpoint.CheckpointError(

@@ -108,11 +108,11 @@ def by_rules(mesh: Mesh, tree: Any) -> Any:
 
     def place(path, leaf) -> NamedSharding:
         axes = _axes(path, leaf.shape)
-        for place, axis in enumerate(axes):
-            if axis and leaf.shape[place] % mesh.shape[axis]:
+        for number, axis in enumerate(axes):
+            if axis and leaf.shape[number] % mesh.shape[axis]:
                 raise ValueError(
-                    f"mesh.{axis}={mesh.shape[axis]} does not divide {leaf.shape[place]}, axis "
-                    f"{place} of {_name(path)} {list(leaf.shape)}; choose a mesh.{axis} that does"
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide {leaf.shape[number]}, axis "
+                    f"{number} of {_name(path)} {list(leaf.shape)}; choose a mesh.{axis} that does"
                 )
         return NamedSharding(mesh, PartitionSpec(*axes))
 
@@ -132,7 +132,7 @@ def traced_on(mesh: Mesh, function: Callable) -> Callable:
 
 def over_batch(x: jax.Array) -> jax.Array:
     """`x` with its leading axis over the batch's axes; outside of `traced_on` x itself."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _is_in_view():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
@@ -143,7 +143,7 @@ def gathered(layer: Any) -> Any:
     Left to itself XLA may gather the batch instead, which is far larger. Outside of `traced_on`
     the parameters themselves.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _is_in_view():
         return layer
 
     def gather(path, leaf: jax.Array) -> jax.Array:
@@ -151,6 +151,11 @@ def gathered(layer: Any) -> Any:
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(gather, layer)
+
+
+def _is_in_view() -> bool:
+    """Whether tracing is under `traced_on`: a caller's own mesh has other axes."""
+    return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
 
 
 def _axes(path, shape: tuple[int, ...]) -> tuple[str | None, ...]:

@@ -98,8 +98,9 @@ def farewell(workdir: str | os.PathLike) -> str:
     masked = num_tokens - masking.num_kept(num_tokens, model.mask_ratio)
     rows = [row for row in logs.read_metrics(workdir) if row["split"] == "eval"]
     lines = {"checkpoint": f"{workdir}/{checkpoint.CHECKPOINTS}/{newest.name}"}
-    if rows and "loss" in rows[-1]:
-        first, last = rows[0], rows[-1]
+    with_loss = [row for row in rows if "loss" in row]
+    if with_loss:
+        first, last = with_loss[0], with_loss[-1]
         lines["held-out loss"] = f"{first['loss']:.3f} -> {last['loss']:.3f}"
         lines["info_nce"] = (
             f"{first['info_nce']:.3f} -> {last['info_nce']:.3f} (a blind guess among {masked} "

@@ -27,19 +27,31 @@ def train(
 
     `batches` stands in for `config.data`'s training set: any iterator of {"audio": int16 [b, S]},
     S = 400 + 160 (num_frames - 1) samples at 16 kHz, or a function of the first step that returns
-    one, so that a resumed run goes on where the stream was.
+    one, so that a resumed run goes on where the stream was. Of several processes each gives its
+    rows alone (`sharding.process_rows`).
 
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
     """
     checked = run.check_run(config, workdir, batches)
-    hosts.agree("the configuration", checked.config.to_dict())
-    hosts.agree("the step of the newest checkpoint", checked.start_step)
-    with run.alone(checked.workdir), hosts.others_alive():
-        if checked.start_step == config.total_steps:
-            print(f"{workdir} has done its {config.total_steps} steps already", flush=True)
-            return logs.last_row(checked.workdir, "eval")
-        return _train(checked)
+    with hosts.others_alive():
+        hosts.agree("the configuration", checked.config.to_dict())
+        hosts.agree("the step of the newest checkpoint", checked.start_step)
+        hosts.agree("the data sets", run.describe_data(checked))
+        with run.alone(checked.workdir):
+            if hosts.from_first(_is_done(checked)):
+                print(f"{workdir} has done its {config.total_steps} steps already", flush=True)
+                return logs.last_row(checked.workdir, "eval")
+            return _train(checked)
+
+
+def _is_done(checked: Run) -> bool:
+    """Whether nothing is left to do, also of what the last step is evaluated on."""
+    total_steps = checked.config.total_steps
+    is_evaluated = checked.has_eval or checked.knn is not None
+    return checked.start_step == total_steps and (
+        not is_evaluated or logs.has_row(checked.workdir, total_steps, "eval")
+    )
 
 
 def _train(checked: Run) -> dict[str, float]:

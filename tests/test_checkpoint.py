@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -121,3 +122,16 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_parts(tmp_path / "cut", weights, {"config": CONFIG})
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_a_full_disk_is_an_error_of_the_system_that_says_so(tmp_path, monkeypatch, call):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing x: No space left on device")
+
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    name = {"save": "save_checkpointables_async"}.get(call, call)
+    monkeypatch.setattr(checkpoints._checkpointer, name, full)
+    with pytest.raises(OSError, match="no space left to save a checkpoint") as error:
+        checkpoints.save(1, parts(1)) if call == "save" else getattr(checkpoints, call)()
+    assert error.value.errno == errno.ENOSPC

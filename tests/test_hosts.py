@@ -89,12 +89,14 @@ def assert_same_curve(workdir, other):
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor"])
 def test_two_processes_have_the_curve_of_one(tmp_path, data_dir, alone, mesh):
-    """Along `tensor` both processes hold the same rows."""
-    sizes = {"data": 2, "fsdp": 2} if mesh == "fsdp" else {"data": 1, mesh: 4} | (
-        {"tensor": 2, "data": 2} if mesh == "tensor" else {}
-    )  # fmt: skip
+    """Along `tensor`, a device a process, both hold the same rows."""
+    devices, sizes = {
+        "data": (2, {"data": 4}),
+        "fsdp": (2, {"data": 2, "fsdp": 2}),
+        "tensor": (1, {"data": 1, "tensor": 2}),
+    }[mesh]
     fields = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
-    first, second = ends(start(tmp_path, data_dir, 2, 2, *fields))
+    first, second = ends(start(tmp_path, data_dir, 2, devices, *fields))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert_same_curve(tmp_path, alone)
     # The first alone speaks; gloo greets in both.
@@ -178,7 +180,14 @@ def test_processes_that_differ_are_told_so(tmp_path, data_dir):
     [
         (["--coordinator=127.0.0.1:1"], "--process_id go together"),
         (["--distributed"], "on a cluster that jax does not know, pass --coordinator"),
-        (["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "process_id"),
+        (
+            ["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
+            "with process_id < num_processes",
+        ),
+        (
+            ["--coordinator=localhost", "--num_processes=2", "--process_id=0"],
+            "--coordinator=localhost must be HOST:PORT",
+        ),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(tmp_path, flags, message):

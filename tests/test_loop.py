@@ -108,6 +108,15 @@ def test_a_state_past_a_loss_that_is_not_finite_is_never_saved(tmp_path, bad):
     assert saved.steps == [5]
 
 
+def test_a_stop_during_the_last_evaluation_is_made_up_for(tmp_path):
+    saved = Saved(tmp_path)
+    with pytest.raises(Interrupted, match="SIGTERM at step 10"):
+        run(tmp_path, saved, during_evaluation=10)
+    assert saved.steps[-1] == 10 and (10, "eval") not in rows(tmp_path)
+    assert run(tmp_path, saved, start_step=10)["loss"] == 0.5
+    assert rows(tmp_path)[-1] == (10, "eval")
+
+
 def test_rows_are_means_of_their_steps(tmp_path):
     run(tmp_path, Saved(tmp_path), losses=[float(n) for n in range(1, 11)])
     losses = {r["step"]: r["loss"] for r in logs.read_metrics(tmp_path) if r["split"] == "train"}

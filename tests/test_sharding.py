@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from maeast_jax import sharding
 from maeast_jax.model import ModelConfig
@@ -101,6 +101,8 @@ def test_an_axis_that_devices_do_not_divide_is_an_error_that_names_both(sizes, m
         sharding.by_rules(sharding.make_mesh(*sizes), params)
 
 
-def test_off_a_mesh_nothing_is_placed():
+def test_off_a_mesh_and_on_one_of_the_callers_own_nothing_is_placed():
     x = jnp.ones((3, 4))
     assert sharding.over_batch(x) is x and sharding.gathered({"any": x})["any"] is x
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])):
+        assert sharding.over_batch(x) is x and sharding.gathered({"any": x})["any"] is x

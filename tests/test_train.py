@@ -18,7 +18,8 @@ from test_config import shrink
 from maeast_jax import checkpoint, logs, shard_writer
 from maeast_jax import config as configuration
 from maeast_jax import train as train_module
-from maeast_jax.program import NonFiniteError
+from maeast_jax.loop import Loop
+from maeast_jax.program import Interrupted, NonFiniteError
 from maeast_jax.run import alone
 from maeast_jax.train import train
 
@@ -284,6 +285,25 @@ def test_weights_come_from_another_run_and_the_count_starts_anew(tmp_path, capsy
     assert source
     for got, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-9)
+
+
+def test_a_run_stopped_at_step_0_still_starts_from_the_weights_named(tmp_path, monkeypatch):
+    train(short_config(), tmp_path / "source")
+    config = short_config(init_from=str(tmp_path / "source"))
+    train(config, tmp_path / "whole")
+    held_out = Loop._held_out
+
+    def stop(self, state, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return held_out(self, state, step)
+
+    monkeypatch.setattr(Loop, "_held_out", stop)
+    with pytest.raises(Interrupted, match="step 0, which is saved"):
+        train(config, tmp_path / "stopped")
+    monkeypatch.undo()
+    train(config, tmp_path / "stopped")
+    for got, wanted in zip(*(final(tmp_path / n, 4) for n in ("stopped", "whole")), strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_a_run_leaves_what_it_promises_and_says_what_it_will_do(tmp_path, data_dir, capsys):
