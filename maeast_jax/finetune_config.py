@@ -89,7 +89,7 @@ def finetune() -> ConfigDict:
     features.pool = "moments"  # mean | time | moments
     features.layer = "last"  # last | a layer's number from 0
     # Grids of tokens that a clip is seen on, each begun a part of a token earlier; of frame tokens
-    # 2 at most. docs/finetuning.md says what it is worth.
+    # 2 at most. docs/downstream.md says what it is worth.
     features.phases = 4
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()
