@@ -8,6 +8,7 @@ run that was stopped goes on by the same command.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, logs, metrics, probe, program, results
 from maeast_jax.features import Features, fbank_statistics
-from maeast_jax.finetune_loop import FoldTrainer, Scored
+from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
 from maeast_jax.metrics import Evaluation
 from maeast_jax.run import alone
@@ -35,6 +36,7 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     run = check_run(config, workdir)
     run.workdir.mkdir(parents=True, exist_ok=True)
     with alone(run.workdir):
+        _check_workdir(run)
         checkpoint.write_config(run.workdir, config.to_dict())
         print(logs.announce(_plan(run)), flush=True)
         features = Features(run) if config.mode != "finetune" else None
@@ -50,6 +52,20 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
         if len(run.folds) > 1:
             print(f"\n{_fold_table(found)}", flush=True)
     return found
+
+
+def _check_workdir(run: FinetuneRun) -> None:
+    """Raises ValueError for a workdir of another mode or model, whose results would be lost."""
+    path = run.workdir / checkpoint.CONFIG
+    was = json.loads(path.read_text())["mode"] if path.exists() else run.config.mode
+    if was != run.config.mode:
+        raise ValueError(
+            f"{run.workdir} holds results of mode={was}, the configuration has mode="
+            f"{run.config.mode}; choose another --workdir"
+        )
+    if run.config.mode == "finetune":
+        for sets in run.folds:
+            check_resume(run, run.workdir / sets.name)
 
 
 def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:

@@ -72,9 +72,7 @@ class FoldTrainer:
 
         Raises Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
         """
-        config = self._run.config
-        settings = config.to_dict() | {"model": dataclasses.asdict(self._run.model)}
-        _check_resume(self._folder, settings)
+        settings = _settings(self._run)
         checkpoints = checkpoint.Checkpoints(self._folder, 1, settings)
         state, start_step = self._first_state(checkpoints, normalize), 0
         if (latest := checkpoints.latest_step()) is not None:
@@ -175,10 +173,15 @@ class FoldTrainer:
         return self._choose(state, np.float32(value))
 
 
-def _check_resume(folder: Path, settings: dict[str, Any]) -> None:
+def _settings(run: FinetuneRun) -> dict[str, Any]:
+    return run.config.to_dict() | {"model": dataclasses.asdict(run.model)}
+
+
+def check_resume(run: FinetuneRun, folder: Path) -> None:
     """Raises CheckpointError where the run in a folder is of another model; tells what changed."""
     if not checkpoint.saved_steps(folder):
         return
+    settings = _settings(run)
     old = checkpoint.metadata(checkpoint.find(folder))["config"]
     changed = configuration.differences(old, settings)
     for name, (was, is_) in changed.items():
@@ -195,7 +198,8 @@ def _check_resume(folder: Path, settings: dict[str, Any]) -> None:
 def evaluations(total_steps: int, every: float) -> list[int]:
     """Steps after which validation is scored: each `every` steps, rounded up, and the last."""
     count = math.ceil(total_steps / every - 1e-9)
-    return [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
+    steps = [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
+    return list(dict.fromkeys(steps))  # the last epoch may end within the last step
 
 
 def _parts(state: FinetuneState) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def test_evaluations_are_by_epoch_or_by_step():
     assert evaluations(10, 3.0) == [3, 6, 9, 10]
     assert evaluations(8, 2.75) == [3, 6, 8]
     assert evaluations(2, 5.0) == [2]
+    assert evaluations(7, 2.25) == [3, 5, 7]  # of three epochs the third ends within the last step
 
 
 @pytest.mark.parametrize(
@@ -207,3 +208,17 @@ def test_mistakes_are_one_line_before_anything_is_written(tmp_path, data_dir, pa
 def test_a_workdir_on_an_object_store_is_refused(data_dir):
     with pytest.raises(ValueError, match=r"gs://bucket/run must be on this machine"):
         finetune(small(data_dir), "gs://bucket/run")
+
+
+def test_a_workdir_of_another_mode_or_model_is_refused_and_left_as_it_is(tmp_path, data_dir):
+    finetune(small(data_dir, epochs=1), tmp_path / "whole")
+    other_head = small(data_dir, epochs=1)
+    other_head.head.layer = "weighted"
+    for config, message in (
+        (small(data_dir, mode="linear"), "holds results of mode=finetune"),
+        (other_head, "has head.layer='last'"),
+    ):
+        before = (tmp_path / "whole" / "config.json").read_text()
+        with pytest.raises(ValueError, match=message):
+            finetune(config, tmp_path / "whole")
+        assert (tmp_path / "whole" / "config.json").read_text() == before
