@@ -17,8 +17,6 @@ from maeast_jax import paths
 
 _SPLITS = ("train", "eval")
 METRICS_FILE = "metrics.jsonl"
-# An object may be written once a second at most, and the run waits for it.
-_REWRITE_SECONDS = 30.0
 
 
 class MetricsWriter:
@@ -53,7 +51,7 @@ class MetricsWriter:
         paths.write_whole(path, lines)
         self._events = None
         if paths.is_remote(path):
-            self._file = _Rewritten(path, lines, clock)
+            self._file = paths.Rewritten(path, lines, clock)
             return
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
         # TensorBoard hides the events at purge_step and later that came before this one.
@@ -107,29 +105,6 @@ class MetricsWriter:
         self._file.close()
         if self._events is not None:
             self._events.close()
-
-
-class _Rewritten:
-    """A file that grows by lines, of a store that cannot append: it is written anew at times."""
-
-    def __init__(self, path: epath.Path, data: bytes, clock: Callable[[], float]):
-        self._path = path
-        self._data = bytearray(data)
-        self._flushed = len(data)
-        self._clock, self._seconds = clock, clock()
-
-    def write(self, line: bytes) -> None:
-        self._data += line
-        if self._clock() - self._seconds >= _REWRITE_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._flushed < len(self._data):
-            paths.write_whole(self._path, bytes(self._data))
-            self._flushed, self._seconds = len(self._data), self._clock()
-
-    def close(self) -> None:
-        self.flush()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

@@ -7,13 +7,15 @@ locked. What goes wrong there comes from several libraries; `reaching` makes one
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from etils import epath
 
 # Brings google-cloud-storage along, which Orbax asks about the bucket.
 _INSTALL = "pip install gcsfs"
+# An object may be written once a second at most, and the run waits for it.
+_REWRITE_SECONDS = 30.0
 
 
 def path(name: str | os.PathLike) -> epath.Path:
@@ -123,3 +125,26 @@ def _ask_for_bucket(folder: epath.Path) -> None:
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
+
+
+class Rewritten:
+    """A file that grows by lines, of a store that cannot append: it is written anew at times."""
+
+    def __init__(self, path: epath.Path, data: bytes, clock: Callable[[], float]):
+        self._path = path
+        self._data = bytearray(data)
+        self._flushed = len(data)
+        self._clock, self._seconds = clock, clock()
+
+    def write(self, line: bytes) -> None:
+        self._data += line
+        if self._clock() - self._seconds >= _REWRITE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._flushed < len(self._data):
+            write_whole(self._path, bytes(self._data))
+            self._flushed, self._seconds = len(self._data), self._clock()
+
+    def close(self) -> None:
+        self.flush()
