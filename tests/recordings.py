@@ -13,6 +13,14 @@ def noise(seconds, seed):
     return np.random.default_rng(seed).integers(-9000, 9000, samples).astype(np.int16)
 
 
+def clips_of_noise(count, seed, labels=None):
+    """Clips of several lengths for shard_writer, each with one of the labels in turn."""
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        samples = random.integers(-9000, 9000, 4_000 + 1_500 * index).astype(np.int16)
+        yield f"{seed}-{index}", samples, labels and labels[index % len(labels)]
+
+
 TONES = ["high", "low", "noise"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recordings import clips_of_noise
 
 from maeast_jax import checkpoint, hosts, logs, shard_writer
 
@@ -21,14 +22,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-
-    def clips(count, seed):
-        random = np.random.default_rng(seed)
-        for index in range(count):
-            samples = random.integers(-9000, 9000, 4_000 + 1_500 * index).astype(np.int16)
-            yield f"{seed}-{index}", samples, "ab"[index % 2]
-
-    parts = {"train": lambda: clips(11, 0), "valid": lambda: clips(5, 1)}
+    parts = {
+        "train": lambda: clips_of_noise(11, 0, "ab"),
+        "valid": lambda: clips_of_noise(5, 1, "ab"),
+    }
     shard_writer.write("sounds", folder, parts, label_names=["a", "b"])
     return folder
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from recordings import clips_of_noise
 from test_config import shrink
 
 from maeast_jax import checkpoint, logs, shard_writer
@@ -30,16 +31,8 @@ ROOT = Path(__file__).parent.parent
 def data_dir(tmp_path_factory):
     """A data set `sounds` of noise of several lengths: 11 clips to train on, 5 held out."""
     folder = tmp_path_factory.mktemp("data")
-
-    def clips(count, seed):
-        random = np.random.default_rng(seed)
-        for index in range(count):
-            samples = random.integers(-9000, 9000, 4_000 + 1_500 * index).astype(np.int16)
-            yield f"{seed}-{index}", samples, None
-
-    shard_writer.write(
-        "sounds", folder, {"train": lambda: clips(11, 0), "valid": lambda: clips(5, 1)}
-    )
+    parts = {"train": lambda: clips_of_noise(11, 0), "valid": lambda: clips_of_noise(5, 1)}
+    shard_writer.write("sounds", folder, parts)
     return folder
 
 
