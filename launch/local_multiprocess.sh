@@ -104,6 +104,11 @@ trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 trap kill_rest EXIT
 
+# A signal to the whole group, Ctrl-C or a time limit's, ends the sleep too, which is no failure.
+pause() {
+  sleep "$1" || true
+}
+
 start() {
   local i chosen=${port:-$(free_port)}
   pids=() codes=()
@@ -153,7 +158,7 @@ wait_all() {
       deadline=''
       kill_rest
     fi
-    sleep 0.2
+    pause 0.2
   done
 }
 
@@ -193,5 +198,5 @@ while :; do
   fi
   left=$((left - 1))
   note "code $code: starting again, $left more restarts after this one"
-  sleep 1
+  pause 1
 done

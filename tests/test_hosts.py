@@ -107,10 +107,12 @@ def reported(process, step):
     assert any(line.startswith(f"step {step}/") for line in process.stderr), "it ended before"
 
 
-def test_sigterm_on_one_process_saves_one_step_on_both_and_one_goes_on(tmp_path, data_dir, alone):
+@pytest.mark.parametrize("signalled", [(1,), (0, 1, 0, 1)])
+def test_sigterm_saves_one_step_on_both_and_one_goes_on(tmp_path, data_dir, alone, signalled):
     started = start(tmp_path, data_dir, 2, 2, "--config.checkpoint_every=100")
     reported(started[0], 1)
-    started[1].send_signal(signal.SIGTERM)
+    for process in signalled:
+        started[process].send_signal(signal.SIGTERM)
     first, second = ends(started)
     assert (first[0], second[0]) == (143, 143), first[2] + second[2]
     (step,) = checkpoint.saved_steps(tmp_path)

@@ -229,6 +229,7 @@ class Local:
             text=True,
             # Where the tests run in the background, Ctrl-C is ignored, and bash keeps to that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            process_group=0,
         )
 
     def starts(self, process):
@@ -330,11 +331,15 @@ def test_local_kills_what_does_not_end(tmp_path):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 )
-def test_local_passes_signals_on(tmp_path, number, code):
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_local_passes_signals_on(tmp_path, number, code, whole_group):
+    """To the whole group, as a terminal and `timeout` send them, they end its sleep as well."""
     local = Local(tmp_path, [["wait"], ["wait"]])
     launcher = local.popen()
     wait_for(lambda: local.starts(0) and local.starts(1))
     launcher.send_signal(number)
+    if whole_group:
+        os.killpg(launcher.pid, number)
     output, _ = launcher.communicate(timeout=30)
     assert launcher.returncode == code, output
     assert local.saved() == ["saved_0", "saved_1"]
