@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maeast_jax import fbank, patches
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 
 Cfg = dict[str, dict[str, Any]]
 

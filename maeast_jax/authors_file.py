@@ -15,7 +15,8 @@ import numpy as np
 
 from maeast_jax import authors, authors_config, fbank, patches, torch_file
 from maeast_jax.authors_config import AuthorsFileError
-from maeast_jax.model import ModelConfig, abstract_model, split_model
+from maeast_jax.model import abstract_model, split_model
+from maeast_jax.model_config import ModelConfig
 
 # 164 s of patches or of frames; the longest clip of VoxCeleb1 has 145 s.
 MAX_TOKEN_LENGTH = 8192

@@ -13,7 +13,8 @@ from flax import nnx
 
 from maeast_jax import fbank, patches
 from maeast_jax.layers import layer_norm, torch_linear
-from maeast_jax.model import MaeAst, ModelConfig, split_model
+from maeast_jax.model import MaeAst, split_model
+from maeast_jax.model_config import ModelConfig
 
 KINDS = ("ssast", "superb")
 POOLS = ("mean", "time")

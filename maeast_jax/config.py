@@ -28,6 +28,8 @@ def pretrain() -> ConfigDict:
     config.keep = 3  # checkpoints, the newest
 
     model = config.model = ConfigDict()
+    # mae_ast | ssast, the baseline: all tokens through the encoder, no decoder
+    model.architecture = "mae_ast"
     model.tokens = "patch"  # patch (16 x 16) | frame (2 frames of 128 bands) | 8x32 and the like
     model.encoder_layers = 12
     model.decoder_layers = 2
@@ -38,6 +40,7 @@ def pretrain() -> ConfigDict:
     model.decoder_projection = False  # between equal widths too; unequal ones always have it
     model.mask = "chunk"  # random | chunk | span
     model.mask_ratio = 0.75
+    model.passes = 1  # 2: each loss draws a mask of its own and runs the network on it
     model.input_dropout = 0.1  # after the token projection
     model.dropout = 0.1
     model.attention_dropout = 0.1

@@ -16,7 +16,7 @@ from flax import nnx
 
 from maeast_jax import fbank, windows
 from maeast_jax.batching import Batch, Bucket, Row, Stream
-from maeast_jax.model import MaeAst
+from maeast_jax.encoder import SpectrogramEncoder
 from maeast_jax.windows import Window
 
 POOLS = ("mean", "time", "moments", "none")
@@ -58,7 +58,7 @@ class Embedder:
 
     def __init__(
         self,
-        model: MaeAst,
+        model: SpectrogramEncoder,
         *,
         pool: str = "mean",
         phases: int = 1,
@@ -246,7 +246,7 @@ def _layer_index(layer: int | str, num_layers: int) -> int | str:
     return int(layer) % num_layers
 
 
-def _first_layers(model: MaeAst, count: int) -> MaeAst:
+def _first_layers(model: SpectrogramEncoder, count: int) -> SpectrogramEncoder:
     """The model with the first layers of its encoder only, on the same arrays."""
     model = nnx.merge(*nnx.split(model))
     graph, stacked = nnx.split(model.encoder.layers)

@@ -64,6 +64,11 @@ def export(
     source = pretrained.read(source)
     if encoder_only:
         source = source.encoder_only()
+    if is_file and source.config.architecture != "mae_ast":
+        raise ValueError(
+            f"{source.path} is an SSAST model, which the authors' layout has no place for; add "
+            "--encoder_only, or write a folder"
+        )
     if is_file:
         _write_file(output, authors_layout(source, max_token_length))
     else:

@@ -14,7 +14,8 @@ from maeast_jax import fbank, labelled, windows
 from maeast_jax.embedder import Embedder
 from maeast_jax.finetune_run import FinetuneRun
 from maeast_jax.labelled import Labelled
-from maeast_jax.model import MaeAst, ModelConfig
+from maeast_jax.model import MaeAst
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.train_step import stream_key
 
 SOURCES = ("encoder", "fbank")

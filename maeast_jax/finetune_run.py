@@ -14,7 +14,7 @@ from maeast_jax.augment import AugmentConfig
 from maeast_jax.classifier import HeadConfig, backbone_config
 from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
 from maeast_jax.labelled import Labelled
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.pretrained import Pretrained
 
 MODES = ("finetune", "linear", "knn")

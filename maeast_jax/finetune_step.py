@@ -16,7 +16,8 @@ from flax import nnx
 from maeast_jax import augment, fbank
 from maeast_jax.augment import AugmentConfig
 from maeast_jax.classifier import Classifier, HeadConfig
-from maeast_jax.model import ModelConfig, split_model
+from maeast_jax.model import split_model
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.train_step import Metrics, accumulate, stream_key
 
 Batch = dict[str, jax.Array]

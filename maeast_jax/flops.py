@@ -1,7 +1,7 @@
 """Floating point operations counted on paper: two a multiply-add of each matrix product."""
 
 from maeast_jax import masking
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 
 
 def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
@@ -16,6 +16,9 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
     values = config.patch_shape[0] * config.patch_shape[1]
     width, decoder_width = config.width, config.decoder_width
 
+    if config.architecture == "ssast":
+        layers = config.encoder_layers * _layer(num_tokens, num_tokens, width, config.mlp_width)
+        return _passes(config, layers + _product(num_tokens, values, width), masked, values)
     encoder = config.encoder_layers * _layer(kept, kept, width, config.mlp_width)
     decoder = (config.decoder_layers - 1) * _layer(
         num_tokens, num_tokens, decoder_width, config.mlp_width
@@ -23,9 +26,14 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
     projections = _product(kept, values, width)
     if config.projects_to_decoder:
         projections += _product(kept, width, decoder_width)
-    heads = 2 * _product(masked, decoder_width, values)
+    return _passes(config, encoder + decoder + projections, masked, values)
+
+
+def _passes(config: ModelConfig, network: int, masked: int, values: int) -> int:
+    """The network as often as it runs, and each head once."""
+    heads = 2 * _product(masked, config.decoder_width, values)
     scores = _product(masked, values, masked)
-    return encoder + decoder + projections + heads + scores
+    return config.passes * network + heads + scores
 
 
 def _product(rows: int, inner: int, columns: int) -> int:

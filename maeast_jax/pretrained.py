@@ -12,7 +12,9 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import authors_config, authors_file, checkpoint, paths
-from maeast_jax.model import MaeAst, ModelConfig, model_graph
+from maeast_jax.encoder import SpectrogramEncoder
+from maeast_jax.model import model_graph
+from maeast_jax.model_config import ModelConfig
 
 # The paper's clips: what a checkpoint that does not say was trained on.
 _NUM_FRAMES = 1024
@@ -42,7 +44,7 @@ class Pretrained:
     read_weights: Callable[[], tuple[Any, Any]]
     read_extras: Callable[[], dict[str, np.ndarray]]
 
-    def model(self, dtype: str = "float32") -> MaeAst:
+    def model(self, dtype: str = "float32") -> SpectrogramEncoder:
         """The flax.nnx module, computing in `dtype` (float32, bfloat16)."""
         config = dataclasses.replace(self.config, dtype=dtype)
         model = nnx.merge(model_graph(config), *jax.tree.map(jnp.asarray, self.read_weights()))
@@ -58,7 +60,11 @@ class Pretrained:
     def encoder_only(self) -> "Pretrained":
         """The same without decoder and heads."""
         config = dataclasses.replace(
-            self.config, decoder_layers=0, decoder_width=self.config.width, decoder_projection=False
+            self.config,
+            architecture="mae_ast",
+            decoder_layers=0,
+            decoder_width=self.config.width,
+            decoder_projection=False,
         )
 
         def weights():
@@ -68,7 +74,7 @@ class Pretrained:
         return dataclasses.replace(self, config=config, read_weights=weights)
 
 
-def load(path: str | os.PathLike, dtype: str = "float32") -> MaeAst:
+def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:
     """A pretrained model in evaluation mode, its ModelConfig at `.config`.
 
     Args:

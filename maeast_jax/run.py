@@ -20,7 +20,7 @@ from maeast_jax import checkpoint, data, fbank, hosts, logs, masking, paths, pre
 from maeast_jax import config as configuration
 from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.mixture import Clips
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.pretrained import Pretrained
 from maeast_jax.train_step import LossConfig
@@ -29,7 +29,7 @@ Batch = dict[str, np.ndarray]
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
 # Fields that decide which arrays a checkpoint holds and what they mean.
 ENCODER_FIELDS = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
-DECODER_FIELDS = ("decoder_layers", "decoder_width", "decoder_projection")
+DECODER_FIELDS = ("architecture", "decoder_layers", "decoder_width", "decoder_projection")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 
 from maeast_jax import checkpoint, data, flops, logs, masking
 from maeast_jax.loop import CURVES, RECONSTRUCTIONS
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.run import Run
 
 _EMBED = """embeddings of audio files:
@@ -27,6 +27,9 @@ def describe(run: Run, abstract_params: Any, compiled_step: jax.stages.Compiled)
     kept = masking.num_kept(num_tokens, model.mask_ratio)
     work = 3 * flops.pretrain_forward(model, config.num_frames)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params))
+    layers = f"{model.encoder_layers} + {model.decoder_layers}"
+    if model.architecture == "ssast":
+        layers = f"SSAST, {model.encoder_layers}"
     start = "from the start"
     if run.start_step:
         start = "resumed"
@@ -34,11 +37,11 @@ def describe(run: Run, abstract_params: Any, compiled_step: jax.stages.Compiled)
         start += f", weights of {run.init_from.path}"
     return logs.announce(
         {
-            "model": f"{model.encoder_layers} + {model.decoder_layers} layers of {model.width}, "
-            f"{logs.si(parameters)} parameters, {model.dtype}",
+            "model": f"{layers} layers of {model.width}, {logs.si(parameters)} parameters, "
+            f"{model.dtype}",
             "tokens": f"{num_tokens} {model.tokens} tokens a clip of {config.num_frames / 100:g} s "
             f"({time_tokens} x {band_tokens}): {kept} kept, {num_tokens - kept} masked "
-            f"({model.mask})",
+            f"({model.mask})" + (", a mask for each loss" if model.passes == 2 else ""),
             "step": f"{config.batch_size} clips, {logs.si(work, 'FLOP')} a clip, "
             f"{logs.si(planned_bytes(compiled_step), 'B')} planned a device",
             "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",

@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 
 from maeast_jax import fbank, losses, masking
-from maeast_jax.layers import take_tokens
-from maeast_jax.model import MaeAst, ModelConfig, model_graph, split_model
+from maeast_jax.layers import split_key, take_tokens
+from maeast_jax.model import build, model_graph, split_model
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.patches import unpatchify
 
 Batch = dict[str, jax.Array]
@@ -57,7 +58,7 @@ def init_state(
 ) -> TrainState:
     """Initial values, a function of `seed` alone."""
     rngs = nnx.Rngs(params=stream_key(seed, jnp.zeros((), jnp.int32), "params"))
-    _, params, statistics = split_model(MaeAst(config, rngs))
+    _, params, statistics = split_model(build(config, rngs))
     return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
 
@@ -90,22 +91,13 @@ def make_train_step(
     """
     graph = model_graph(config)
     objective = _objective(graph, loss)
-    grid = config.grid(num_frames)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model = nnx.merge(graph, state.params, state.statistics)
         patches_BxNxP = model.normalized_patches(_features(batch, num_frames), training=True)
         _, _, statistics = split_model(model)
-        examples = (
-            patches_BxNxP,
-            *masking.mask_tokens(
-                stream_key(seed, state.step, "mask"),
-                patches_BxNxP.shape[0],
-                grid,
-                config.mask_ratio,
-                config.mask,
-            ),
-        )
+        mask_key = stream_key(seed, state.step, "mask")
+        masks = _masks(config, mask_key, num_frames, patches_BxNxP.shape[0])
         dropout_key = stream_key(seed, state.step, "dropout")
 
         def gradient(examples, key):
@@ -116,7 +108,9 @@ def make_train_step(
             gradients, terms_B = jax.grad(mean_loss, has_aux=True)(state.params)
             return gradients, {name: jnp.sum(values_B) for name, values_B in terms_B.items()}
 
-        gradients, sums = accumulate(gradient, examples, dropout_key, accumulation_steps)
+        gradients, sums = accumulate(
+            gradient, (patches_BxNxP, masks), dropout_key, accumulation_steps
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         one = jnp.ones((), jnp.float32)
         num_clips = one * patches_BxNxP.shape[0]
@@ -161,8 +155,9 @@ def make_eval_step(
         patches_BxNxP = nnx.merge(graph, state.params, state.statistics).normalized_patches(
             _features(batch, num_frames), training=False
         )
-        masks = _eval_masks(config, seed, num_frames, patches_BxNxP.shape[0], batch_index)
-        terms_B = objective(state.params, state.statistics, (patches_BxNxP, *masks), None)
+        mask_key = stream_key(seed, batch_index, "eval_mask")
+        masks = _masks(config, mask_key, num_frames, patches_BxNxP.shape[0])
+        terms_B = objective(state.params, state.statistics, (patches_BxNxP, masks), None)
         count = jnp.sum(batch["mask"].astype(jnp.float32))
         return {
             name: (jnp.sum(jnp.where(batch["mask"], values_B, jnp.zeros_like(values_B))), count)
@@ -186,8 +181,9 @@ def make_reconstruct(
         model = nnx.merge(graph, state.params, state.statistics)
         few = {name: rows[:count] for name, rows in batch.items()}
         patches_BxNxP = model.normalized_patches(_features(few, num_frames), training=False)
-        first = jnp.zeros((), jnp.int32)
-        kept_BxK, masked_BxM = _eval_masks(config, seed, num_frames, patches_BxNxP.shape[0], first)
+        mask_key = stream_key(seed, jnp.zeros((), jnp.int32), "eval_mask")
+        masks = _masks(config, mask_key, num_frames, patches_BxNxP.shape[0])
+        kept_BxK, masked_BxM = masks[0]
         predictions = model.pretrain(patches_BxNxP, kept_BxK, masked_BxM)
         rows_Bx1 = jnp.arange(patches_BxNxP.shape[0])[:, None]
         shown = (
@@ -214,21 +210,41 @@ def _features(batch: Batch, num_frames: int) -> jax.Array:
     return fbank_BxTxF
 
 
-def _eval_masks(config: ModelConfig, seed, num_frames, num_clips, batch_index):
-    key = stream_key(seed, batch_index, "eval_mask")
+def _masks(config: ModelConfig, key, num_frames, num_clips) -> list[tuple[jax.Array, jax.Array]]:
+    """(kept, masked) for each pass."""
     grid = config.grid(num_frames)
-    return masking.mask_tokens(key, num_clips, grid, config.mask_ratio, config.mask)
+    return [
+        masking.mask_tokens(pass_key, num_clips, grid, config.mask_ratio, config.mask)
+        for pass_key in _pass_keys(key, config.passes)
+    ]
+
+
+def _pass_keys(key: jax.Array | None, passes: int) -> list[jax.Array] | list[None]:
+    return [key] if passes == 1 else split_key(key, passes)
 
 
 def _objective(graph: nnx.GraphDef, loss: LossConfig):
-    """`(params, statistics, (patches, kept, masked), key) -> {term: float32 [b]}`."""
+    """`(params, statistics, (patches, masks), key) -> {term: float32 [b]}`.
+
+    The first pass reconstructs, the last one classifies; where they are two, what a pass does not
+    need is not computed.
+    """
 
     def objective(params, statistics, examples, key) -> dict[str, jax.Array]:
-        patches_BxNxP, kept_BxK, masked_BxM = examples
+        patches_BxNxP, masks = examples
         model = nnx.merge(graph, params, statistics)
-        predictions = model.pretrain(patches_BxNxP, kept_BxK, masked_BxM, key)
-        target_BxMxP = take_tokens(patches_BxNxP, masked_BxM)
+        passes = [
+            (
+                model.pretrain(patches_BxNxP, kept_BxK, masked_BxM, pass_key),
+                take_tokens(patches_BxNxP, masked_BxM),
+            )
+            for (kept_BxK, masked_BxM), pass_key in zip(
+                masks, _pass_keys(key, len(masks)), strict=True
+            )
+        ]
+        predictions, target_BxMxP = passes[0]
         mse_B = losses.mean_squared_error(predictions.reconstruction, target_BxMxP)
+        predictions, target_BxMxP = passes[-1]
         info_nce_B, accuracy_B = losses.info_nce(predictions.classification, target_BxMxP)
         return {
             "loss": loss.mse * mse_B + loss.info_nce * info_nce_B,

@@ -11,7 +11,8 @@ from flax import nnx
 from maeast_jax import authors_config, authors_file, patches
 from maeast_jax.authors_config import AuthorsFileError
 from maeast_jax.authors_file import AuthorsFile
-from maeast_jax.model import MaeAst, ModelConfig, split_model
+from maeast_jax.model import MaeAst, split_model
+from maeast_jax.model_config import ModelConfig
 
 CONFIG = ModelConfig(
     encoder_layers=2, decoder_layers=1, width=16, heads=2, mlp_width=32, decoder_width=16

@@ -13,7 +13,8 @@ from maeast_jax import classifier as classifiers
 from maeast_jax import fbank, pretrained
 from maeast_jax.classifier import Classifier, Head, HeadConfig
 from maeast_jax.embedder import Embedder
-from maeast_jax.model import ModelConfig, split_model
+from maeast_jax.model import split_model
+from maeast_jax.model_config import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = ModelConfig(

@@ -10,13 +10,14 @@ from maeast_jax import finetune_config, finetune_step
 from maeast_jax.augment import AugmentConfig
 from maeast_jax.classifier import HeadConfig
 from maeast_jax.data import DataConfig
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig
 from maeast_jax.run import check_run
 from maeast_jax.train import train
 from maeast_jax.train_step import LossConfig
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("pretrain*.py"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = [*sorted(FOLDER.glob("pretrain*.py")), FOLDER / "ssast.py"]
 
 
 def load(path: Path):
@@ -34,8 +35,14 @@ def shrink(config, steps=1):
     config.log_every = config.eval_every = config.checkpoint_every = steps
     config.eval.max_clips = 8
     config.eval.pictures = 1
+    decoder_layers = min(2, config.model.decoder_layers)
     config.model.update(
-        encoder_layers=2, decoder_layers=2, width=16, heads=2, mlp_width=32, decoder_width=16
+        encoder_layers=2,
+        decoder_layers=decoder_layers,
+        width=16,
+        heads=2,
+        mlp_width=32,
+        decoder_width=16,
     )
     config.optimizer.warmup_steps = 0
     config.data.source = "synthetic"
@@ -53,7 +60,7 @@ def test_every_configuration_file_builds_and_runs_a_step(path, tmp_path):
     assert evaluation["loss"] > 0
 
 
-FINETUNING = sorted((Path(__file__).parent.parent / "configs").glob("finetune*.py"))
+FINETUNING = sorted(FOLDER.glob("finetune*.py"))
 
 
 @pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.stem)

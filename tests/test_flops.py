@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maeast_jax import flops
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.train_step import LossConfig, init_state, make_eval_step
 
 
@@ -16,12 +18,29 @@ def test_the_papers_model_costs_what_its_arithmetic_says():
     assert 0.9 * full < count < full + 2 * 128 * 256 * 768 + 5 * 384 * 256 * 768
 
 
-@pytest.mark.parametrize("decoder_width", [128, 64])
-def test_the_count_is_xlas(decoder_width):
+def test_the_baseline_costs_two_and_a_half_times_as_much_and_five_times_in_two_passes():
+    ours = flops.pretrain_forward(ModelConfig(), 1024)
+    ssast = ModelConfig(architecture="ssast", decoder_layers=0)
+    assert 2.5 < flops.pretrain_forward(ssast, 1024) / ours < 2.7
+    assert 5.0 < flops.pretrain_forward(dataclasses.replace(ssast, passes=2), 1024) / ours < 5.4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"decoder_width": 64},
+        {"passes": 2},
+        {"architecture": "ssast", "decoder_layers": 0},
+        {"architecture": "ssast", "decoder_layers": 0, "passes": 2},
+    ],
+)
+def test_the_count_is_xlas(changes):
     config = ModelConfig(
-        encoder_layers=2, decoder_layers=2, width=128, heads=2, mlp_width=512,
-        decoder_width=decoder_width, unroll=True, mask="random",
+        encoder_layers=2, decoder_layers=2, width=128, heads=2, mlp_width=512, decoder_width=128,
+        unroll=True, mask="random",
     )  # fmt: skip
+    config = dataclasses.replace(config, **changes)
     state = jax.eval_shape(lambda: init_state(config, _no_optimizer(), 0))
     batch = {
         "fbank": jax.ShapeDtypeStruct((1, 256, 128), jnp.float32),

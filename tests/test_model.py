@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from maeast_jax import authors, layers
-from maeast_jax.model import MaeAst, ModelConfig, model_graph, split_model
+from maeast_jax.model import MaeAst, model_graph, split_model
+from maeast_jax.model_config import ModelConfig
 
 TINY = ModelConfig(
     encoder_layers=3,

@@ -10,7 +10,8 @@ from test_config import shrink
 from maeast_jax import checkpoint, demo_audio, fbank, patches, pretrained
 from maeast_jax import config as configuration
 from maeast_jax.export import export
-from maeast_jax.model import MaeAst, ModelConfig, split_model
+from maeast_jax.model import MaeAst, split_model
+from maeast_jax.model_config import ModelConfig
 
 torch = pytest.importorskip("torch")
 

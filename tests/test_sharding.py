@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from maeast_jax import sharding
-from maeast_jax.model import ModelConfig
+from maeast_jax.model_config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.train_step import init_state
 

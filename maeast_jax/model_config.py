@@ -1,0 +1,111 @@
+"""What a model is: its architecture and its masking, checked."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from maeast_jax import fbank, masking, patches
+from maeast_jax.layers import REMAT_POLICIES
+
+COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ARCHITECTURES = ("mae_ast", "ssast")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture and masking; the defaults are the paper's (12 + 2 layers, patches, chunks).
+
+    No decoder layers make an encoder alone: no mask token and no heads either. SSAST, of the same
+    fields, has no decoder.
+    Raises ValueError, in one line, for values that do not fit together.
+    """
+
+    architecture: str = "mae_ast"
+    tokens: str = "patch"
+    encoder_layers: int = 12
+    decoder_layers: int = 2
+    width: int = 768
+    heads: int = 12
+    mlp_width: int = 3072
+    decoder_width: int = 768
+    decoder_projection: bool = False  # between equal widths too; unequal ones always have it
+    mask: str = "chunk"
+    mask_ratio: float = 0.75
+    passes: int = 1  # 2: each loss draws a mask of its own and runs the network on it
+    input_dropout: float = 0.1
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layer_drop: float = 0.05
+    pre_norm: bool = False
+    dtype: str = "float32"
+    unroll: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        for field, known in (
+            ("architecture", ARCHITECTURES),
+            ("mask", masking.MASKS),
+            ("dtype", COMPUTE_DTYPES),
+            ("remat", REMAT_POLICIES),
+        ):
+            value = getattr(self, field)
+            if value not in known:
+                raise ValueError(f"model.{field}={value!r} is unknown; known: {', '.join(known)}")
+        try:
+            patches.patch_shape(self.tokens, fbank.NUM_MEL_BANDS)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+        for field, least in (
+            ("encoder_layers", 1),
+            ("decoder_layers", 0),
+            ("width", 1),
+            ("heads", 1),
+            ("mlp_width", 1),
+        ):
+            if getattr(self, field) < least:
+                raise ValueError(f"model.{field}={getattr(self, field)} must be at least {least}")
+        for field in ("width", "decoder_width"):
+            value = getattr(self, field)
+            if value % self.heads or value % 2:
+                raise ValueError(
+                    f"model.{field}={value} must be even and a multiple of "
+                    f"model.heads={self.heads}; change either"
+                )
+        if self.architecture == "ssast" and (self.decoder_layers or self.projects_to_decoder):
+            raise ValueError(
+                f"model.architecture='ssast' has no decoder, but model.decoder_layers="
+                f"{self.decoder_layers} and model.decoder_width={self.decoder_width}; set 0 and "
+                f"model.width, {self.width}"
+            )
+        if self.passes not in (1, 2):
+            raise ValueError(f"model.passes={self.passes} must be 1 or 2 (a mask for each loss)")
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"model.mask_ratio={self.mask_ratio} must lie between 0 and 1")
+        for field in ("input_dropout", "dropout", "attention_dropout", "layer_drop"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"model.{field}={getattr(self, field)} must be in [0, 1)")
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(frames, bands) a token."""
+        return patches.patch_shape(self.tokens, fbank.NUM_MEL_BANDS)
+
+    @property
+    def projects_to_decoder(self) -> bool:
+        return self.decoder_projection or self.decoder_width != self.width
+
+    @property
+    def is_encoder_only(self) -> bool:
+        return self.architecture == "mae_ast" and self.decoder_layers == 0
+
+    def grid(self, num_frames: int) -> tuple[int, int]:
+        """(tokens along time, tokens along frequency) of a clip of `num_frames`.
+
+        Raises ValueError where a clip would not be cut into whole tokens.
+        """
+        if num_frames < self.patch_shape[0] or num_frames % self.patch_shape[0]:
+            raise ValueError(
+                f"num_frames={num_frames} must be a multiple of {self.patch_shape[0]}, the frames "
+                f"of a {self.tokens} token"
+            )
+        return patches.grid_shape(num_frames, fbank.NUM_MEL_BANDS, self.patch_shape)
