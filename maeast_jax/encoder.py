@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank, patches
+from maeast_jax.dropout import dropout
 from maeast_jax.input_norm import InputNorm
-from maeast_jax.layers import Transformer, dropout, split_key, torch_linear
+from maeast_jax.layers import Transformer, split_key, torch_linear
 from maeast_jax.model_config import COMPUTE_DTYPES, ModelConfig
 
 

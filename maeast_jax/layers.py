@@ -4,7 +4,6 @@ Names of shapes: B clips, N tokens, M queries, D width, H heads, L layers.
 Compute runs in `dtype`; parameters, layer norms and the softmax are float32.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,6 +12,8 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import sharding
+from maeast_jax.dropout import dropout
+from maeast_jax.products import Linear, add_bias, product
 
 # BERT's initial values, which the authors use throughout both transformers.
 normal_init = nnx.initializers.normal(0.02)
@@ -26,22 +27,14 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 
-def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """float32 in full: GPUs would round its factors to 10 bits, TPUs to 8."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> Linear:
     """A linear layer with torch's initial values: uniform within 1/sqrt(inputs), bias too."""
     bound = float(np.sqrt(1.0 / inputs))
 
     def uniform(key, shape, dtype):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return nnx.Linear(
-        inputs, outputs, kernel_init=uniform, bias_init=uniform, dtype=dtype,
-        precision=matmul_precision(dtype), rngs=rngs,
-    )  # fmt: skip
+    return Linear(inputs, outputs, kernel_init=uniform, bias_init=uniform, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -49,14 +42,6 @@ def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         width, epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
     )
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; `key=None` (evaluation) or a rate of 0 returns x itself."""
-    if key is None or rate == 0.0:
-        return x
-    is_kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(is_kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array] | list[None]:
@@ -87,33 +72,34 @@ class Attention(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """[B, N, D] to [B, N, D], or to [B, M, D] where `queries_BxMxD` is given."""
-        einsum = functools.partial(jnp.einsum, precision=matmul_precision(self.dtype))
         kernel = self.qkv_kernel[...].astype(self.dtype)
-        bias = self.qkv_bias[...].astype(self.dtype)
+        bias = self.qkv_bias[...]
         if queries_BxMxD is None:
-            qkv = einsum("bnd,dchk->cbnhk", x_BxNxD, kernel) + bias[:, None, None]
+            qkv = product("bnd,dchk->cbhnk", x_BxNxD, kernel)
+            qkv = add_bias(qkv, bias[:, None, :, None])
             q, k, v = qkv[0], qkv[1], qkv[2]
         else:
-            q = einsum("bmd,dhk->bmhk", queries_BxMxD, kernel[:, 0]) + bias[0]
-            kv = einsum("bnd,dchk->cbnhk", x_BxNxD, kernel[:, 1:]) + bias[1:, None, None]
+            q = product("bmd,dhk->bhmk", queries_BxMxD, kernel[:, 0])
+            q = add_bias(q, bias[0][:, None])
+            kv = product("bnd,dchk->cbhnk", x_BxNxD, kernel[:, 1:])
+            kv = add_bias(kv, bias[1:, None, :, None])
             k, v = kv[0], kv[1]
         q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        scores_BxHxMxN = einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
+        scores_BxHxMxN = product("bhmk,bhnk->bhmn", q, k, jnp.float32)
         if padding_BxN is not None:
             scores_BxHxMxN = jnp.where(padding_BxN[:, None, None, :], -jnp.inf, scores_BxHxMxN)
         weights = jax.nn.softmax(scores_BxHxMxN, axis=-1).astype(self.dtype)
         weights = dropout(weights, self.dropout_rate, key)
-        mixed_BxMxHxK = einsum("bhmn,bnhk->bmhk", weights, v)
-        out = einsum("bmhk,hkd->bmd", mixed_BxMxHxK, self.out_kernel[...].astype(self.dtype))
-        return out + self.out_bias[...].astype(self.dtype)
+        mixed_BxHxMxK = product("bhmn,bhnk->bhmk", weights, v)
+        out = product("bhmk,hkd->bmd", mixed_BxHxMxK, self.out_kernel[...].astype(self.dtype))
+        return add_bias(out, self.out_bias[...])
 
 
 class Mlp(nnx.Module):
     def __init__(self, width: int, mlp_width: int, dtype, rngs: nnx.Rngs):
         common = {"kernel_init": normal_init, "dtype": dtype, "rngs": rngs}
-        common["precision"] = matmul_precision(dtype)
-        self.up = nnx.Linear(width, mlp_width, **common)
-        self.down = nnx.Linear(mlp_width, width, **common)
+        self.up = Linear(width, mlp_width, **common)
+        self.down = Linear(mlp_width, width, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.up(x), approximate=False))

@@ -18,6 +18,8 @@ LEVELS = [
         "authors",
         "config",
         "paths",
+        "dropout",
+        "products",
     },
     {"layers", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_pickle", "program"},
     {
