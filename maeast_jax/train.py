@@ -13,7 +13,7 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, hosts, logs, program, run, summary
+from maeast_jax import checkpoint, host_memory, hosts, logs, program, run, summary
 from maeast_jax.loop import Loop
 from maeast_jax.programs import Programs
 from maeast_jax.run import Batches, Run
@@ -103,6 +103,7 @@ def _first_state(
 
 
 def main(config: ConfigDict, workdir: str) -> None:
+    host_memory.keep_freed()
     train(config, workdir)
     if hosts.is_first():
         print(summary.farewell(os.path.expanduser(workdir)))

@@ -19,6 +19,7 @@ LEVELS = [
         "config",
         "paths",
         "dropout",
+        "host_memory",
         "products",
     },
     {"layers", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_pickle", "program"},
