@@ -47,7 +47,7 @@ def pretrain() -> ConfigDict:
     model.layer_drop = 0.05  # of encoder layers
     model.pre_norm = False
     model.dtype = "bfloat16"  # compute type: float32 | bfloat16
-    model.unroll = False  # unroll the scan over layers: slower to compile, faster to run
+    model.unroll = True  # layers one after another; False: a scan, faster to compile
     model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     loss = config.loss = ConfigDict()
