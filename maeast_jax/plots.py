@@ -1,4 +1,4 @@
-"""Pictures of a run, as arrays of pixels: spectrograms reconstructed, and curves of the metrics.
+"""Pictures as arrays of pixels: spectrograms reconstructed, a run's curves, a benchmark's bars.
 
 Every figure is its own `matplotlib.figure.Figure` on an Agg canvas: no display, no pyplot state.
 """
@@ -19,6 +19,16 @@ _SPLIT_STYLES = {
 }
 _CURVES = ("loss", "mse", "info_nce")
 _OPTIONAL_CURVES = ("knn_accuracy", "knn_map")
+_MODEL_COLOURS = ("#4c78a8", "#e45756", "#f2a6a4")
+_ROW_LABELS = {
+    "model": lambda row: row["model"],
+    "encoder_layers": lambda row: f"{row['encoder_layers']} layers",
+    "tokens": lambda row: row["tokens"],
+    "batch": lambda row: f"batch {row['batch']}",
+    "dtype": lambda row: row["dtype"],
+    "num_frames": lambda row: f"{row['num_frames']} frames",
+    "device": lambda row: f"{row['devices']} x {row['device']}",
+}
 _FRAME_SECONDS = 0.01
 _DPI = 110
 
@@ -121,6 +131,54 @@ def curves(rows: Iterable[Mapping]) -> np.ndarray:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8, frameon=False)
+    return _pixels(figure)
+
+
+def speeds(rows: Iterable[Mapping]) -> np.ndarray:
+    """Draws a benchmark's rows as bars: clips a second, and the memory of a device beside it.
+
+    A colour a model; a line from the 10th to the 90th percentile. What all rows share is said once,
+    above.
+
+    Args:
+      rows: as `benchmark --json` writes them; those that did not fit are left out.
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      ValueError: no row was measured.
+    """
+    rows = [row for row in rows if row["fits"]]
+    if not rows:
+        raise ValueError("no row to draw: none was measured; choose a smaller --batch")
+    told = {name: [write(row) for row in rows] for name, write in _ROW_LABELS.items()}
+    shared = [words[0] for words in told.values() if len(set(words)) == 1]
+    own = [words for words in told.values() if len(set(words)) > 1]
+    labels = [", ".join(words) for words in zip(*own, strict=True)] if own else [""]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    colours = [_MODEL_COLOURS[models.index(row["model"]) % len(_MODEL_COLOURS)] for row in rows]
+    speed = np.array([row["clips_per_second"] for row in rows])
+    ends = np.array([[row[f"clips_per_second_p{percent}"] for row in rows] for percent in (10, 90)])
+    memory = [row["peak_memory_bytes"] / 1e9 for row in rows]
+
+    figure = _figure(8.6, 0.32 * len(rows) + 1.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, values, farthest, heading, error in (
+        (left, speed, ends.max(), "clips a second", np.abs(ends - speed)),
+        (right, memory, max(memory), "memory planned a device, GB", None),
+    ):
+        axis.barh(range(len(rows)), values, xerr=error, color=colours, height=0.7)
+        for place, value in enumerate(values):
+            axis.annotate(
+                f" {value:.3g}", (value, place), va="bottom", fontsize=7, annotation_clip=False
+            )
+        axis.set_xlabel(heading, fontsize=8)
+        axis.set_xlim(0, 1.15 * farthest)
+        axis.tick_params(labelsize=7)
+    left.set_yticks(range(len(rows)), labels)
+    left.invert_yaxis()
+    figure.suptitle(", ".join(shared), fontsize=10)
     return _pixels(figure)
 
 

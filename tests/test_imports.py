@@ -35,7 +35,7 @@ LEVELS = [
     },
     {"staging", "logistic", "finetune_config", "confusion"},
     {"demo_audio", "shard_writer", "manifest", "model_config", "results", "probe"},
-    {"clips", "shard_file", "encoder"},
+    {"clips", "shard_file", "encoder", "devices"},
     {"shard_plan", "ssast"},
     {"model"},
     {"shards", "decode_pool", "train_step", "flops", "authors_config", "audioset"},
@@ -45,10 +45,12 @@ LEVELS = [
     {"knn_eval", "finetune_run", "labelled_batches"},
     {"run"},
     {"summary", "programs"},
-    {"features", "finetune_loop"},
+    {"features", "finetune_loop", "speed"},
+    {"speed_rows"},
+    {"speed_table"},
     {"beam_runner"},
     {"beam_build"},
-    {"train", "build_dataset", "embed", "export", "hear", "finetune"},
+    {"train", "build_dataset", "embed", "export", "hear", "finetune", "benchmark"},
 ]
 TENSORFLOW = {"data", "shards", "shard_writer", "shard_file", "fbank"}
 TORCH = {"export", "hear"}

@@ -138,3 +138,36 @@ def test_png_of_another_type_is_refused(tmp_path, image):
     with pytest.raises(ValueError, match=r"it must be uint8 \[H, W, 3\]"):
         plots.write_png(tmp_path / "picture.png", image)
     assert not list(tmp_path.iterdir())
+
+
+def speed_row(model, clips, memory, **changes):
+    known = {
+        "model": model, "encoder_layers": 12, "tokens": "patch", "batch": 8, "dtype": "float32",
+        "num_frames": 1024, "device": "cpu", "devices": 1, "fits": True, "clips_per_second": clips,
+        "clips_per_second_p10": clips, "clips_per_second_p90": clips, "peak_memory_bytes": memory,
+    }  # fmt: skip
+    return known | changes
+
+
+def bar_lengths(image, colour):
+    """Of the left and the right panel, in pixels of their longest row."""
+    of_row = (image == colour).all(axis=-1)
+    middle = image.shape[1] * 21 // 40  # between the panels
+    return of_row[:, :middle].sum(axis=1).max(), of_row[:, middle:].sum(axis=1).max()
+
+
+def test_bars_are_as_long_as_clips_a_second_and_memory():
+    rows = [speed_row("mae_ast", 6.0, 1e9), speed_row("ssast", 2.0, 4e9)]
+    image = plots.speeds(rows)
+    ours, theirs = bar_lengths(image, TRAIN_BLUE), bar_lengths(image, EVAL_RED)
+    assert ours[0] / theirs[0] == pytest.approx(3.0, rel=0.05)
+    assert ours[1] / theirs[1] == pytest.approx(0.25, rel=0.05)
+
+
+def test_what_did_not_fit_has_no_bar_and_nothing_measured_is_refused():
+    fitting, unfit = speed_row("mae_ast", 6.0, 1e9), speed_row("ssast", None, 4e9, fits=False)
+    image = plots.speeds([fitting, unfit])
+    np.testing.assert_array_equal(image, plots.speeds([fitting]))
+    assert share(image, EVAL_RED) == 0
+    with pytest.raises(ValueError, match="no row to draw"):
+        plots.speeds([unfit])

@@ -1,0 +1,107 @@
+"""What a run's devices can do and hold, as measured and as they count it themselves."""
+
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maeast_jax import sharding
+from maeast_jax.model_config import COMPUTE_DTYPES
+from maeast_jax.products import matmul_precision
+
+# Sides of the square matrices whose products tell the rate: it is the best of them.
+MATRIX_SIDES = (1024, 2048, 4096, 8192)
+_CHAIN = 8  # products in a row
+_CHAIN_SECONDS = 0.2  # a larger matrix is not tried after a chain that took longer
+# Of jax: one for each program that XLA is given, whether or not a cache has it.
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class OutOfMemoryError(Exception):
+    """The devices do not hold what a program needs."""
+
+
+@functools.cache
+def matrix_rate(mesh: Mesh, dtype: str) -> float:
+    """FLOP/s that the mesh's devices reach together in products of square matrices, measured once.
+
+    float32 in full, as in the model; bfloat16 summed in float32.
+    """
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    whole = sharding.replicated(mesh)
+    kind = COMPUTE_DTYPES[dtype]
+
+    @functools.partial(jax.jit, out_shardings=rows)
+    def chain(left, right):
+        for _ in range(_CHAIN):
+            left = jnp.matmul(
+                left, right, precision=matmul_precision(kind), preferred_element_type=jnp.float32
+            ).astype(kind)
+        return left
+
+    best = 0.0
+    for side in MATRIX_SIDES:
+        # Noise: on zeros some devices are faster. Scaled so that a chain keeps its variance.
+        random = np.random.default_rng(side)
+        left = random.standard_normal((mesh.size * side, side), np.float32)
+        right = random.standard_normal((side, side), np.float32) / math.sqrt(side)
+        left = jax.device_put(jnp.asarray(left, kind), rows)
+        right = jax.device_put(jnp.asarray(right, kind), whole)
+        jax.block_until_ready(chain(left, right))
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(chain(left, right))
+            seconds.append(time.perf_counter() - start)
+        best = max(best, 2 * _CHAIN * mesh.size * side**3 / min(seconds))
+        if min(seconds) > _CHAIN_SECONDS:
+            break
+    return best
+
+
+def memory_bytes(mesh: Mesh) -> int:
+    """What a device may hold: jax's own limit, or its share of this machine's memory."""
+    stats = mesh.devices.flat[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.size
+
+
+@contextmanager
+def counting_compiles() -> Iterator[list[float]]:
+    """A list that grows by the seconds of each program compiled meanwhile."""
+    compiled: list[float] = []
+
+    def listen(event: str, duration_seconds: float, **_) -> None:
+        if event == _COMPILED:
+            compiled.append(duration_seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Raises OutOfMemoryError, in one line, where the devices or the compiler run out of it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error).splitlines()[0]) from None
+
+
+def peak_bytes(device: jax.Device) -> int | None:
+    """The most that it has held since the process started; None where it does not count (CPU)."""
+    stats = device.memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None

@@ -1,0 +1,132 @@
+"""What a benchmark's rows say, in Markdown: a table, and lines that compare them."""
+
+from collections.abc import Iterable, Sequence
+
+from maeast_jax.logs import si
+from maeast_jax.speed_rows import Row
+
+# What two rows share that are compared, and what a search leaves open.
+_SETTING = ("num_frames", "tokens", "encoder_layers", "dtype", "input", "devices", "device")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a row; columns of the input only where one was measured."""
+    columns = {
+        "model": lambda row: row["model"],
+        "tokens": lambda row: row["tokens"],
+        "layers": lambda row: str(row["encoder_layers"]),
+        "batch": lambda row: str(row["batch"]),
+        "type": lambda row: row["dtype"],
+        "frames": lambda row: str(row["num_frames"]),
+        "clips/s": lambda row: number(row["clips_per_second"]),
+        "10 to 90 %": _spread,
+        "step, s": lambda row: number(row["step_seconds"]),
+        "GFLOP a clip": lambda row: number(row["flops_per_clip"], 1e-9),
+        "of the matrix rate": lambda row: _percent(row["matrix_rate_share"]),
+        "memory, GB": lambda row: number(row["peak_memory_bytes"], 1e-9),
+        "compiled in, s": lambda row: number(row["compile_seconds"]),
+    }
+    if any(row["device_peak_bytes"] is not None for row in rows):
+        columns["memory by the device, GB"] = lambda row: number(row["device_peak_bytes"], 1e-9)
+    if any(row["input_clips_per_second"] is not None for row in rows):
+        columns["input alone, clips/s"] = lambda row: number(row["input_clips_per_second"])
+        columns["together, clips/s"] = lambda row: number(row["together_clips_per_second"])
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[write(row) for write in columns.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def remarks(rows: Sequence[Row], find: str | None = None) -> list[str]:
+    """The devices and what they reach, MAE-AST beside the others, and what a search found."""
+    lines = []
+    for row in _first_of(rows, lambda row: (row["devices"], row["device"])):
+        lines.append(f"{row['devices']} x {row['device']}")
+    measured = [row for row in rows if row["matrix_rate"] is not None]
+    for row in _first_of(measured, lambda row: row["dtype"]):
+        lines.append(f"matrix products in {row['dtype']}: {si(row['matrix_rate'], 'FLOP/s')}")
+    if find is not None:
+        lines += _found(rows, find)
+    lines += comparisons(rows)
+    if recompiled := [row for row in rows if row["recompiles"]]:
+        lines.append(f"slowed by compiling while they were timed: {len(recompiled)} of {len(rows)}")
+    return lines
+
+
+def comparisons(rows: Sequence[Row]) -> list[str]:
+    """MAE-AST's clips a second and memory, as multiples of each other model's at equal settings."""
+
+    def setting(row: Row) -> tuple:
+        return (*(row[name] for name in _SETTING), row["batch"])
+
+    fitting = [row for row in rows if row["fits"]]
+    ours = {setting(row): row for row in fitting if row["model"] == "mae_ast"}
+    lines = []
+    for other in fitting:
+        own = ours.get(setting(other))
+        if other["model"] == "mae_ast" or own is None:
+            continue
+        speed = own["clips_per_second"] / other["clips_per_second"]
+        memory = own["peak_memory_bytes"] / other["peak_memory_bytes"]
+        lines.append(
+            f"{_name(own, rows, own['batch'])}: {_ratio(speed)} x the clips/s of "
+            f"{other['model']}, {memory:.2f} of its memory"
+        )
+    return lines
+
+
+def number(value: float | None, scale: float = 1.0) -> str:
+    """Three digits; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    value *= scale
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
+
+
+def _found(rows: Sequence[Row], find: str) -> Iterable[str]:
+    """The best of what a search tried, of each model and setting."""
+    score = "batch" if find == "largest" else "clips_per_second"
+    searched = lambda row: (row["model"], *(row[name] for name in _SETTING))  # noqa: E731
+    for first in _first_of(rows, searched):
+        name = f"{first['model']}, {_name(first, rows)}"
+        tried = [row for row in rows if row["fits"] and searched(row) == searched(first)]
+        if not tried:
+            yield f"{name}: no batch fits"
+            continue
+        best = max(tried, key=lambda row: row[score])
+        yield (
+            f"{name}: the {find} batch is {best['batch']}, {number(best['clips_per_second'])} "
+            f"clips/s, {si(best['peak_memory_bytes'], 'B')}"
+        )
+
+
+def _name(row: Row, rows: Sequence[Row], batch: int | None = None) -> str:
+    """A setting in words; its frames only where they differ."""
+    words = [f"{row['encoder_layers']} layers", row["tokens"]]
+    if batch is not None:
+        words.append(f"batch {batch}")
+    words.append(row["dtype"])
+    if len({other["num_frames"] for other in rows}) > 1:
+        words.append(f"{row['num_frames']} frames")
+    return ", ".join(words)
+
+
+def _first_of(rows: Iterable[Row], key) -> list[Row]:
+    first = {}
+    for row in rows:
+        first.setdefault(key(row), row)
+    return list(first.values())
+
+
+def _spread(row: Row) -> str:
+    if row["clips_per_second"] is None:
+        return "-" if row["fits"] else "does not fit"
+    return f"{number(row['clips_per_second_p10'])} to {number(row['clips_per_second_p90'])}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _ratio(value: float) -> str:
+    """Two digits, 1.0 with its zero."""
+    return f"{value:#.2g}".rstrip(".")
