@@ -53,6 +53,41 @@ def hidden_states(expert, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, np.n
     return np.stack([layer.numpy().reshape(*seen[0].shape, -1) for layer in layers]), seen[0]
 
 
+def pretraining_model(
+    patch_shape: tuple[int, int], bands: int, *, mask_type: str, max_tokens: int, **changes
+):
+    """s3prl's MAE_AST with random weights, a torch module in training mode, mask tokens and heads.
+
+    patch_shape: (frames, bands) of a token. Base size and sinusoids as the authors' unless
+    `changes`, fields of s3prl's MAE_AST_Config, say otherwise; unknown ones raise TypeError.
+    """
+    frames, patch_bands = patch_shape
+    config = _s3prl("mae_ast").MAE_AST_Config(
+        **{
+            "ast_kernel_size_time": frames,
+            "ast_kernel_stride_time": frames,
+            "ast_kernel_size_chan": patch_bands,
+            "ast_kernel_stride_chan": patch_bands,
+            "enc_sine_pos": True,
+            "dec_sine_pos": True,
+            "max_token_length": max_tokens,
+            **changes,
+        }
+    )
+    task = _s3prl("load_model").MAE_AST_Pretraining_Config(
+        data="", feature_type="fbank", feature_dim=bands, deltas=False, mask_type=mask_type
+    )
+    return _s3prl("mae_ast").MAE_AST(config, task)
+
+
+def kaldi() -> types.ModuleType:
+    """torchaudio's compliance.kaldi; ModuleNotFoundError, with the remedy, where it is missing."""
+    if message := missing():
+        raise ModuleNotFoundError(message)
+    with _torchaudio_of_python_alone():
+        return sys.modules["torchaudio.compliance.kaldi"]
+
+
 def make_checkpoint(
     path: Path | str, *, tokens: str = "patch", seed: int = 0, max_tokens: int = 4096, **changes
 ) -> Path:
@@ -68,29 +103,15 @@ def make_checkpoint(
 
     from maeast_jax import fbank, patches  # not at the top: s3prl's process measures no jax
 
-    frames, bands = patches.patch_shape(tokens, fbank.NUM_MEL_BANDS)
-    config = _s3prl("mae_ast").MAE_AST_Config(
-        **{
-            "ast_kernel_size_time": frames,
-            "ast_kernel_stride_time": frames,
-            "ast_kernel_size_chan": bands,
-            "ast_kernel_stride_chan": bands,
-            "enc_sine_pos": True,
-            "dec_sine_pos": True,
-            "max_token_length": max_tokens,
-            **changes,
-        }
-    )
-    task = _s3prl("load_model").MAE_AST_Pretraining_Config(
-        data="",
-        feature_type="fbank",
-        feature_dim=fbank.NUM_MEL_BANDS,
-        deltas=False,
-        mask_type="chunk_mask" if tokens == "patch" else "random_mask",
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _s3prl("mae_ast").MAE_AST(config, task)
+        model = pretraining_model(
+            patches.patch_shape(tokens, fbank.NUM_MEL_BANDS),
+            fbank.NUM_MEL_BANDS,
+            mask_type="chunk_mask" if tokens == "patch" else "random_mask",
+            max_tokens=max_tokens,
+            **changes,
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -102,8 +123,8 @@ def make_checkpoint(
             model.batch_norm.num_batches_tracked.fill_(1000)
     # fairseq, which the authors train with, adds the names.
     cfg = {
-        "model": {**dataclasses.asdict(config), "_name": "mae_ast"},
-        "task": {**dataclasses.asdict(task), "_name": "mae_ast_pretraining"},
+        "model": {**dataclasses.asdict(model.cfg), "_name": "mae_ast"},
+        "task": {**dataclasses.asdict(model.task_cfg), "_name": "mae_ast_pretraining"},
     }
     torch.save({"cfg": cfg, "model": model.state_dict()}, path)
     return Path(path)

@@ -1,0 +1,169 @@
+"""python -m benchmarks.beside_torch [--dtype=float32]: a training step, ours beside the authors'.
+
+Theirs is s3prl's copy of their model in training mode with its own masking on the host, their loss,
+torch.nn.utils.clip_grad_norm_ and torch.optim.AdamW (fused); bfloat16 is torch.autocast over
+float32 parameters. `eager` as it is; `compiled` with torch.compile of each layer and of the loss:
+compiled whole it would be compiled again at every step, since it holds a step's mask as constants.
+Ours is the step that training builds. Both take the same log-mel energies, already on the device,
+with the paper's dropouts, and write float32 parameters. One thing is not the same: ours computes
+the last decoder layer's queries and MLP at the masked places only, for nothing else is read.
+
+The sides work in turn, a process each; a ratio is taken each round. The first step's seconds hold
+compiling, from nothing cached. Memory is that of a process' whole life: VmHWM on a CPU, torch's
+max_memory_allocated and XLA's peak_bytes_in_use on a GPU. --batches tries each batch on each side
+first and compares every side's fastest. Needs what requirements-test.txt and
+requirements-reference.txt name.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# No jax and no torch: each side starts one of them.
+from benchmarks import beside, beside_steps, reference
+
+
+def size_of(options: argparse.Namespace) -> dict[str, int]:
+    return beside_steps.TINY if options.tiny else beside_steps.BASE
+
+
+def build(side: str, batch: int, options: argparse.Namespace, workdir: str) -> beside.Side:
+    """The side `ours MODE` or `s3prl MODE`, warm."""
+    who, mode = side.split()
+    settings = {"mode": mode, "batch": batch, "dtype": options.dtype, "device": options.device}
+    settings["size"] = size_of(options)
+    if who == "s3prl":
+        return beside.Side(side, beside_steps.build_theirs, settings)
+    settings |= {"from_audio": options.from_audio, "workdir": workdir}
+    return beside.Side(side, beside_steps.build_ours, settings)
+
+
+def best_batch(side: str, options: argparse.Namespace, workdir: str) -> int:
+    """The batch with the most clips a second in a trial of a few turns."""
+    if len(options.batches) == 1:
+        return options.batches[0]
+    found = {}
+    for batch in options.batches:
+        trial = build(side, batch, options, workdir)
+        with beside.ending([trial]):
+            beside.take_turns([trial], 3, options.steps)
+        found[batch] = statistics.median(beside.rates(trial, batch * options.steps))
+        print(f"{side}, batch {batch}: {found[batch]:.2f} clips/s in a trial", flush=True)
+    return max(found, key=found.get)
+
+
+def compare(options: argparse.Namespace, workdir: str) -> dict[str, Any]:
+    """A row a side, ours first, and how many times as fast ours is as each of the others."""
+    names = [f"ours {mode}" for mode in options.ours]
+    names += [f"s3prl {mode}" for mode in options.modes]
+    batches = {name: best_batch(name, options, workdir) for name in names}
+    sides = []
+    with beside.ending(sides):
+        for name in names:
+            sides.append(build(name, batches[name], options, workdir))
+            if name.startswith("s3prl"):
+                beside_steps.check_same_work(sides[0].facts, sides[-1].facts, size_of(options))
+        beside.take_turns(sides, options.rounds, options.steps)
+        peaks = {side.name: side.close() for side in sides}
+    rates = {side.name: beside.rates(side, batches[side.name] * options.steps) for side in sides}
+    return {
+        "sides": [
+            {
+                "side": side.name,
+                "dtype": options.dtype,
+                "batch": batches[side.name],
+                "clips_a_second": beside.spread(rates[side.name]),
+                "cpu_seconds_a_clip": statistics.median(t.cpu_seconds for t in side.turns)
+                / (batches[side.name] * options.steps),
+                "peak_bytes": peaks[side.name],
+                "waiting_load": side.waiting_load,
+                **side.facts,
+            }
+            for side in sides
+        ],
+        "ratios": [
+            {"ours": ours, "theirs": theirs, "ratio": beside.spread(rates[ours] / rates[theirs])}
+            for ours in names
+            for theirs in names
+            if ours.startswith("ours") and theirs.startswith("s3prl")
+        ],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        "| side | type | batch | clips/s, median (10th-90th) | CPU seconds a clip | "
+        "first step, s | peak memory, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for side in found["sides"]:
+        middle, low, high = side["clips_a_second"]
+        cells = [f"{side['side']} ({side['version']})", side["dtype"], str(side["batch"])]
+        cells += [f"{middle:.2f} ({low:.2f}-{high:.2f})", f"{side['cpu_seconds_a_clip']:.2f}"]
+        cells += [f"{side['first_step_seconds']:.0f}", f"{side['peak_bytes'] / 1e9:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for pair in found["ratios"]:
+        middle, low, high = pair["ratio"]
+        lines.append(
+            f"{pair['ours']} is {middle:.2f} times as fast as {pair['theirs']} "
+            f"(median of the rounds; 10th-90th {low:.2f}-{high:.2f})."
+        )
+    busiest = max(side["waiting_load"] for side in found["sides"])
+    lines.append(f"A side that waited kept {busiest:.3f} cores busy at most.")
+    return "\n".join(lines)
+
+
+def positives(text: str) -> list[int]:
+    return [beside.positive(number) for number in text.split(",")]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--modes", default="eager,compiled", help="theirs: of eager, compiled")
+    parser.add_argument("--ours", default="scan", help="ours: of scan, unrolled (model.unroll)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch", type=beside.positive, default=8, help="of all sides")
+    parser.add_argument(
+        "--batches", type=positives, help="8,16,32: of each side the fastest of them"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=beside.positive, default=15)
+    parser.add_argument("--steps", type=beside.positive, help="a turn; 1 on a CPU, 20 on a GPU")
+    parser.add_argument("--from_audio", action="store_true", help="ours starts from int16 audio")
+    parser.add_argument("--tiny", action="store_true", help="a model for tests")
+    parser.add_argument("--json", type=Path, help="a file to write what was found to")
+    options = parser.parse_args(arguments)
+    for name, known in (("modes", ("eager", "compiled")), ("ours", ("scan", "unrolled"))):
+        given = getattr(options, name).split(",")
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"--{name}: {', '.join(unknown)} unknown; known: {', '.join(known)}")
+        setattr(options, name, given)
+    options.batches = options.batches or [options.batch]
+    options.steps = options.steps or (20 if options.device == "cuda" else 1)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if message := reference.missing():
+        sys.exit(f"error: {message}")
+    try:
+        with tempfile.TemporaryDirectory() as workdir:
+            found = compare(options, workdir)
+    except (ValueError, beside.SideError) as error:
+        sys.exit(f"error: {error}")
+    print(table(found))
+    if options.json:
+        settings = {"settings": vars(options)}
+        options.json.write_text(json.dumps(settings | found, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

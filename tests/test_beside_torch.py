@@ -1,0 +1,90 @@
+"""A training step beside the authors': the same loss and the same work, and what is said of it."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from maeast_jax import losses
+from maeast_jax.train_step import LossConfig
+
+torch = pytest.importorskip("torch")
+
+from benchmarks import beside, beside_steps, beside_torch, reference  # noqa: E402
+
+if reference.missing():
+    pytest.skip(reference.missing(), allow_module_level=True)
+
+
+def test_their_loss_is_ours():
+    random = np.random.default_rng(0)
+    arrays = [random.standard_normal((3, 7, 16), np.float32) for _ in range(3)]
+    reconstruction, classification, target = arrays
+    weights = LossConfig()
+    ours = weights.mse * losses.mean_squared_error(reconstruction, target)
+    ours += weights.info_nce * losses.info_nce(classification, target)[0]
+    theirs = beside_steps.their_loss(*map(torch.from_numpy, arrays))
+    np.testing.assert_allclose(theirs, ours.mean(), rtol=1e-5)
+
+
+FACTS = {"parameters": 1000, "masked": 384, "unmoved": []}
+SIZE = {"width": 16}
+UNREAD_VALUES = 2 * 128 + 16
+
+
+def test_the_same_work_passes():
+    theirs = FACTS | {"parameters": 1000 + UNREAD_VALUES, "unmoved": ["layer_norm.bias"]}
+    beside_steps.check_same_work(FACTS, theirs, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": 1001}, "ours has 1001 parameters, theirs 1272, of which 272 that nothing"),
+        ({"masked": 383}, "ours masks 383 tokens a clip, theirs 384"),
+        ({"unmoved": ["['mask_token']"]}, r"not moved: \['mask_token'\]"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_other_work_is_refused(changes, message):
+    theirs = FACTS | {"parameters": 1000 + UNREAD_VALUES}
+    with pytest.raises(ValueError, match=message):
+        beside_steps.check_same_work(FACTS | changes, theirs, SIZE)
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_each_sides_fastest_batch_is_taken(side, monkeypatch):
+    seconds = {8: 1.0, 16: 1.5, 32: 3.5}
+
+    def build(name, batch, options, workdir):
+        turn = beside.Turn(seconds[batch], 0.0, 0.0, 0.0)
+        return types.SimpleNamespace(turns=[turn], turn=lambda count: None, kill=lambda: None)
+
+    monkeypatch.setattr(beside_torch, "build", build)
+    options = beside_torch.parse(["--batches=8,16,32", "--steps=1"])
+    assert beside_torch.best_batch(f"{side} eager", options, "") == 16
+
+
+def test_unknown_modes_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        beside_torch.parse(["--modes=eager,jitted"])
+    assert "--modes: jitted unknown; known: eager, compiled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--dtype=float32"], ["--dtype=bfloat16", "--from_audio"]])
+def test_tiny_models_are_compared(options, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    common = ["--tiny", "--batch=2", "--rounds=3", "--steps=2", "--modes=eager"]
+    beside_torch.main([*common, f"--json={file}", *options])
+    found = json.loads(file.read_text())
+    ours, theirs = found["sides"]
+    assert [ours["side"], theirs["side"]] == ["ours scan", "s3prl eager"]
+    # 4 x 8 tokens of which a quarter is kept.
+    assert ours["masked"] == theirs["masked"] == 24
+    assert set(theirs["unmoved"]) <= set(beside_steps.UNREAD)
+    assert all(side["peak_bytes"] > 1e8 for side in (ours, theirs))
+    (pair,) = found["ratios"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in lines[2:4]] == ["| ours scan", "| s3prl eager"]
+    assert f"ours scan is {pair['ratio'][0]:.2f} times as fast as s3prl eager" in lines[5]
