@@ -1,7 +1,8 @@
-"""Kaldi's log-mel filter bank as matrix products, on the device and in a tf.data pipeline.
+"""Kaldi's log-mel filter bank: matrix products on the device, a fast transform in tf.data.
 
-Mean removal, pre-emphasis, window and Fourier transform of a frame are linear, so they are one
-matrix, built once in float64, from 400 samples to the 256 complex bins that the mel bands use.
+Mean removal, pre-emphasis, window and Fourier transform of a frame are linear, so on the device
+they are one matrix, built once in float64, from 400 samples to the 256 complex bins that the mel
+bands use. A host computes them step by step in float64, which devices lack or are slow at.
 The semantics are those of Kaldi's `compute-fbank-feats` without energy and dither, which the
 authors of MAE-AST and SSAST reach through torchaudio's `compliance.kaldi.fbank`.
 """
@@ -96,45 +97,65 @@ def fbank(waveform: jax.Array, variant: str = "mae_ast") -> jax.Array:
 def fbank_tf(waveform, variant: str = "mae_ast"):
     """`fbank` for a tf.data pipeline: tensors instead of arrays, any size may be unknown.
 
+    By a fast Fourier transform in float64, which on a CPU costs less than half of one of the three
+    products of `fbank`, and is closer: 1e-6 from all in float64. It goes clip by clip, so that the
+    frames stay in the cache and a clip's energies do not depend on its batch.
+
     Raises ValueError as `fbank` does; where the number of samples is unknown until run time,
     InvalidArgumentError then.
     """
     import tensorflow as tf
 
-    constants = _constants(variant)
+    mel = np.pad(_constants(variant).mel, ((0, 1), (0, 0)))  # with the bin at Nyquist, in no band
+    window = np.hanning(FRAME_LENGTH) ** WINDOW_POWERS[variant]
+    window = np.pad(window, (0, _FFT_LENGTH - FRAME_LENGTH))
     waveform = tf.convert_to_tensor(waveform)
-    if waveform.dtype == tf.int16:
-        samples = tf.cast(waveform, tf.float32) / 32_768.0
-    elif waveform.dtype.is_floating:
-        samples = tf.cast(waveform, tf.float32)
-    else:
+    if waveform.dtype != tf.int16 and not waveform.dtype.is_floating:
         raise ValueError(_type_message(waveform.dtype.name))
+    full_scale = 32_768.0 if waveform.dtype == tf.int16 else 1.0
 
-    if samples.shape[-1] is not None:
-        count = num_frames(samples.shape[-1])
+    if waveform.shape[-1] is not None:
+        count = num_frames(waveform.shape[-1])
     else:
-        size = tf.shape(samples)[-1]
+        size = tf.shape(waveform)[-1]
         too_short = tf.debugging.assert_greater_equal(
             size, FRAME_LENGTH, f"a waveform is shorter than one frame of {FRAME_LENGTH} samples"
         )
         with tf.control_dependencies([too_short] if too_short is not None else []):
             count = 1 + (size - FRAME_LENGTH) // FRAME_SHIFT
-    num_hops = _hops_before(count) + FRAME_LENGTH // _HOP
-    batch_shape = tf.shape(samples)[:-1]
-    hops = tf.reshape(
-        samples[..., : num_hops * _HOP], tf.concat([batch_shape, [num_hops, _HOP]], axis=0)
-    )
-    frames = tf.concat([hops[..., start:stop:step, :] for start, stop, step in _pieces(count)], -1)
-    frames = tf.reshape(frames, [-1, FRAME_LENGTH])
-    coarse = tf.round(frames * 2.0**_COARSE_BITS) * 2.0**-_COARSE_BITS
-    spectrum = tf.matmul(coarse, constants.coarse) + (
-        tf.matmul(coarse, constants.fine) + tf.matmul(frames - coarse, constants.full)
-    )
-    power = tf.square(spectrum[:, :_NUM_BINS]) + tf.square(spectrum[:, _NUM_BINS:])
-    energies = tf.math.log(tf.maximum(tf.matmul(power, constants.mel), _ENERGY_FLOOR))
-    energies = tf.reshape(energies, tf.concat([batch_shape, [count, NUM_MEL_BANDS]], axis=0))
+    whole, rest = divmod(FRAME_LENGTH, FRAME_SHIFT)
+    num_used = (count - 1) * FRAME_SHIFT + FRAME_LENGTH
+
+    def pieces(samples):
+        # Whole rows are sliced without a copy; every second hop of half the length costs as much
+        # as the transform.
+        hops = tf.reshape(samples, [count + whole, FRAME_SHIFT])
+        return [*(hops[k : k + count] for k in range(whole)), hops[whole:, :rest]]
+
+    def energies(clip):
+        clip = tf.pad(clip[:num_used], [[0, FRAME_SHIFT - rest]])
+        samples = tf.cast(clip, tf.float64) / full_scale
+        # The windows are 0 at a frame's first sample, so it needs no predecessor.
+        emphasised = tf.pad(samples[1:] - _PRE_EMPHASIS * samples[:-1], [[1, 0]])
+        sums = tf.add_n([tf.reduce_sum(piece, axis=1) for piece in pieces(samples)])
+        offsets = (1.0 - _PRE_EMPHASIS) / FRAME_LENGTH * sums[:, None]
+        padding = tf.zeros([count, _FFT_LENGTH - FRAME_LENGTH], tf.float64)
+        frames = (tf.concat([*pieces(emphasised), padding], axis=1) - offsets) * window
+        spectrum = tf.signal.rfft(frames)
+        power = tf.square(tf.math.real(spectrum)) + tf.square(tf.math.imag(spectrum))
+        bands = tf.matmul(tf.cast(power, tf.float32), mel)
+        return tf.math.log(tf.maximum(bands, _ENERGY_FLOOR))
+
+    clips = tf.reshape(waveform, [-1, tf.shape(waveform)[-1]])
     known_count = count if isinstance(count, int) else None
-    return tf.ensure_shape(energies, [*samples.shape[:-1], known_count, NUM_MEL_BANDS])
+    logs = tf.map_fn(
+        energies,
+        clips,
+        parallel_iterations=1,
+        fn_output_signature=tf.TensorSpec([known_count, NUM_MEL_BANDS], tf.float32),
+    )
+    logs = tf.reshape(logs, tf.concat([tf.shape(waveform)[:-1], [count, NUM_MEL_BANDS]], axis=0))
+    return tf.ensure_shape(logs, [*waveform.shape[:-1], known_count, NUM_MEL_BANDS])
 
 
 def _to_float32(waveform: jax.Array) -> jax.Array:

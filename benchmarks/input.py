@@ -1,0 +1,153 @@
+"""python -m benchmarks.input [--data_dir=DIR --data=NAME]: the input pipeline of pretraining alone.
+
+The batches that training would get, in step with nothing: clips a second by the clock, and by the
+seconds of CPU that the process spends on them, with log-mel energies left to the device and on the
+host. Then where those seconds go: the parts called alone, each but the last with what it is built
+on. Without a data set, one of ten-second clips of noise is written first (130 MB) and read from the
+page cache. For one core by the clock too: `taskset -c 0 python -m benchmarks.input --threads=1`.
+Tables in Markdown.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from maeast_jax import data, fbank, mixture, shard_writer
+
+_NAME = "ten_seconds_of_noise"
+_CLIPS = 400
+_STAGE_SECONDS = 2.0
+_TOTAL_STEPS = 1_000_000_000
+
+
+def noise(num_samples: int) -> Iterator[shard_writer.Example]:
+    random = np.random.default_rng(0)
+    for index in range(_CLIPS):
+        yield str(index), random.integers(-9000, 9000, num_samples).astype(np.int16), None
+
+
+def batches(options: argparse.Namespace, place: str) -> Iterator[data.Batch]:
+    settings = _settings(options, place)
+    return data.train_batches(
+        settings, data.open_train(settings), seed=0, batch_size=options.batch,
+        num_frames=options.num_frames, start_step=0, total_steps=_TOTAL_STEPS,
+    )  # fmt: skip
+
+
+def throughput(options: argparse.Namespace, place: str) -> list[str]:
+    """A row of the table."""
+    stream = batches(options, place)
+    # More than threads and queue hold ready, so that all clips counted are made while counting.
+    for _ in range(4 + 2 * (options.threads or os.cpu_count() or 1)):
+        next(stream)
+    clips = size = 0
+    start, before = time.monotonic(), os.times()
+    while (seconds := time.monotonic() - start) < options.seconds:
+        (batch,) = next(stream).values()
+        clips += len(batch)
+        size += batch.nbytes
+    after = os.times()
+    stream.close()
+    user, system = after.user - before.user, after.system - before.system
+    cpu = user + system
+    return [
+        place, f"{clips / seconds:.0f}", f"{clips / cpu:.0f}", f"{size / seconds / 1e6:.0f}",
+        f"{1e3 * user / clips:.2f}", f"{1e3 * system / clips:.2f}", f"{cpu / seconds:.2f}",
+    ]  # fmt: skip
+
+
+def stages(options: argparse.Namespace) -> dict[str, float]:
+    """CPU milliseconds a clip of each part, from first to last."""
+    import tensorflow as tf
+
+    clips = data.open_train(_settings(options, "device"))
+    if len(clips.splits) > 1:
+        raise ValueError(f"--data={options.data} names several data sets; name one")
+    (split,) = clips.splits
+    num_samples = fbank.num_samples(options.num_frames)
+
+    def address(step: int) -> tuple[np.ndarray, ...]:
+        return mixture.address(step * options.batch + np.arange(options.batch), clips, 0)
+
+    def examples(step: int) -> list[int]:
+        return np.sort(address(step)[2]).tolist()
+
+    def records(step: int) -> list[bytes]:
+        return split.records.data_source.__getitems__(examples(step))
+
+    def crop(step: int) -> np.ndarray:
+        return data.read(clips, *address(step), 0, num_samples)
+
+    same = tf.data.Dataset.from_tensors(crop(0)).repeat()
+    energies = same.map(fbank.fbank_tf).as_numpy_iterator()
+    calls = {
+        "which clips: address": address,
+        "and their records, read and decompressed": records,
+        "and decoded: Split.read": lambda step: split.read(examples(step)),
+        "and cropped: data.read": crop,
+        "log-mel energies alone: fbank_tf": lambda step: next(energies),
+    }
+    return {name: _cpu_ms(call, options.batch) for name, call in calls.items()}
+
+
+def _cpu_ms(call: Callable[[int], object], clips: int) -> float:
+    """CPU milliseconds a clip of `call(step)`, over so many clips each."""
+    call(0)
+    step, before, start = 0, time.process_time(), time.monotonic()
+    while time.monotonic() - start < _STAGE_SECONDS:
+        step += 1
+        call(step)
+    return 1e3 * (time.process_time() - before) / (step * clips)
+
+
+def _settings(options: argparse.Namespace, place: str) -> data.DataConfig:
+    return data.DataConfig(
+        dir=options.data_dir, train=options.data, fbank=place, threads=options.threads
+    )
+
+
+def _report(options: argparse.Namespace) -> str:
+    lines = [
+        f"Batches of {options.batch} clips of {options.num_frames} frames, {options.data}, "
+        f"{os.cpu_count()} cores.",
+        "",
+        "| fbank | clips/s | clips per CPU second | MB/s | user, ms a clip | system, ms a clip | "
+        "cores busy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for place in [options.fbank] if options.fbank else data.FBANK_PLACES:
+        lines.append(f"| {' | '.join(throughput(options, place))} |")
+    lines += ["", "| one thread | CPU, ms a clip |", "|---|---|"]
+    lines += [f"| {name} | {cost:.3f} |" for name, cost in stages(options).items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_dir", default="")
+    parser.add_argument("--data", help="a data set's name, as in data.train; none: noise")
+    parser.add_argument("--fbank", choices=data.FBANK_PLACES, help="one place only")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--num_frames", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=0, help="as data.threads")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each place")
+    options = parser.parse_args()
+    # As the programs set them.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.data:
+            options.data_dir, options.data = folder, _NAME
+            num_samples = fbank.num_samples(options.num_frames)
+            shard_writer.write(_NAME, folder, {"train": lambda: noise(num_samples)})
+        print(_report(options))
+
+
+if __name__ == "__main__":
+    main()
