@@ -50,3 +50,35 @@ def test_a_loop_of_unknown_length_is_an_error(mesh):
     text = compiled(mesh, looped, jnp.ones((16, 100)))
     with pytest.raises(ValueError, match=r"how often the loop .* turns is not known"):
         exchanged.bytes_by_kind(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        # An exchange in two halves counts once: its result, not the operand beside it.
+        (
+            "(f32[4,10], f32[16,10]) all-gather-start(%p), replica_groups={{0,1,2,3}}",
+            {"all-gather": 640 * 3 / 4},
+        ),
+        ("f32[16,10] all-gather-done(%p)", {}),
+        ("bf16[4,10] reduce-scatter(%p), replica_groups=[2,4]<=[8]", {"reduce-scatter": 80 * 3}),
+        (
+            "f32[10] all-reduce(%p), replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}",
+            {"all-reduce": 40.0},
+        ),
+        (
+            "(f32[6], s8[2]) all-to-all(%p), replica_groups=mesh['a'=2,'b'=4] {'a','b'}",
+            {"all-to-all": 26 * 7 / 8},
+        ),
+        ("f32[10] collective-permute(%p), source_target_pairs={{0,1}}", {"collective-permute": 40}),
+    ],
+)
+def test_every_spelling_of_an_exchange_is_read(line, sent):
+    text = f"HloModule m\n\nENTRY %main (p: f32[4,10]) -> f32[16,10] {{\n  %x = {line}\n}}\n"
+    assert exchanged.bytes_by_kind(text) == sent
+
+
+def test_an_exchange_of_unknown_devices_is_an_error():
+    text = "ENTRY %main () -> f32[] {\n  %x = f32[] all-reduce(%p), replica_groups={}\n}\n"
+    with pytest.raises(ValueError, match="whose exchange is this"):
+        exchanged.bytes_by_kind(text)
