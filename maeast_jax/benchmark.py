@@ -30,6 +30,7 @@ from maeast_jax import config as configuration
 from maeast_jax import (
     data,
     devices,
+    host_memory,
     logs,
     paths,
     plots,
@@ -63,6 +64,7 @@ _NOISE_CLIPS, _NOISE_SAMPLES = 256, 160_000
 def main(arguments: list[str]) -> int | None:
     if arguments:
         raise ValueError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
+    host_memory.keep_freed()
     values = flags.FLAGS.flag_values_dict()
     _check(values)
     base = _load(values["config"])

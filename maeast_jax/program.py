@@ -188,6 +188,8 @@ def _guard(main: Callable[[], None], interrupted: str) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Orbax reports each file that it writes at INFO, which absl shows by default.
         logging.set_verbosity(logging.WARNING)
+        # And its threads print, page after page, what is then raised here and told in one line.
+        logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     try:
         main()
     except Interrupted as stop:
