@@ -134,7 +134,8 @@ def test_its_encoder_is_used_as_mae_asts_is(workdir, tmp_path):
         export(workdir, tmp_path / "x.safetensors")
     export(workdir, tmp_path / "x.safetensors", encoder_only=True)
     back = pretrained.load(tmp_path / "x.safetensors").encode(waveform)
-    np.testing.assert_array_equal(back.hidden_states, encoding.hidden_states)
+    # A run's layers are unrolled, a file's a scan: the same sums, compiled otherwise.
+    np.testing.assert_allclose(back.hidden_states, encoding.hidden_states, atol=1e-5)
 
 
 def test_a_run_of_the_other_architecture_does_not_go_on_from_it(workdir):
