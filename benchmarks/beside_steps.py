@@ -133,11 +133,12 @@ def build_ours(
 
     jax.config.update("jax_platforms", device)
     jax.config.update("jax_enable_compilation_cache", False)
-    from maeast_jax import config as configuration
-    from maeast_jax import data, host_memory, masking, run
-    from maeast_jax.programs import Programs
+    from maeast_jax import host_memory
 
     host_memory.keep_freed()  # as maeast_jax.train does
+    from maeast_jax import config as configuration
+    from maeast_jax import data, masking, run
+    from maeast_jax.programs import Programs
 
     config = configuration.pretrain()
     settings = dict(size)

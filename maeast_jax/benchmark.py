@@ -64,7 +64,6 @@ _NOISE_CLIPS, _NOISE_SAMPLES = 256, 160_000
 def main(arguments: list[str]) -> int | None:
     if arguments:
         raise ValueError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
-    host_memory.keep_freed()
     values = flags.FLAGS.flag_values_dict()
     _check(values)
     base = _load(values["config"])
@@ -299,5 +298,6 @@ def _define_flags() -> None:
 
 
 if __name__ == "__main__":
+    host_memory.keep_freed()
     _define_flags()
     program.run_flags(main, required=())

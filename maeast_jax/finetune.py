@@ -151,9 +151,9 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
 
 
 def main(config: ConfigDict, workdir: str) -> None:
-    host_memory.keep_freed()
     finetune(config, workdir)
 
 
 if __name__ == "__main__":
+    host_memory.keep_freed()
     program.run(main)

@@ -103,11 +103,11 @@ def _first_state(
 
 
 def main(config: ConfigDict, workdir: str) -> None:
-    host_memory.keep_freed()
     train(config, workdir)
     if hosts.is_first():
         print(summary.farewell(os.path.expanduser(workdir)))
 
 
 if __name__ == "__main__":
+    host_memory.keep_freed()
     program.run(main, join=hosts.initialize)

@@ -118,7 +118,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
     ("override", "message"),
     [
         ("--config.modle=3", "--config.modle: 'modle' is not a field; known here: accumulation_"),
-        ("--config.model.layers=3", "'layers' is not a field; known here: architecture, attention_"),
+        (
+            "--config.model.layers=3",
+            "'layers' is not a field; known here: architecture, attention_",
+        ),
         ("--config.total_steps=many", "--config.total_steps=many: invalid literal for int()"),
         ("--config.batch_size=0", "config.batch_size=0 must be at least 1"),
         ("--config.data.train=absent", "absent"),
