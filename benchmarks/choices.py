@@ -1,0 +1,225 @@
+"""python -m benchmarks.choices [--batch=8]: parts of the training step, and what they could be.
+
+Each at the base model's shapes (512 tokens, 128 of them kept, width 768, 12 heads), compiled by
+itself, on the first device that jax sees: the median of many calls in milliseconds, forward and
+backward where gradients flow through it. Matrix products and layouts in --dtype, the optimiser and
+random numbers as training has them. A table in Markdown, the first row of each part what the model
+does.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import beside
+from maeast_jax import host_memory, masking, optimizer
+from maeast_jax.dropout import hashed_bits
+from maeast_jax.layers import take_tokens
+from maeast_jax.products import add_bias, product
+
+_RATE = 0.1
+
+
+class Size(NamedTuple):
+    batch: int = 8
+    tokens: int = 512
+    kept: int = 128
+    width: int = 768
+    heads: int = 12
+    optimizer_layers: int = 12
+    dtype: str = "bfloat16"
+
+
+class Choice(NamedTuple):
+    part: str
+    name: str
+    call: Callable
+    arguments: tuple
+
+
+def choices(size: Size) -> list[Choice]:
+    return [
+        *dropout_masks(size), *products(size), *bias_gradients(size), *head_layouts(size),
+        *kept_tokens(size), *masks(size), *updates(size),
+    ]  # fmt: skip
+
+
+def dropout_masks(size: Size) -> list[Choice]:
+    """Which of a decoder layer's attention weights stay."""
+    shape = (size.batch, size.heads, size.tokens, size.tokens)
+    threshold = jnp.uint32((1 - _RATE) * 2**32)
+
+    def bernoulli(key):
+        return jax.random.bernoulli(key, 1 - _RATE, shape)
+
+    part = f"dropout's mask, {_shape(shape)}"
+    return [
+        Choice(part, "a hash of (key, place)", lambda key: hashed_bits(key, shape) < threshold,
+               (jax.random.key(0),)),
+        Choice(part, "jax.random, threefry", bernoulli, (jax.random.key(0, impl="threefry2x32"),)),
+        Choice(part, "jax.random, rbg", bernoulli, (jax.random.key(0, impl="rbg"),)),
+    ]  # fmt: skip
+
+
+def products(size: Size) -> list[Choice]:
+    """The MLP's first product in the decoder, and both of its gradients."""
+    x = _noise((size.batch, size.tokens, size.width), size)
+    kernel = _noise((size.width, 4 * size.width), size)
+
+    def einsum(x, kernel):
+        return jnp.einsum("bnd,de->bne", x, kernel)
+
+    part = f"matrix product, {size.batch * size.tokens} x {size.width} by {4 * size.width}"
+    return [
+        Choice(part, "`products.product`", _with_gradients(lambda x, kernel: product(
+            "bnd,de->bne", x, kernel)), (x, kernel)),
+        Choice(part, "`jnp.einsum`", _with_gradients(einsum), (x, kernel)),
+    ]  # fmt: skip
+
+
+def bias_gradients(size: Size) -> list[Choice]:
+    x = _noise((size.batch, size.tokens, 4 * size.width), size)
+    bias = jnp.ones(4 * size.width)
+    part = f"bias, {_shape(x.shape)}"
+    return [
+        Choice(part, "`products.add_bias`", _with_gradients(add_bias), (x, bias)),
+        Choice(part, "`x + bias`", _with_gradients(lambda x, bias: x + bias.astype(x.dtype)),
+               (x, bias)),
+    ]  # fmt: skip
+
+
+def head_layouts(size: Size) -> list[Choice]:
+    """Attention of a decoder layer without dropout, from the qkv product to the mixed values."""
+    x = _noise((size.batch, size.tokens, size.width), size)
+    head_width = size.width // size.heads
+    kernel = _noise((size.width, 3, size.heads, head_width), size)
+
+    def heads_first(x, kernel):
+        q, k, v = product("bnd,dchk->cbhnk", x, kernel)
+        weights = jax.nn.softmax(product("bhmk,bhnk->bhmn", q, k, jnp.float32)).astype(x.dtype)
+        return product("bhmn,bhnk->bhmk", weights, v)
+
+    def tokens_first(x, kernel):
+        q, k, v = product("bnd,dchk->cbnhk", x, kernel)
+        weights = jax.nn.softmax(product("bmhk,bnhk->bhmn", q, k, jnp.float32)).astype(x.dtype)
+        return product("bhmn,bnhk->bmhk", weights, v)
+
+    def library(x, kernel):
+        return jax.nn.dot_product_attention(*product("bnd,dchk->cbnhk", x, kernel), scale=1.0)
+
+    part = "attention without dropout"
+    calls = {"heads before tokens": heads_first, "tokens before heads": tokens_first,
+             "`jax.nn.dot_product_attention`": library}  # fmt: skip
+    if jax.default_backend() == "gpu":
+        calls["the same, by cudnn"] = lambda x, kernel: jax.nn.dot_product_attention(
+            *product("bnd,dchk->cbnhk", x, kernel), scale=1.0, implementation="cudnn"
+        )
+    return [Choice(part, name, _with_gradients(call), (x, kernel)) for name, call in calls.items()]
+
+
+def kept_tokens(size: Size) -> list[Choice]:
+    """Rows of the tokens that the encoder sees."""
+    x = _noise((size.batch, size.tokens, size.width), size)
+    places_BxK, _ = _mask(size)(jax.random.key(0))
+
+    def one_hot(x):
+        return product("bkn,bnd->bkd", jax.nn.one_hot(places_BxK, size.tokens, dtype=x.dtype), x)
+
+    part = f"{size.kept} of {size.tokens} tokens a clip"
+    return [
+        Choice(part, "a gather", _with_gradients(lambda x: take_tokens(x, places_BxK)), (x,)),
+        Choice(part, "a product with one-hot rows", _with_gradients(one_hot), (x,)),
+    ]
+
+
+def masks(size: Size) -> list[Choice]:
+    return [Choice("a batch of masks", "by sorting", _mask(size), (jax.random.key(0),))]
+
+
+def updates(size: Size) -> list[Choice]:
+    """AdamW on as many layers' kernels, each kind's stacked, as the model holds them."""
+    layers, width = size.optimizer_layers, size.width
+    shapes = [(layers, width, 3 * width), (layers, width, width), (layers, width, 4 * width),
+              (layers, 4 * width, width)]  # fmt: skip
+    parameters = [jnp.ones(shape) for shape in shapes]
+    as_is = optimizer.adamw(optimizer.OptimizerConfig(), 1e-4)
+
+    def update(transform):
+        def call(parameters, state):
+            changes, state = transform.update(parameters, state, parameters)
+            return optax.apply_updates(parameters, changes), state
+
+        return call
+
+    part = f"AdamW, {sum(leaf.size for leaf in parameters) / 1e6:.0f} M parameters"
+    named = {"an array a kind": as_is, "all in one vector": optax.flatten(as_is)}
+    return [
+        Choice(part, name, update(transform), (parameters, transform.init(parameters)))
+        for name, transform in named.items()
+    ]
+
+
+def milliseconds(choice: Choice, seconds: float) -> float:
+    """The median call, of at least three."""
+    call = jax.jit(choice.call)
+    for _ in range(2):
+        jax.block_until_ready(call(*choice.arguments))
+    durations: list[float] = []
+    while len(durations) < 3 or sum(durations) < seconds:
+        start = time.perf_counter()
+        jax.block_until_ready(call(*choice.arguments))
+        durations.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(durations)
+
+
+def _mask(size: Size) -> Callable:
+    bands = 8
+    grid = (size.tokens // bands, bands)
+    return lambda key: masking.mask_tokens(
+        key, size.batch, grid, mask_ratio=1 - size.kept / size.tokens, kind="chunk"
+    )
+
+
+def _with_gradients(call: Callable) -> Callable:
+    """`call`, and its gradients for a gradient that is like its result."""
+
+    def both(*arguments):
+        out, backward = jax.vjp(call, *arguments)
+        return out, backward(out)
+
+    return both
+
+
+def _noise(shape: tuple[int, ...], size: Size) -> jax.Array:
+    return 0.02 * jax.random.normal(jax.random.key(len(shape)), shape, size.dtype)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=beside.positive, default=Size().batch)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=Size().dtype)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each row")
+    options = parser.parse_args(arguments)
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, batch {options.batch}, {options.dtype}\n")
+    print("| part | choice | ms |\n|---|---|---|")
+    for choice in choices(Size(batch=options.batch, dtype=options.dtype)):
+        took = milliseconds(choice, options.seconds)
+        print(f"| {choice.part} | {choice.name} | {took:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    host_memory.keep_freed()
+    main()
