@@ -135,9 +135,9 @@ def build_ours(
     jax.config.update("jax_enable_compilation_cache", False)
     from maeast_jax import host_memory
 
-    host_memory.keep_freed()  # as maeast_jax.train does
+    host_memory.share_heap()  # as maeast_jax.train does
     from maeast_jax import config as configuration
-    from maeast_jax import data, masking, run
+    from maeast_jax import data, masking, run, summary
     from maeast_jax.programs import Programs
 
     config = configuration.pretrain()
@@ -165,7 +165,9 @@ def build_ours(
 
     def run_steps(count: int) -> None:
         nonlocal state, step
-        step = step or programs.step()
+        if step is None:
+            step = programs.step()
+            host_memory.keep_freed(summary.planned_bytes(step))
         for _ in range(count):
             state, _ = step(state, on_device)
         jax.block_until_ready(state)

@@ -213,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each row")
     options = parser.parse_args(arguments)
     device = jax.devices()[0]
+    host_memory.keep_freed(0)
     print(f"{device.device_kind}, batch {options.batch}, {options.dtype}\n")
     print("| part | choice | ms |\n|---|---|---|")
     for choice in choices(Size(batch=options.batch, dtype=options.dtype)):
@@ -221,5 +222,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
+    host_memory.share_heap()
     main()

@@ -298,6 +298,6 @@ def _define_flags() -> None:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
+    host_memory.share_heap()
     _define_flags()
     program.run_flags(main, required=())

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maeast_jax import sharding
+from maeast_jax import host_memory, sharding
 from maeast_jax.model_config import COMPUTE_DTYPES
 from maeast_jax.products import matmul_precision
 
@@ -71,7 +70,7 @@ def memory_bytes(mesh: Mesh) -> int:
     stats = mesh.devices.flat[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.size
+    return host_memory.limit_bytes() // mesh.size
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, host_memory, logs, metrics, probe, program, results
+from maeast_jax import checkpoint, logs, metrics, probe, program, results
 from maeast_jax.features import Features, fbank_statistics
 from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
@@ -155,5 +155,4 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
     program.run(main)

@@ -1,31 +1,66 @@
-"""Host memory of programs that compute on the CPU."""
+"""Host memory of programs that compute on the CPU.
+
+XLA allocates the gigabytes of a step's temporaries anew at each step; by default they go back to
+the system in between, which then hands out each page again, zeroed: a fifth to a quarter of the
+base model's time (docs/benchmarks.md).
+"""
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
+from pathlib import Path
 
 import jax
 
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_DEFAULT_TRIM_BYTES, _DEFAULT_MMAP_MAX = 128 * 1024, 65_536
+# A step's temporaries are one piece, and what is allocated between two steps may lie in the way of
+# the next: up to four copies were seen, where the plan counts one.
+_COPIES = 6
+
+_has_one_heap = False
 
 
-def keep_freed() -> None:
-    """On CPU, has this process keep the memory that it frees, for good.
+def share_heap() -> None:
+    """Makes `keep_freed` possible in this process; a program's first line.
 
-    XLA allocates the gigabytes of a step's temporaries anew at each step; by default they go back
-    to the system in between, which then hands out each page again, zeroed: a fifth of the base
-    model's time (docs/benchmarks.md). Costs some memory: pieces do not always fit together.
-
-    To be called before anything starts threads, jax's backend too: a thread stays with the heap
-    that it was given, and from any but the first glibc goes to the system for large pieces.
+    Before anything starts threads, jax's backend too: a thread stays with the heap that it was
+    given, and from any but the first glibc goes to the system for large pieces, whatever is asked.
     """
+    global _has_one_heap
     libc = ctypes.CDLL(None)
-    if not _will_compute_on_cpu() or not hasattr(libc, "mallopt"):
-        return
-    # All from one heap, which alone can grow to any size, and never shrinks.
-    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-        libc.mallopt(parameter, value)
+    if hasattr(libc, "mallopt") and _will_compute_on_cpu():
+        _has_one_heap = bool(libc.mallopt(_M_ARENA_MAX, 1))
+
+
+def keep_freed(planned_bytes: int) -> bool:
+    """Whether this process keeps, from now on, the memory that it frees.
+
+    It does after `share_heap`, where several times `planned_bytes`, what XLA plans for the step on
+    all of the process' devices, fit into the memory of the machine.
+    """
+    if not _has_one_heap:
+        return False
+    fits = _COPIES * planned_bytes < limit_bytes()
+    libc = ctypes.CDLL(None)
+    # Pieces of any size from the heap, which never shrinks.
+    libc.mallopt(_M_MMAP_MAX, 0 if fits else _DEFAULT_MMAP_MAX)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1 if fits else _DEFAULT_TRIM_BYTES)
+    if not fits:
+        libc.malloc_trim(0)
+    return fits
+
+
+def limit_bytes() -> int:
+    """Memory that this process may use: the machine's, or its control group's where less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(group)) if group.isdecimal() else machine
 
 
 def _will_compute_on_cpu() -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import devices, flops, run, summary
+from maeast_jax import devices, flops, host_memory, run, summary
 from maeast_jax.loop import STEPS_IN_FLIGHT
 from maeast_jax.program import NonFiniteError
 from maeast_jax.programs import Programs
@@ -51,7 +51,9 @@ def compile_step(checked: Run, clock: Clock = time.perf_counter) -> Subject:
     programs = Programs(checked)
     with devices.out_of_memory():
         step = programs.step()
-    return Subject(checked, programs, step, clock() - start)
+    subject = Subject(checked, programs, step, clock() - start)
+    host_memory.keep_freed(jax.local_device_count() * subject.planned_bytes)  # as training does
+    return subject
 
 
 def costs(subject: Subject) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def _train(checked: Run) -> dict[str, float]:
     programs = Programs(checked)
     print("compiling the training step", flush=True)
     step = programs.step()
+    host_memory.keep_freed(jax.local_device_count() * summary.planned_bytes(step))
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.to_dict())
     state = _first_state(checked, checkpoints, programs)
     if hosts.is_first():
@@ -109,5 +110,5 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
+    host_memory.share_heap()
     program.run(main, join=hosts.initialize)
