@@ -96,6 +96,8 @@ def bias_gradients(size: Size) -> list[Choice]:
 
 def head_layouts(size: Size) -> list[Choice]:
     """Attention of a decoder layer without dropout, from the qkv product to the mixed values."""
+    if jax.default_backend() == "cpu":
+        size = size._replace(dtype="float32")  # tokens first, 16 bits have no product there
     x = _noise((size.batch, size.tokens, size.width), size)
     head_width = size.width // size.heads
     kernel = _noise((size.width, 3, size.heads, head_width), size)
@@ -113,7 +115,7 @@ def head_layouts(size: Size) -> list[Choice]:
     def library(x, kernel):
         return jax.nn.dot_product_attention(*product("bnd,dchk->cbnhk", x, kernel), scale=1.0)
 
-    part = "attention without dropout"
+    part = f"attention without dropout, {size.dtype}"
     calls = {"heads before tokens": heads_first, "tokens before heads": tokens_first,
              "`jax.nn.dot_product_attention`": library}  # fmt: skip
     if jax.default_backend() == "gpu":
