@@ -24,6 +24,8 @@ Clock = Callable[[], float]
 # What a row's time is shared among, and how many of them a median is taken over at least.
 SAMPLES = 20
 LEAST_SAMPLES = 3
+# On a CPU the heap that is kept (host_memory.py) grows until about the fourth step.
+WARM_STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +141,11 @@ def time_steps(
     """Seconds a step in each of LEAST_SAMPLES or more samples, which take `seconds` in all.
 
     advance: does so many steps and waits for the last. A sample is of as many steps as make it a
-      SAMPLES-th of the time, one where a step takes longer. Three rounds are not counted: the first
-      two steps, and a whole sample where that is more than a step.
+      SAMPLES-th of the time, one where a step takes longer. Not counted are the first WARM_STEPS,
+      and a whole sample where that is more than a step.
     """
-    advance(1)
+    for _ in range(WARM_STEPS - 1):
+        advance(1)
     start = clock()
     advance(1)
     count = max(1, round(seconds / SAMPLES / (clock() - start)))

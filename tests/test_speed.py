@@ -49,20 +49,20 @@ def test_samples_share_the_time_and_are_three_at_least(step_seconds, steps_a_sam
     samples = speed.time_steps(advance, 10.0, clock)
     assert abs(len(samples) - num_samples) <= 1  # the clock's own rounding
     np.testing.assert_allclose(samples, step_seconds)
-    assert set(counts[2:]) == {steps_a_sample}
-    assert len(counts) - len(samples) == (3 if steps_a_sample > 1 else 2)
+    assert set(counts[speed.WARM_STEPS :]) == {steps_a_sample}
+    assert len(counts) - len(samples) == speed.WARM_STEPS + (steps_a_sample > 1)
 
 
 def test_a_sample_is_as_long_as_steps_are_once_they_are_warm():
     clock, counts = Clock(), []
-    durations = iter([9.0, 0.25] + [0.125] * 1000)
+    durations = iter([9.0, 5.0, 2.0, 0.25] + [0.125] * 1000)
 
     def advance(count):
         counts.append(count)
         clock.seconds += sum(next(durations) for _ in range(count))
 
     samples = speed.time_steps(advance, 10.0, clock)
-    assert counts[:3] == [1, 1, 2] and set(counts[3:]) == {4}
+    assert counts[:5] == [1, 1, 1, 1, 2] and set(counts[5:]) == {4}
     np.testing.assert_allclose(samples, 0.125)
 
 
@@ -83,8 +83,8 @@ def test_costs_are_those_on_paper_and_xlas_own(subject):
 def test_a_row_is_the_median_of_its_samples_and_its_share_of_the_matrix_rate(subject, monkeypatch):
     monkeypatch.setattr(devices, "matrix_rate", lambda mesh, dtype: 1e9)
     clock = Clock()
-    # Two steps that do not count, then samples of a step each.
-    durations = [7.0, 1.0, 4.0, 1.0, 2.0, 1.0, 3.0]
+    # Four steps that do not count, then samples of a step each.
+    durations = [7.0, 9.0, 8.0, 1.0, 4.0, 1.0, 2.0, 1.0, 3.0]
     step = winding(subject.step, clock, durations)
     row = speed.measure(dataclasses.replace(subject, step=step), 11.0, clock)
     assert row["steps"] == len(durations) and row["samples"] == 5
