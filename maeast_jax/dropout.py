@@ -1,9 +1,9 @@
 """Dropout by a hash of (key, element) instead of a random stream.
 
-Threefry, jax's generator, spends 20 rounds on each number; drawing masks with it was an eighth of
-the base model's step on CPU, and half of its compilation (docs/benchmarks.md). Masks need far less
-than a random number: that neither neighbours nor other keys tell anything of an element. As with
-threefry, an element's bits depend on key and place alone, so no mesh changes them.
+Threefry, jax's generator, spends 20 rounds on each number; masks drawn with it would be an eighth
+of the base model's step on CPU (docs/benchmarks.md). They need far less than a random number: that
+neither neighbours nor other keys tell anything of an element. As with threefry, an element's bits
+depend on key and place alone, so no mesh changes them.
 """
 
 import math

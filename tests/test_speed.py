@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_is_no_speed(subject, monkeypatch):
         clock.seconds += 1.0
         return state, {"loss": (jnp.asarray(np.nan), jnp.ones(()))}
 
-    with pytest.raises(NonFiniteError, match="the loss is nan after 5 steps"):
+    with pytest.raises(NonFiniteError, match="the loss is nan after 7 steps"):
         speed.measure(dataclasses.replace(subject, step=step), 1.0, clock)
 
 
