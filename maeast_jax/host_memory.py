@@ -39,7 +39,7 @@ def keep_freed(planned_bytes: int) -> bool:
     """Whether this process keeps, from now on, the memory that it frees.
 
     It does after `share_heap`, where several times `planned_bytes`, what XLA plans for the step on
-    all of the process' devices, fit into the memory of the machine.
+    all devices of this machine, fit into its memory.
     """
     if not _has_one_heap:
         return False

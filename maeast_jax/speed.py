@@ -54,7 +54,7 @@ def compile_step(checked: Run, clock: Clock = time.perf_counter) -> Subject:
     with devices.out_of_memory():
         step = programs.step()
     subject = Subject(checked, programs, step, clock() - start)
-    host_memory.keep_freed(jax.local_device_count() * subject.planned_bytes)  # as training does
+    host_memory.keep_freed(jax.device_count() * subject.planned_bytes)  # as training does
     return subject
 
 

@@ -59,7 +59,8 @@ def _train(checked: Run) -> dict[str, float]:
     programs = Programs(checked)
     print("compiling the training step", flush=True)
     step = programs.step()
-    host_memory.keep_freed(jax.local_device_count() * summary.planned_bytes(step))
+    # All processes of a run on CPUs may share this machine.
+    host_memory.keep_freed(jax.device_count() * summary.planned_bytes(step))
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.to_dict())
     state = _first_state(checked, checkpoints, programs)
     if hosts.is_first():
