@@ -249,7 +249,7 @@ def _define_flags() -> None:
         "config",
         None,
         "FILE[:ARG] with a configuration, such as configs/pretrain_frame.py; default: the paper's."
-        " Its fields are set as --config.FIELD=VALUE, such as --config.model.unroll=true;"
+        " Its fields are set as --config.FIELD=VALUE, such as --config.model.unroll=false;"
         " --helpfull lists them.",
     )
     for field, default in _fields(configuration.pretrain()):
