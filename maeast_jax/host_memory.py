@@ -1,7 +1,7 @@
 """Host memory of programs that compute on the CPU.
 
 XLA allocates the gigabytes of a step's temporaries anew at each step; by default they go back to
-the system in between, which then hands out each page again, zeroed: a fifth to a quarter of the
+the system in between, which then hands out each page again, zeroed: an eighth to a fifth of the
 base model's time (docs/benchmarks.md).
 """
 
