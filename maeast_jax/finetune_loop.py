@@ -15,6 +15,7 @@ from maeast_jax.classifier import classifier_graph
 from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.labelled import Labelled
+from maeast_jax.pace import Pace
 from maeast_jax.program import Interrupted, NonFiniteError, stop_signals
 
 
@@ -141,19 +142,22 @@ class FoldTrainer:
             chances=chances,
             threads=config.data.threads,
         )
-        throughput = logs.Throughput(config.batch_size)
+        pace = Pace(
+            config.batch_size, self._total_steps, self._total_steps / len(self._evaluations)
+        )
         for step, batch in enumerate(batches, start_step + 1):
             placed = sharding.put_batch(self._mesh, batch, config.batch_size)
             state, row = self._step(state, placed)
             if step % config.log_every == 0 or step in (1, self._total_steps):
                 values = _finite({name: float(a / b) for name, (a, b) in row.items()}, step)
-                rate = throughput.rate(step)
+                rate = pace.rate(step)
                 if rate is not None:
                     values["clips_per_second"] = rate
                 writer.write(step, "train", values)
-                progress.update(step, values["loss"], rate)
+                progress.update(step, values["loss"], rate, pace.seconds_left(step))
             if step in self._evaluations:
-                state = self._evaluate(state, step, writer, progress)
+                with pace.evaluation():
+                    state = self._evaluate(state, step, writer, progress)
                 checkpoints.save(step, _parts(state))
             if stop:
                 checkpoints.save(step, _parts(state))

@@ -168,24 +168,12 @@ def _json_line(row: Mapping) -> str:
 
 
 class Progress:
-    """A progress bar with loss, clips a second and time left; plain lines where no one watches.
+    """A progress bar with loss, clips a second and time left; plain lines where no one watches."""
 
-    The time left is for the steps ahead at the mean rate since the first update, which pays for the
-    compilation and starts the clock.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        start_step: int = 0,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """Starts at `start_step`, writes to `stream` (None: stderr); `clock` gives seconds."""
+    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
+        """Starts at `start_step`, writes to `stream` (None: stderr)."""
         self._total_steps = total_steps
         self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._first: tuple[int, float] | None = None
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm.tqdm(
@@ -197,18 +185,19 @@ class Progress:
                 desc=f"step {start_step}/{total_steps}",
             )
 
-    def update(self, step: int, loss: float, clips_per_second: float | None = None) -> None:
-        """Shows that `step` steps are done."""
-        now = self._clock()
-        if self._first is None:
-            self._first = (step, now)
+    def update(
+        self,
+        step: int,
+        loss: float,
+        clips_per_second: float | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Shows that `step` steps are done; None is left out."""
         parts = [f"step {step}/{self._total_steps}", f"loss {float(loss):.3f}"]
         if clips_per_second is not None:
             parts.append(f"{clips_per_second:.1f} clips/s")
-        steps, seconds = step - self._first[0], now - self._first[1]
-        if steps > 0:
-            left_seconds = seconds / steps * (self._total_steps - step)
-            parts.append(f"{_clock_face(left_seconds)} left")
+        if seconds_left is not None:
+            parts.append(f"{_clock_face(seconds_left)} left")
         line = "  ".join(parts)
         if self._bar is None:
             print(line, file=self._stream, flush=True)
@@ -227,23 +216,6 @@ class Progress:
         """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
-
-
-class Throughput:
-    """Clips a second between two logged steps."""
-
-    def __init__(self, batch_size: int, clock: Callable[[], float] = time.monotonic):
-        """`batch_size` is the global one: the clips of a step; `clock` gives seconds."""
-        self._batch_size = batch_size
-        self._clock = clock
-        self._last: tuple[int, float] | None = None
-
-    def rate(self, step: int) -> float | None:
-        """Clips a second since the last call; None at the first, or where no step has passed."""
-        last, self._last = self._last, (step, self._clock())
-        if last is None or step <= last[0] or self._last[1] <= last[1]:
-            return None
-        return self._batch_size * (step - last[0]) / (self._last[1] - last[1])
 
 
 def announce(lines: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import hosts, logs, paths, plots
 from maeast_jax.checkpoint import Checkpoints
+from maeast_jax.pace import Pace
 from maeast_jax.program import Interrupted, NonFiniteError
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
 
@@ -65,7 +66,7 @@ class Loop:
         self._writer = logs.MetricsWriter(workdir, start_step) if hosts.is_first() else None
         stream = None if self._writer else open(os.devnull, "w")  # noqa: SIM115 (for good)
         self._progress = logs.Progress(config.total_steps, start_step, stream)
-        self._throughput = logs.Throughput(config.batch_size)
+        self._pace = Pace(config.batch_size, config.total_steps, config.eval_every)
         # Steps since the last line, and the closed intervals whose values are still on the device.
         self._interval: list[tuple[int, Metrics]] = []
         self._closed: list[tuple[int, float | None, list[tuple[int, Metrics]]]] = []
@@ -89,6 +90,7 @@ class Loop:
                     stopping = self._asked_to_stop()
                     due = step > self._start_step and step % self._config.checkpoint_every == 0
                     if stopping:
+                        self._catch_up(step)
                         self._progress.say(f"asked to stop: saving step {step}")
                     if stopping or due:
                         self._save(state, step)
@@ -124,7 +126,7 @@ class Loop:
 
     def _log(self, step: int) -> None:
         """Closes the interval that ends here, writes the one before: the device never waits."""
-        self._closed.append((step, self._throughput.rate(step), self._interval))
+        self._closed.append((step, self._pace.rate(step), self._interval))
         self._interval = []
         if len(self._closed) > 1:
             self._write(*self._closed.pop(0))
@@ -142,7 +144,8 @@ class Loop:
             row["clips_per_second"] = clips_per_second
         if self._writer:
             self._writer.write(step, "train", row)
-        self._progress.update(step, row["loss"], clips_per_second)
+        left = self._pace.seconds_left(step)
+        self._progress.update(step, row["loss"], clips_per_second, left)
 
     def _finite(self, values: list[tuple[int, Metrics]]) -> list[tuple[int, Metrics]]:
         for step, metrics in values:
@@ -156,12 +159,16 @@ class Loop:
                     )
         return values
 
-    def _save(self, state: TrainState, step: int) -> None:
-        # Read before saving: lines for steps up to a checkpoint are on the disk when it is, so that
-        # none is lost to a kill; and a state past a loss that is not finite is never saved.
+    def _catch_up(self, step: int) -> None:
+        """Writes a line for every step so far; waits for the device."""
         if self._interval:
             self._log(step)
         self._flush()
+
+    def _save(self, state: TrainState, step: int) -> None:
+        # Read before saving: lines for steps up to a checkpoint are on the disk when it is, so that
+        # none is lost to a kill; and a state past a loss that is not finite is never saved.
+        self._catch_up(step)
         if self._writer:
             self._writer.flush()
         self._checkpoints.save(step, checkpoint_parts(state))
@@ -171,21 +178,23 @@ class Loop:
         self._flush()
         if hosts.from_first(self._writer is not None and self._writer.has(step, "eval")):
             return {}
+        with self._pace.evaluation():
+            row = self._scores(state, step)
+            if row and self._writer:
+                self._writer.write(step, "eval", row)
+                self._writer.flush()
+                terms = (f"{name} {row[name]:.4f}" for name in _TOLD if name in row)
+                self._progress.say(f"step {step}: held-out {', '.join(terms)}")
+                curves = plots.curves(logs.read_metrics(self._workdir))
+                plots.write_png(self._workdir / CURVES, curves)
+        return row
+
+    def _scores(self, state: TrainState, step: int) -> dict[str, float]:
         row = self._held_out(state, step) if self._eval_batches is not None else {}
         if self._knn is not None:
             if self._asked_to_stop():
                 return {}
             row |= self._knn(state)
-        if not row or self._writer is None:
-            return row
-        self._writer.write(step, "eval", row)
-        self._writer.flush()
-        terms = (f"{name} {row[name]:.4f}" for name in _TOLD if name in row)
-        self._progress.say(f"step {step}: held-out {', '.join(terms)}")
-        plots.write_png(self._workdir / CURVES, plots.curves(logs.read_metrics(self._workdir)))
-        # The clock starts anew at the next line: until the device is busy again, it is handed steps
-        # faster than it does them.
-        self._throughput = logs.Throughput(self._config.batch_size)
         return row
 
     def _held_out(self, state: TrainState, step: int) -> dict[str, float]:

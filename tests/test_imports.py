@@ -22,7 +22,17 @@ LEVELS = [
         "host_memory",
         "products",
     },
-    {"layers", "checkpoint", "logs", "plots", "audio", "synthesis", "torch_pickle", "program"},
+    {
+        "layers",
+        "checkpoint",
+        "logs",
+        "pace",
+        "plots",
+        "audio",
+        "synthesis",
+        "torch_pickle",
+        "program",
+    },
     {
         "torch_file",
         "windows",
