@@ -12,8 +12,8 @@
 #                          lasted ten minutes begins the count anew
 # --grace=60               seconds the others have to end after one failed, before they are killed;
 #                          more than HEARTBEAT_SECONDS of hosts.py, so that they can say why
-# --log_dir=DIR            for the output of processes 1 and up (without it, a new folder in /tmp);
-#                          that of process 0 goes to the terminal
+# --log_dir=DIR            for the output of processes 1 and up; that of process 0 goes to the
+#                          terminal. Without it a new folder in /tmp, removed if all ends well
 # --dry_run                prints the commands, one a line, and runs none
 #
 # SIGTERM and Ctrl-C go to every process. Ends with the run's exit code: that of the process which
@@ -77,8 +77,10 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 
+own_log_dir=''
 if [[ -z $log_dir ]]; then
   log_dir=$(mktemp -d "${TMPDIR:-/tmp}/maeast_jax.XXXXXX")
+  own_log_dir=yes
 fi
 mkdir -p "$log_dir"
 pids=() codes=() failed=()
@@ -172,13 +174,21 @@ judge() {
     fi
   done
   code=${codes[cause]}
-  note "process $cause ended with code $code; any others have $grace s to end"
-  if ((cause)) && [[ -z $stopping ]]; then
+  if [[ -n $stopping ]] || ((processes == 1)); then
+    note "process $cause ended with code $code"
+    return
+  fi
+  note "process $cause ended with code $code; the others have $grace s to end"
+  if ((cause)); then
     tail -n 20 "$log_dir/process_$cause.log" | sed "s/^/process $cause | /" >&2
   fi
 }
 
-((processes == 1)) || note "processes 1 to $((processes - 1)) write to $log_dir"
+if ((processes == 2)); then
+  note "process 1 writes to $log_dir"
+elif ((processes > 2)); then
+  note "processes 1 to $((processes - 1)) write to $log_dir"
+fi
 left=$restarts
 while :; do
   began=$SECONDS
@@ -188,7 +198,16 @@ while :; do
     # Stopped before all were started: no process tells a code, so that of the signal.
     [[ $stopping == INT ]] && code=130 || code=143
   fi
-  if [[ -n $stopping ]] || ! restartable "$code"; then
+  if ((code == 0)); then
+    [[ -z $own_log_dir ]] || rm -r "$log_dir"
+    exit 0
+  fi
+  if [[ -n $stopping ]]; then
+    ((code != 130 && code != 143)) || note "stopped as asked: the same command goes on"
+    exit "$code"
+  fi
+  if ! restartable "$code"; then
+    note "not started again: code $code is none that another start mends"
     exit "$code"
   fi
   ((SECONDS - began < 600)) || left=$restarts

@@ -256,6 +256,10 @@ case $verb in
     on all "$worker status"
     ;;
   stop) on all "$worker stop" ;;
-  delete) remove ;;
+  delete)
+    remove
+    # The request of a queued resource outlives its TPU, and counts against the quota.
+    [[ -n $queued ]] || note "if it was asked for with --queued, delete it with --queued too"
+    ;;
   create | install | start | resume | fetch) "$verb" ;;
 esac
