@@ -162,7 +162,7 @@ def _summary(source: Pretrained, output: Path) -> str:
             f'in s3prl: UpstreamExpert("{output}"), see docs/pytorch.md'
         )
     elif output.suffix == ".safetensors":
-        lines["load it"] = f'safetensors.torch.load_file("{output}")'
+        lines["load it"] = f'safetensors.torch.load_file("{output}"), with PyTorch'
     else:
         lines["use it"] = (
             f"python -m maeast_jax.embed FOLDER --checkpoint={output} --output=embeddings.npz\n"

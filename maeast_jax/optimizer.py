@@ -41,7 +41,8 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     warmup_steps = config.warmup_steps
     if warmup_steps >= total_steps:
         raise ValueError(
-            f"optimizer.warmup_steps={warmup_steps} must be below total_steps={total_steps}"
+            f"optimizer.warmup_steps={warmup_steps} must be below total_steps={total_steps}; give "
+            f"--config.optimizer.warmup_steps={total_steps // 10} or more steps"
         )
     peak = config.learning_rate
     fall = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
