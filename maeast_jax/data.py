@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from maeast_jax import audio, fbank, shards
+from maeast_jax.decode_pool import num_cores
 from maeast_jax.mixture import Clips, address, open_clips, open_demo
 
 Batch = dict[str, np.ndarray]
@@ -245,7 +246,7 @@ def _stream(data: DataConfig, load, start: int, stop: int, shape) -> Iterator[Ba
             failures.append(error)
             raise
 
-    threads = data.threads or os.cpu_count() or 1
+    threads = data.threads or num_cores()
     batches = tf.data.Dataset.range(start, stop).map(
         lambda step: tf.ensure_shape(tf.numpy_function(load_or_tell, [step], tf.int16), shape),
         num_parallel_calls=threads,

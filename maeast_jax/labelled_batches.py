@@ -7,12 +7,12 @@ epoch), so that a resumed run goes on with the same batches and needs no saved i
 import concurrent.futures
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from maeast_jax import fbank, windows
+from maeast_jax.decode_pool import num_cores
 from maeast_jax.labelled import Clip, Labelled
 
 Batch = dict[str, np.ndarray]
@@ -131,7 +131,7 @@ def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int) -> Batch:
 
 def _ahead(load: Callable[[int], object], steps: range, threads: int) -> Iterator:
     """`load` of each step, in order, a few of them ahead in threads."""
-    with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads or num_cores()) as pool:
         pending = []
         rest = iter(steps)
         try:
