@@ -74,7 +74,8 @@ class Loop:
     def run(self, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         """To the last step, or to Interrupted or NonFiniteError; the last evaluation's metrics."""
         total_steps = self._config.total_steps
-        evaluation, stream = {}, batches
+        evaluation: dict[str, float] | None = {}
+        stream = batches
         try:
             with hosts.stopping() as self._asked_to_stop:
                 if self._calibrate is not None:
@@ -107,7 +108,7 @@ class Loop:
                         evaluation = self._evaluate(state, step + 1)
                 self._save(state, total_steps)
                 self._checkpoints.wait()
-                if (stopping := self._asked_to_stop()) and not evaluation:
+                if (stopping := self._asked_to_stop()) and evaluation is None:
                     # The same command makes up for the last evaluation.
                     raise Interrupted(stopping, total_steps)
         finally:
@@ -173,8 +174,8 @@ class Loop:
             self._writer.flush()
         self._checkpoints.save(step, checkpoint_parts(state))
 
-    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Writes and returns the held-out metrics; {} where there are none or when stopped."""
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
+        """Writes and returns the held-out metrics; {} where there are none, None when stopped."""
         self._flush()
         if hosts.from_first(self._writer is not None and self._writer.has(step, "eval")):
             return {}
@@ -189,20 +190,18 @@ class Loop:
                 plots.write_png(self._workdir / CURVES, curves)
         return row
 
-    def _scores(self, state: TrainState, step: int) -> dict[str, float]:
+    def _scores(self, state: TrainState, step: int) -> dict[str, float] | None:
         row = self._held_out(state, step) if self._eval_batches is not None else {}
-        if self._knn is not None:
-            if self._asked_to_stop():
-                return {}
-            row |= self._knn(state)
-        return row
+        if self._knn is None or row is None:
+            return row
+        return None if self._asked_to_stop() else row | self._knn(state)
 
-    def _held_out(self, state: TrainState, step: int) -> dict[str, float]:
-        """Means over the evaluation set; {} when stopped on the way."""
+    def _held_out(self, state: TrainState, step: int) -> dict[str, float] | None:
+        """Means over the evaluation set; None when stopped on the way."""
         sums = []
         for index, batch in enumerate(self._eval_batches()):
             if self._asked_to_stop():
-                return {}
+                return None
             placed = self._put_eval(batch)
             if index == 0:
                 self._picture(state, step, placed)

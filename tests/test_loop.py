@@ -43,7 +43,10 @@ def metrics(loss):
     return {name: (jnp.asarray(loss), one) for name in names}
 
 
-def run(workdir, saved, start_step=0, losses=(1.0,) * 10, during_evaluation=None, **fields):
+def run(
+    workdir, saved, start_step=0, losses=(1.0,) * 10, during_evaluation=None, during_step=None,
+    eval_batches=True, knn=None, **fields,
+):  # fmt: skip
     config = configuration.pretrain()
     config.update(
         {"total_steps": 10, "log_every": 3, "eval_every": 4, "checkpoint_every": 5} | fields
@@ -52,6 +55,8 @@ def run(workdir, saved, start_step=0, losses=(1.0,) * 10, during_evaluation=None
     loss_of_step = iter(losses)
 
     def step(state, batch):
+        if during_step and int(state.step) + 1 == during_step:
+            os.kill(os.getpid(), signal.SIGTERM)
         return TrainState(state.step + 1, {}, {}, {}), metrics(next(loss_of_step))
 
     def evaluate(state, batch, index):
@@ -71,7 +76,8 @@ def run(workdir, saved, start_step=0, losses=(1.0,) * 10, during_evaluation=None
         calibrate=None,
         put=lambda batch: batch,
         put_eval=lambda batch: batch,
-        eval_batches=lambda: iter([held_out, held_out]),
+        eval_batches=(lambda: iter([held_out, held_out])) if eval_batches else None,
+        knn=knn,
     ).run(TrainState(jnp.asarray(start_step), {}, {}, {}), itertools.repeat({}))
 
 
@@ -115,6 +121,21 @@ def test_a_stop_during_the_last_evaluation_is_made_up_for(tmp_path):
     assert saved.steps[-1] == 10 and (10, "eval") not in rows(tmp_path)
     assert run(tmp_path, saved, start_step=10)["loss"] == 0.5
     assert rows(tmp_path)[-1] == (10, "eval")
+
+
+def test_what_is_evaluated_in_another_process_is_evaluated(tmp_path):
+    """Of several processes the first alone asks neighbours: the others have nothing to show."""
+    saved = Saved(tmp_path)
+    saved.wait = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert run(tmp_path, saved, eval_batches=False, knn=lambda state: {}) == {}
+    assert saved.steps[-1] == 10
+
+
+def test_lines_of_steps_come_before_the_word_of_saving(tmp_path, capsys):
+    with pytest.raises(Interrupted, match="SIGTERM at step 5"):
+        run(tmp_path, Saved(tmp_path), during_step=5)
+    told = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told[-2:] == ["step 5/10", "asked to stop: saving step 5"]
 
 
 def test_rows_are_means_of_their_steps(tmp_path):
