@@ -21,7 +21,7 @@ from maeast_jax.features import Features, fbank_statistics
 from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
 from maeast_jax.metrics import Evaluation
-from maeast_jax.run import alone
+from maeast_jax.workdir import held
 
 
 def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[str, Evaluation]]:
@@ -35,7 +35,7 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     """
     run = check_run(config, workdir)
     run.workdir.mkdir(parents=True, exist_ok=True)
-    with alone(run.workdir):
+    with held(run.workdir):
         _check_workdir(run)
         checkpoint.write_config(run.workdir, config.to_dict())
         print(logs.announce(_plan(run)), flush=True)

@@ -61,12 +61,21 @@ def initialize(
             "HOST:PORT --num_processes=N --process_id=I"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise PeerLostError(
-            f"the other processes did not come within {_INITIALIZATION_SECONDS} s "
-            f"({_first_line(error)})"
-        ) from error
+        reason = "could not join the other processes"
+        if "DEADLINE_EXCEEDED" in str(error):
+            reason = f"the other processes did not come within {_INITIALIZATION_SECONDS} s"
+        raise PeerLostError(f"{reason} ({_first_line(error)})") from error
+    if jax.process_count() == 1:
+        # jax has caught SIGTERM for `stopping`, which with one process does not ask jax: until the
+        # loop catches it, it ends the program.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if is_silent:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process' life)
+
+
+def is_joined() -> bool:
+    """Whether `initialize` was called, be it with one process."""
+    return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
@@ -88,11 +97,23 @@ def agree(what: str, value: object) -> None:
     )
 
 
-def from_first(value: bool) -> bool:
-    """The first process' value, in every process."""
+def from_first(value: int) -> int:
+    """The first process' whole number (or bool), in every process."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+    return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' whole numbers, in every process."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def all_true(value: bool) -> bool:
+    """Whether it is true in every process, in every process."""
+    return largest(not value) == 0
 
 
 @contextmanager

@@ -4,11 +4,14 @@ An object there is written whole or not at all, and only whole: nothing is appen
 locked. What goes wrong there comes from several libraries; `reaching` makes one line of it.
 """
 
+import errno
+import fcntl
 import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from etils import epath
 
@@ -99,6 +102,21 @@ def reaching(
         raise ValueError(f"{name} needs gcsfs: {_INSTALL} ({_reason(error)})") from error
     except Exception as error:
         raise ValueError(f"{name} cannot be {done} ({_reason(error)}); {remedy}") from error
+
+
+def try_lock(file: IO) -> bool:
+    """Locks an open file of this machine; False where another process has it.
+
+    Some network file systems have no locks, and there it is True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    return True
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 import copy
 import dataclasses
-import fcntl
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, data, fbank, hosts, logs, masking, paths, pretrained, sharding
+from maeast_jax import checkpoint, data, fbank, logs, masking, paths, pretrained, sharding
 from maeast_jax import config as configuration
 from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.mixture import Clips
@@ -24,6 +22,7 @@ from maeast_jax.model_config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.pretrained import Pretrained
 from maeast_jax.train_step import LossConfig
+from maeast_jax.workdir import newest_step
 
 Batch = dict[str, np.ndarray]
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
@@ -60,7 +59,7 @@ def check_run(
     workdir = paths.path(workdir)
     configuration.check(config)
     configuration.check_loop(config)
-    start_step, config, init_from = _start(workdir, config)
+    start_step, config, init_from = _start(workdir, newest_step(workdir), config)
     settings = config.to_dict()
     model = ModelConfig(**settings["model"])
     if model.is_encoder_only:
@@ -148,26 +147,6 @@ def _rows(run: Run) -> np.ndarray:
     return sharding.process_rows(run.mesh, run.config.batch_size)
 
 
-@contextmanager
-def alone(workdir: os.PathLike) -> Iterator[None]:
-    """Holds a workdir for this run; raises ValueError where another one is at work in it.
-
-    The lock is on an open file, so it ends with its process, the run's first, however that ends. On
-    gs:// there is no lock: nothing keeps two runs apart.
-    """
-    if not hosts.is_first() or paths.is_remote(workdir):
-        yield
-        return
-    with (workdir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training in {workdir}; wait for it or choose another --workdir"
-            ) from None
-        yield
-
-
 def train_stream(run: Run) -> Iterator[Batch]:
     if run.batches is None:
         return data.train_batches(
@@ -204,23 +183,24 @@ def _stream_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _start(workdir: epath.Path, config: ConfigDict) -> tuple[int, ConfigDict, Pretrained | None]:
+def _start(
+    workdir: epath.Path, step: int | None, config: ConfigDict
+) -> tuple[int, ConfigDict, Pretrained | None]:
     """The step to go on from, the configuration with its architecture settled, and `init_from`.
 
     A configuration with `init_from` takes the architecture of that checkpoint; a run that is
     resumed has its own already, whether or not the other is still there.
     """
-    steps = checkpoint.saved_steps(workdir)
-    newest = pretrained.read(workdir) if steps else None
+    newest = None if step is None else pretrained.read(workdir)
     init_from = None
     if config.init_from:
         init_from = newest or pretrained.read(config.init_from)
         config = _with_architecture(config, init_from)
-    if not steps:
+    if step is None:
         return 0, config, init_from
-    _check_resume(workdir, steps[-1], newest, config)
+    _check_resume(workdir, step, newest, config)
     # A run stopped at step 0 holds the weights that it was to start from, and starts.
-    return steps[-1], config, None if steps[-1] else init_from
+    return step, config, None if step else init_from
 
 
 def _with_architecture(config: ConfigDict, source: Pretrained) -> ConfigDict:

@@ -1,13 +1,14 @@
 """A directory that is built aside, by one process at a time, and appears whole or not at all."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from maeast_jax import paths
 
 _STAGING_PREFIX = "incomplete."
 _ASIDE_PREFIX = "replaced."
@@ -88,19 +89,12 @@ def _aside(target: Path) -> Path:
 
 
 def _lock(file, home: Path, wait: bool) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise DataError(
-                f"another process is building {home}: wait for it, or choose another name"
-            ) from None
-        print(f"another process is building {home}: waiting for it", flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        # Some network file systems have no locks; two builds of one name at a time are rarer.
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
+    if paths.try_lock(file):
+        return
+    if not wait:
+        raise DataError(f"another process is building {home}: wait for it, or choose another name")
+    print(f"another process is building {home}: waiting for it", flush=True)
+    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _is_at(file, path: Path) -> bool:

@@ -18,6 +18,7 @@ from maeast_jax.loop import Loop
 from maeast_jax.programs import Programs
 from maeast_jax.run import Batches, Run
 from maeast_jax.train_step import TrainState, checkpoint_parts, state_from_parts
+from maeast_jax.workdir import held
 
 
 def train(
@@ -33,12 +34,11 @@ def train(
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
     """
-    checked = run.check_run(config, workdir, batches)
     with hosts.others_alive():
+        checked = run.check_run(config, workdir, batches)
         hosts.agree("the configuration", checked.config.to_dict())
-        hosts.agree("the step of the newest checkpoint", checked.start_step)
         hosts.agree("the data sets", run.describe_data(checked))
-        with run.alone(checked.workdir):
+        with held(checked.workdir):
             if hosts.from_first(_is_done(checked)):
                 print(f"{workdir} has done its {config.total_steps} steps already", flush=True)
                 return logs.last_row(checked.workdir, "eval")

@@ -17,13 +17,13 @@ import pytest
 import tiny
 from etils.epath import gpath
 from test_checkpoint import CONFIG, parts, placed
-from test_logs import Clock
+from test_pace import Clock
 
 import maeast_jax
 from maeast_jax import checkpoint, logs, paths, plots, pretrained, shard_writer, shards
 from maeast_jax.mixture import open_demo
-from maeast_jax.run import alone
 from maeast_jax.train import train
+from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -181,7 +181,7 @@ def test_pictures_go_to_a_bucket(store):
 
 
 def test_a_bucket_is_not_locked(store):
-    with alone(paths.path("gs://bucket/run")), alone(paths.path("gs://bucket/run")):
+    with held(paths.path("gs://bucket/run")), held(paths.path("gs://bucket/run")):
         pass
 
 

@@ -199,6 +199,18 @@ def test_flags_that_do_not_fit_are_one_line(tmp_path, flags, message):
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
 
 
+def test_one_process_that_joined_ends_on_sigterm_before_its_loop():
+    """jax would note the signal for a question that is asked of several processes alone."""
+    code = (
+        "import os, signal, time\nfrom maeast_jax import hosts\n"
+        f"hosts.initialize('127.0.0.1:{free_port()}', 1, 0)\n"
+        "assert hosts.is_joined()\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(20)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == -15
+
+
 def test_one_process_agrees_with_itself():
     hosts.agree("anything", json.loads('{"a": 1}'))
-    assert hosts.from_first(True) is True and hosts.is_first()
+    assert hosts.from_first(True) is True and hosts.is_first() and not hosts.is_joined()
+    assert hosts.largest(3) == 3 and hosts.all_true(True) and not hosts.all_true(False)

@@ -43,7 +43,7 @@ LEVELS = [
         "metrics",
         "hosts",
     },
-    {"staging", "logistic", "finetune_config", "confusion"},
+    {"staging", "logistic", "finetune_config", "confusion", "workdir"},
     {"demo_audio", "shard_writer", "manifest", "model_config", "results", "probe"},
     {"clips", "shard_file", "encoder", "devices"},
     {"shard_plan", "ssast"},

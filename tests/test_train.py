@@ -21,8 +21,8 @@ from maeast_jax import config as configuration
 from maeast_jax import train as train_module
 from maeast_jax.loop import Loop
 from maeast_jax.program import Interrupted, NonFiniteError
-from maeast_jax.run import alone
 from maeast_jax.train import train
+from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,7 +209,7 @@ def test_a_finished_run_is_left_alone_and_returns_its_evaluation(tmp_path, monke
 
 def test_a_second_process_in_the_same_workdir_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(train_module.Programs, "step", refuse)
-    with alone(tmp_path), pytest.raises(ValueError, match="another process is training in"):
+    with held(tmp_path), pytest.raises(ValueError, match="another process is training in"):
         train(short_config(), tmp_path)
 
 
