@@ -46,3 +46,14 @@ whole() { # whole NAME VALUE LEAST: refuses what is not a whole number of at lea
 help() {
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"
 }
+
+# joins PROGRAM...: refuses those of our programs that run in one process.
+joins() {
+  local before='' word
+  for word; do
+    if [[ $before == -m && $word == maeast_jax.* && $word != maeast_jax.train ]]; then
+      fail "$word runs in one process: start it by itself; launchers are for maeast_jax.train"
+    fi
+    before=$word
+  done
+}

@@ -39,6 +39,7 @@ while (($#)); do
   shift
 done
 (($#)) || fail "no program; write -- PROGRAM ARGUMENTS after the options (see --help)"
+joins "$@"
 whole --processes "$processes" 1
 whole --restarts "$restarts" 0
 whole --grace "$grace" 0

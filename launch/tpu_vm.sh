@@ -8,12 +8,13 @@
 # create   asks for the TPU                      needs --type
 # wait     until it is ready
 # install  sends HEAD of this clone to all workers, makes an environment there
-# start    PROGRAM on all workers with --distributed added, in the background, brought back
-#          after a lost process               needs PROGRAM
+# start    PROGRAM (of ours train alone) on all workers with --distributed added, in the
+#          background, brought back after a lost process    needs PROGRAM
 # follow   shows the log of worker 0
 # status   of the TPU and of each worker
 # resume   whatever is missing of create, wait, install and start; a TPU that was preempted is
-#          deleted and asked for again        needs --type and PROGRAM
+#          deleted and asked for again. Ends with 4, and starts nothing, where PROGRAM has ended
+#          by itself on a worker, done or for a mistake    needs --type and PROGRAM
 # fetch    copies the folder that --workdir names in PROGRAM to --to
 # stop     SIGTERM to all workers: all save, and end
 # delete   the TPU, after gcloud's own question
@@ -83,6 +84,7 @@ if [[ $verb == create || $verb == resume ]]; then
 fi
 if [[ $verb == start || $verb == resume ]]; then
   ((${#program[@]})) || fail "no program; write -- PROGRAM ARGUMENTS after the options (see --help)"
+  joins "${program[@]}"
 fi
 
 run() {
@@ -197,8 +199,12 @@ remove() { # remove FLAGS...
   fi
 }
 
+over() { # what workers say on which this program has come to its own end
+  on all "$worker over -- $(quote "${program[@]}" --distributed)"
+}
+
 resume() {
-  local now
+  local now ended
   if [[ -n $dry_run ]]; then
     show_state
     echo '# where it was preempted (where it is absent, without the first line):'
@@ -209,6 +215,7 @@ resume() {
     start
     echo '# where it is on its way, the same without the first two; where it is ready:'
     on all "$installed"
+    over
     start
     return
   fi
@@ -216,6 +223,11 @@ resume() {
   note "$name is $now"
   if [[ $now == READY ]]; then
     on all "$installed" || install
+    ended=$(over)
+    if [[ $ended == *'ended with code'* ]]; then
+      note "the program has $ended; start starts it all the same, delete ends the TPU"
+      exit 4
+    fi
     # A worker on which the program still runs is left alone.
     start
     return
@@ -252,7 +264,14 @@ case $verb in
   wait) await ;;
   follow) on 0 'tail -n 100 -F maeast_jax/.worker/log' ;;
   status)
-    show_state
+    if [[ -n $dry_run ]]; then
+      show_state
+    else
+      now=$(state)
+      printf '%s\n' "$now"
+      # There are no workers before, and gcloud's error would be all there is to read.
+      [[ $now == READY ]] || exit 0
+    fi
     on all "$worker status"
     ;;
   stop) on all "$worker stop" ;;

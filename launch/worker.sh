@@ -4,6 +4,7 @@
 #   launch/worker.sh install            .venv beside launch/, with requirements.txt, jax[tpu] and gcsfs
 #   launch/worker.sh start [OPTIONS] -- PROGRAM ARGUMENTS...     in the background, brought back
 #   launch/worker.sh status             running or ended, and the log's last line
+#   launch/worker.sh over -- PROGRAM ARGUMENTS...      how that program ended, where it need not start
 #   launch/worker.sh stop               SIGTERM, and waits until the program has saved and ended
 #
 # --restarts=20   so often in a row; a run that lasted ten minutes begins the count anew
@@ -36,8 +37,12 @@ install() {
   if [[ -z $python ]]; then
     # Ubuntu 22.04, which the runtimes are built on, comes with 3.10, and packages no released 3.11.
     # A new machine updates itself first and holds apt's lock meanwhile.
-    sudo add-apt-repository -y ppa:deadsnakes/ppa
-    sudo apt-get -o DPkg::Lock::Timeout=600 update
+    sudo add-apt-repository -y --no-update ppa:deadsnakes/ppa
+    # The timeout is for installing; the lists have a lock of their own.
+    for _ in {1..60}; do
+      ! sudo apt-get update || break
+      sleep 10
+    done
     sudo apt-get -o DPkg::Lock::Timeout=600 install -y python3.12 python3.12-venv
     python=python3.12
   fi
@@ -117,6 +122,11 @@ status() {
   tail -n 1 "$state/log"
 }
 
+over() {
+  [[ -e $state/status && $(<"$state/command") == "$(quote "$@")" ]] && ! running || return 0
+  grep '^ended with code [0-3] ' "$state/status" || true
+}
+
 stop() {
   local waited=0 signalled='' program
   if ! running; then
@@ -154,10 +164,10 @@ whole --restarts "$restarts" 0
 whole --delay "$delay" 0
 case $verb in
   install | status | stop) "$verb" ;;
-  start | loop)
+  start | loop | over)
     (($#)) || fail "no program; write -- PROGRAM ARGUMENTS after the options (see --help)"
     "$verb" "$@"
     ;;
   --help) help "$script" ;;
-  *) fail "$verb is not a command; install, start, status and stop are" ;;
+  *) fail "$verb is not a command; install, start, status, over and stop are" ;;
 esac

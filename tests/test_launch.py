@@ -164,6 +164,13 @@ TPU = ("--name=mae", "--zone=z")
         ("tpu_vm.sh", ["resume", *TPU, "--type=v4-8"], "no program; write -- PROGRAM"),
         ("tpu_vm.sh", ["fetch", *TPU], "no folder to fetch; write -- --workdir=DIR"),
         ("tpu_vm.sh", ["start", *TPU, "--spt"], "--spt is not an option"),
+        (
+            "local_multiprocess.sh",
+            ["--", "python", "-m", "maeast_jax.finetune"],
+            "maeast_jax.finetune runs in one process: start it by itself",
+        ),
+        ("tpu_vm.sh", ["start", *TPU, "--", "python", "-m", "maeast_jax.embed"], "runs in one"),
+        ("slurm.sbatch", ["--", "python", "-m", "maeast_jax.finetune"], "runs in one process"),
         ("worker.sh", ["begin"], "begin is not a command"),
         ("worker.sh", ["start"], "no program; write -- PROGRAM"),
         ("slurm.sbatch", [], "no program; write -- PROGRAM"),
@@ -388,6 +395,21 @@ def test_worker_leaves_a_mistake_alone(tmp_path, worker):
     assert len(local.starts(0)) == 1
 
 
+def test_worker_knows_a_program_that_need_not_start_again(tmp_path, worker):
+    local = Local(tmp_path, [[2, "wait"]])
+    assert worker("over", "--", *local.program).stdout == ""  # nothing was started
+    status = tmp_path / "maeast_jax/.worker/status"
+    worker("start", "--", *local.program, *AWKWARD)
+    wait_for(lambda: "ended with code 2" in status.read_text() if status.exists() else False)
+    wait_for(lambda: worker("over", "--", *local.program, *AWKWARD).stdout.startswith("ended with"))
+    assert worker("over", "--", *local.program).stdout == ""  # another program
+    worker("start", "--", *local.program, *AWKWARD)
+    wait_for(lambda: len(local.starts(0)) == 2)
+    assert worker("over", "--", *local.program, *AWKWARD).stdout == ""
+    worker("stop")
+    assert worker("over", "--", *local.program, *AWKWARD).stdout == ""  # it is to go on
+
+
 def test_worker_stops_and_does_not_start_twice(tmp_path, worker):
     local = Local(tmp_path, [["wait", 0]])
     worker("start", "--", *local.program)
@@ -502,14 +524,14 @@ def test_tpu_resume_dry(tmp_path):
     commands = tpu_dry(tmp_path, "resume", "--type=v6e-16", "--spot", "--queued")
     verbs = [command[4] if command[0] == "gcloud" else command[0] for command in commands]
     look = ["describe", "describe"]
-    assert verbs == [*look, "delete", "create", *look, "git", "scp", "ssh", "ssh", "ssh", "ssh"]
+    assert verbs == [*look, "delete", "create", *look, "git", "scp", *["ssh"] * 5]
     assert commands[2][-1] == "--quiet"
 
 
 @pytest.mark.parametrize(
     ("queued", "states", "verbs"),
     [
-        ([], ["READY"], ["describe", "ssh", "ssh"]),
+        ([], ["READY"], ["describe", "ssh", "ssh", "ssh"]),
         (
             [],
             ["PREEMPTED", "READY"],
@@ -517,7 +539,7 @@ def test_tpu_resume_dry(tmp_path):
         ),
         ([], ["NOT_FOUND", "READY"], ["describe", "create", "describe", "scp", "ssh", "ssh"]),
         ([], ["CREATING", "READY"], ["describe", "describe", "scp", "ssh", "ssh"]),
-        (["--queued"], ["ACTIVE", "READY"], ["describe", "describe", "ssh", "ssh"]),
+        (["--queued"], ["ACTIVE", "READY"], ["describe", "describe", "ssh", "ssh", "ssh"]),
         (
             ["--queued"],
             ["SUSPENDED", "ACTIVE", "READY"],
@@ -528,7 +550,39 @@ def test_tpu_resume_dry(tmp_path):
     ],
 )
 def test_tpu_resume(tmp_path, queued, states, verbs):
-    """Against a gcloud that tells one state after another."""
+    result, calls = resume(tmp_path, queued, states)
+    assert [words[3] for words in calls] == verbs, result.stderr
+    if states == ["denied"]:
+        assert result.returncode == 1
+        assert "PERMISSION_DENIED" in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        assert "worker.sh start -- python -m maeast_jax.train" in " ".join(calls[-1])
+
+
+def test_tpu_resume_leaves_alone_what_has_come_to_its_end(tmp_path):
+    result, calls = resume(tmp_path, [], ["READY"], told="ended with code 0 at 2026-01-01 00:00:00")
+    assert result.returncode == 4
+    assert "the program has ended with code 0 at 2026" in result.stderr
+    assert [words[3] for words in calls] == ["describe", "ssh", "ssh"]
+    assert "worker.sh over -- python -m maeast_jax.train" in " ".join(calls[-1])
+
+
+@pytest.mark.parametrize(
+    ("queued", "states", "told"),
+    [
+        ([], ["CREATING"], ["CREATING"]),
+        (["--queued"], ["WAITING_FOR_RESOURCES"], ["WAITING_FOR_RESOURCES"]),
+        ([], ["READY"], ["READY", "running since"]),
+    ],
+)
+def test_tpu_status(tmp_path, queued, states, told):
+    result, _ = resume(tmp_path, queued, states, "status", told="running since")
+    assert (result.returncode, result.stdout.splitlines()) == (0, told), result.stderr
+
+
+def resume(tmp_path, queued, states, verb="resume", told=""):
+    """Against a gcloud that tells one state after another, and workers that say `told`."""
     (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
     fake(
         tmp_path,
@@ -536,6 +590,7 @@ def test_tpu_resume(tmp_path, queued, states, verbs):
         f"""
         cd {tmp_path}
         printf '%s ' "$@" >>calls; echo >>calls
+        [[ $4 != ssh || -z "{told}" ]] || echo "{told}"
         [[ $4 == describe ]] || exit 0
         state=$(head -n 1 states)
         sed -i 1d states
@@ -548,15 +603,8 @@ def test_tpu_resume(tmp_path, queued, states, verbs):
     )
     fake(tmp_path, "git", 'echo "git $*" >>"$(dirname "$0")/../git_calls"; echo /nowhere')
     options = [*TPU, "--type=v6e-16", *queued]
-    result = call(tmp_path, "tpu_vm.sh", "resume", *options, "--", *PROGRAM)
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [words[3] for words in calls] == verbs, result.stderr
-    if states == ["denied"]:
-        assert result.returncode == 1
-        assert "PERMISSION_DENIED" in result.stderr
-    else:
-        assert result.returncode == 0, result.stderr
-        assert "worker.sh start -- python -m maeast_jax.train" in " ".join(calls[-1])
+    result = call(tmp_path, "tpu_vm.sh", verb, *options, "--", *PROGRAM)
+    return result, [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("flag", [["--dry_run"], []])
@@ -567,6 +615,7 @@ def test_slurm_dry_run(tmp_path, flag):
     assert launch[0] == "srun"
     options = launch[1 : launch.index("python")]
     assert set(options) >= {"--kill-on-bad-exit=0", "--gpu-bind=none", "--cpus-per-task=6"}
+    assert options[-4:-2] == ["bash", "-c"] and options[-1].endswith("/.slurm_17")
     assert launch[launch.index("python") :] == [*PROGRAM, "--distributed"]
     assert requeue == ["scontrol", "requeue", "17"]
 
@@ -581,8 +630,8 @@ def test_slurm_asks_for_a_task_a_gpu():
     assert {"requeue", "open-mode"} <= set(asked)
 
 
-def slurm(folder, code, state="RUNNING", **more):
-    fake(folder, "srun", f"exit {code}")
+def slurm(folder, code, state="RUNNING", srun=None, **more):
+    fake(folder, "srun", srun or f"exit {code}")
     fake(folder, "squeue", f"echo {state}")
     fake(folder, "scontrol", f'echo "$*" >>{folder}/requeued')
     # From a folder without an environment of its own.
@@ -605,6 +654,39 @@ def test_slurm_queues_again(tmp_path, code):
 def test_slurm_ends(tmp_path, code):
     result, requeued = slurm(tmp_path, code)
     assert (result.returncode, requeued) == (code, "")
+
+
+# Runs what comes after srun's options as two tasks, PROGRAM in them standing for its end.
+TWO_TASKS = """
+while [[ $1 == --* ]]; do shift; done
+bash -c "$3" "$4" bash -c "exit $FIRST" || first=$?
+bash -c "$3" "$4" bash -c "exit $SECOND" || second=$?
+exit $((first > second ? first : second))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "queued"),
+    [((2, 75), 2, ""), ((134, 1), 1, ""), ((143, 75), 143, "requeue 17\n")],
+)
+def test_slurm_heeds_a_mistake_in_one_task(tmp_path, ends, code, queued):
+    more = {"FIRST": str(ends[0]), "SECOND": str(ends[1])}
+    result, requeued = slurm(tmp_path, None, srun=TWO_TASKS, **more)
+    assert (result.returncode, requeued) == (code, queued), result.stderr
+    assert not list((tmp_path / "clone").glob(".slurm_*"))
+
+
+def test_slurm_waits_for_a_program_that_saves_on_sigterm(tmp_path):
+    (tmp_path / "clone").mkdir()
+    launch, _ = dry(tmp_path, "slurm.sbatch", "--dry_run", "--", *PROGRAM, SLURM_JOB_ID="17")
+    task = launch[launch.index("-c") + 1]
+    program = "trap 'sleep 0.5; exit 143' TERM; echo here; while :; do sleep 0.1; done"
+    words = ["bash", "-c", task, str(tmp_path / "mistake"), "bash", "-c", program]
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert started.stdout.readline() == "here\n"
+    os.killpg(started.pid, signal.SIGTERM)  # as slurmstepd does
+    assert started.wait(timeout=20) == 143
+    assert not (tmp_path / "mistake").exists()
 
 
 def test_slurm_gives_up_and_heeds_scancel(tmp_path):
