@@ -201,6 +201,29 @@ class Hollow:
         return [{"audio": self.stored} for _ in indices]
 
 
+class Counted(Hollow):
+    """Clip i holds i alone; remembers what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 9
+
+    def read(self, indices):
+        self.asked.append(indices.tolist())
+        return [{"audio": np.full(SAMPLES, index, np.int16)} for index in indices]
+
+
+def test_a_batch_is_read_in_one_call_a_set_forwards():
+    """A network file system is not asked for single records, nor back and forth."""
+    splits = Counted(), Counted()
+    which, example = np.array([1, 0, 1, 0, 1]), np.array([7, 5, 2, 1, 7])
+    audio = data.read(Clips(splits, None), which, np.arange(5), example, 0, SAMPLES)
+    assert [split.asked for split in splits] == [[[1, 5]], [[2, 7, 7]]]
+    np.testing.assert_array_equal(audio, np.repeat(example[:, None], SAMPLES, axis=1))
+
+
 @pytest.mark.parametrize(
     ("stored", "message"),
     [(np.zeros(0, np.int64), "it holds no samples"), (np.full(9, 40_000), "40000")],

@@ -17,6 +17,7 @@ import pytest
 import tiny
 from etils.epath import gpath
 from test_checkpoint import CONFIG, parts, placed
+from test_hosts import ends, free_port
 from test_pace import Clock
 
 import maeast_jax
@@ -41,16 +42,24 @@ def store():
     gpath._is_tf_installed.cache_clear()
 
 
+def command(workdir):
+    return [
+        sys.executable, "-m", "maeast_jax.train", "--config=tests/tiny.py", f"--workdir={workdir}",
+        *SYNTHETIC, f"--config.total_steps={STEPS}", "--config.eval.max_clips=4",
+    ]  # fmt: skip
+
+
 def run(store, workdir, *overrides, kill_at=None):
     """The program, as a user calls it; its exit code and what it said."""
     environment = os.environ | store.environment | {"JAX_PLATFORMS": "cpu"}
     del environment["EPATH_USE_TF"]  # the program's own affair
-    words = [
-        sys.executable, "-m", "maeast_jax.train", "--config=tests/tiny.py", f"--workdir={workdir}",
-        *SYNTHETIC, f"--config.total_steps={STEPS}", "--config.eval.max_clips=4", *overrides,
-    ]  # fmt: skip
     with subprocess.Popen(
-        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command(workdir), *overrides],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         said = []
         for line in process.stderr:
@@ -74,6 +83,38 @@ def trained(store, tmp_path_factory):
     assert "5 -> 12, resumed" in out or "10 -> 12, resumed" in out, out
     assert "gs://bucket/run/checkpoints/12" in out
     return local
+
+
+def test_two_processes_share_a_bucket(store, trained):
+    """One is killed on the way, and takes the other down; both go on, to the end of one alone."""
+
+    def start():
+        environment = os.environ | store.environment | {"JAX_PLATFORMS": "cpu"}
+        del environment["EPATH_USE_TF"]
+        address = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
+        return [
+            subprocess.Popen(
+                [*command("gs://bucket/two"), *address, f"--process_id={i}"],
+                cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+
+    first, second = start()
+    assert any(line.startswith("step 8/") for line in first.stderr)
+    second.kill()
+    (code, _, told), _ = ends([first, second])
+    assert code in (75, -signal.SIGABRT), told
+    for code, _, told in ends(start()):
+        assert code == 0, told
+    assert checkpoint.saved_steps("gs://bucket/two") == [10, 12]
+    curves = [
+        [(row["step"], row["split"], row["loss"]) for row in logs.read_metrics(workdir)]
+        for workdir in ("gs://bucket/two", trained)
+    ]
+    assert [row[:2] for row in curves[0]] == [row[:2] for row in curves[1]]
+    np.testing.assert_allclose(*([row[2] for row in rows] for rows in curves), rtol=2e-5)
 
 
 def test_a_killed_run_in_a_bucket_ends_as_one_on_a_disk(store, trained):

@@ -109,7 +109,8 @@ def reported(process, step):
 
 @pytest.mark.parametrize("signalled", [(1,), (0, 1, 0, 1)])
 def test_sigterm_saves_one_step_on_both_and_one_goes_on(tmp_path, data_dir, alone, signalled):
-    started = start(tmp_path, data_dir, 2, 2, "--config.checkpoint_every=100")
+    shared = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.checkpoint_every=100")
+    started = start(tmp_path, data_dir, 2, 2, *shared)
     reported(started[0], 1)
     for process in signalled:
         started[process].send_signal(signal.SIGTERM)
@@ -119,22 +120,25 @@ def test_sigterm_saves_one_step_on_both_and_one_goes_on(tmp_path, data_dir, alon
     assert 0 < step < 8
     assert all(f"stopped by SIGTERM at step {step}, which is saved" in end[2] for end in
                (first, second))  # fmt: skip
-    # Another number of processes goes on from it, to the same end.
+    # Another number of processes, on another mesh, goes on from it, to the same end.
     ((code, _, told),) = ends(start(tmp_path, data_dir, 1, 4))
     assert code == 0, told
     assert_same_curve(tmp_path, alone)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_takes_the_other_down_in_time(tmp_path, data_dir, victim):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_lost_takes_the_other_down_in_time(tmp_path, data_dir, victim, end):
+    """One that dies breaks a connection; one that stands still is only silent."""
     started = start(tmp_path, data_dir, 2, 1, "--config.total_steps=100000")
     reported(started[0], 1)
-    started[victim].kill()
+    started[victim].send_signal(end)
     since = time.monotonic()
     _, told = started[1 - victim].communicate(timeout=3 * hosts.HEARTBEAT_SECONDS)
     assert time.monotonic() - since < 2 * hosts.HEARTBEAT_SECONDS
     assert started[1 - victim].returncode in (75, -signal.SIGABRT)
     assert "another process of this run is gone" in told or "another task died" in told
+    started[victim].kill()
     started[victim].communicate()
 
 

@@ -22,6 +22,7 @@ from maeast_jax import train as train_module
 from maeast_jax.loop import Loop
 from maeast_jax.program import Interrupted, NonFiniteError
 from maeast_jax.train import train
+from maeast_jax.train_step import checkpoint_parts
 from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent
@@ -184,6 +185,50 @@ def test_training_takes_the_callers_batches_and_goes_on_where_they_were(tmp_path
 def final(workdir, step):
     assert checkpoint.saved_steps(workdir)[-1] == step
     return jax.tree.leaves(checkpoint.load_part(checkpoint.find(workdir), "weights"))
+
+
+def meshed(mesh, **changes):
+    config = short_config(checkpoint_every=2, **changes)
+    config.model.heads = 2
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+    return config
+
+
+@pytest.fixture(scope="module")
+def on_a_cube(tmp_path_factory):
+    """A run on 2 x 2 x 2 devices that saved after 2 of its 4 steps."""
+    workdir = tmp_path_factory.mktemp("cube")
+    config = meshed((2, 2, 2))
+    train(config, workdir, batches=noise(config))
+    return workdir
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 2), (1, 1, 1)])
+def test_a_run_goes_on_on_another_mesh(tmp_path, on_a_cube, mesh):
+    config = meshed(mesh)
+    shutil.copytree(on_a_cube / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
+    shutil.copy(on_a_cube / logs.METRICS_FILE, tmp_path)
+
+    # Weights and both moments are bit for bit what was saved, and lie where this mesh wants them.
+    checked = train_module.run.check_run(config, tmp_path, noise(config))
+    wanted = train_module.Programs(checked).abstract_state
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, {})
+    placed = checkpoints.restore(2, checkpoint_parts(wanted))
+    checkpoints.close()
+    for part in ("weights", "progress"):
+        saved = checkpoint.load_part(checkpoint.find(tmp_path), part)
+        for got, bits in zip(*map(jax.tree.leaves, (placed[part], saved)), strict=True):
+            np.testing.assert_array_equal(got, bits)
+    for got, place in zip(*map(jax.tree.leaves, (placed, checkpoint_parts(wanted))), strict=True):
+        assert got.sharding == place.sharding
+
+    train(config, tmp_path, batches=noise(config))
+    for got, bits in zip(*(final(workdir, 4) for workdir in (tmp_path, on_a_cube)), strict=True):
+        np.testing.assert_allclose(got, bits, rtol=2e-4, atol=2e-5)
+    curves = [
+        [row["loss"] for row in logs.read_metrics(workdir)] for workdir in (tmp_path, on_a_cube)
+    ]
+    np.testing.assert_allclose(*curves, rtol=1e-5)
 
 
 def test_batches_that_end_or_do_not_fit_are_named(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from test_model import TINY, assert_close
 
 from maeast_jax import authors, fbank, masking, sharding
+from maeast_jax.dropout import hashed_bits
 from maeast_jax.optimizer import OptimizerConfig, adamw
 from maeast_jax.train_step import (
     LossConfig,
@@ -31,6 +32,13 @@ RECIPE = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
 
 def constant(step):
     return RECIPE.learning_rate
+
+
+ADAMW = adamw(RECIPE, constant)
+# Its state is the gradient.
+SPY = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params: (grads, grads)
+)
 
 
 def authors_state(golden, optimizer) -> TrainState:
@@ -53,17 +61,15 @@ def authors_step(golden, monkeypatch, optimizer):
 
 def test_loss_gradients_and_statistics_are_the_authors(golden, monkeypatch):
     values = golden["values"]
-    # An optimiser whose update is the gradient itself.
-    spy = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, ()))
-    step, batch = authors_step(golden, monkeypatch, spy)
-    before = authors_state(golden, spy)
+    step, batch = authors_step(golden, monkeypatch, SPY)
+    before = authors_state(golden, SPY)
     after, metrics = step(before, batch)
     for name in ("loss", "mse", "info_nce"):
         total, count = metrics[name]
         np.testing.assert_allclose(total / count, values[f"pretrain.{name}"], rtol=1e-4)
     named = {name[len("grad.") :]: g for name, g in values.items() if name.startswith("grad.")}
     expected = authors.parameters(named, TINY.heads)
-    gradients = jax.tree.map(jnp.subtract, after.params, before.params)
+    gradients = after.opt_state
     assert jax.tree.structure(gradients) == jax.tree.structure(expected)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for (path, actual), wanted in zip(
@@ -108,9 +114,8 @@ def put(batch, devices):
 
 
 @functools.cache
-def compiled(accumulation_steps, devices, seed):
+def compiled(accumulation_steps, devices, seed, optimizer=ADAMW):
     """The jitted step and the initial state it starts from."""
-    optimizer = adamw(RECIPE, constant)
     mesh = sharding.make_mesh(*devices)
     step = make_train_step(
         TINY,
@@ -157,6 +162,41 @@ def test_devices_and_accumulation_change_nothing_but_rounding(
         (state.params, state.statistics, metrics),
         (one_device[0].params, one_device[0].statistics, one_device[1]),
     )
+
+
+@pytest.fixture(scope="module")
+def one_gradient():
+    return gradients((1, 1, 1))
+
+
+def gradients(devices):
+    step, state = compiled(1, devices, 0, SPY)
+    return jax.device_get(step(state, put(noise_batch(), devices))[0].opt_state)
+
+
+@pytest.mark.parametrize("devices", [(8, 1, 1), (2, 2, 2), (1, 1, 2)])
+def test_gradients_are_those_of_one_device(one_gradient, devices):
+    """With their scale, which AdamW's first steps hide."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(one_gradient))
+    found = jax.tree.leaves_with_path(gradients(devices))
+    for (path, actual), wanted in zip(found, jax.tree.leaves(one_gradient), strict=True):
+        scale = max(np.abs(wanted).max(), 1e-3 * largest)
+        error = np.abs(actual - wanted).max() / scale
+        assert error < 2e-5, (jax.tree_util.keystr(path), error)
+
+
+def test_masks_and_dropout_are_those_of_one_device():
+    """On a mesh on which rows lie on four devices, each of them twice."""
+    mesh = sharding.make_mesh(2, 2, 2)
+
+    def draws(key):
+        masks = masking.mask_tokens(key, 16, (4, 8), 0.75, "chunk")
+        return masks, hashed_bits(key, (16, 8, 2, 32))
+
+    key = jax.random.key(7)
+    placed = jax.jit(draws, out_shardings=sharding.by_example(mesh))(key)
+    for got, wanted in zip(*map(jax.tree.leaves, (placed, jax.jit(draws)(key))), strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def exchanged(devices, accumulation_steps=1):
