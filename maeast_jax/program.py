@@ -1,8 +1,10 @@
 """The edge of programs: flags in, one-line errors and exit codes out."""
 
 import os
+import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,9 @@ from ml_collections import ConfigDict, config_flags
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
-EXIT_PEER_LOST = 75  # sysexits.h: a failure that passes; launchers start the run again
+# Of sysexits.h; launchers start the run again after both.
+EXIT_UNKNOWN = 70  # an error that no line of ours explains: a device that failed, a bug
+EXIT_PEER_LOST = 75
 
 
 class Interrupted(Exception):
@@ -37,6 +41,20 @@ class PeerLostError(RuntimeError):
 
 
 @contextmanager
+def catching(catch: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """`catch` handles these signals; nothing does outside of the main thread, where none can be."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, catch) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that holds the signal once SIGTERM or Ctrl-C has come; a second Ctrl-C acts at once.
 
@@ -44,23 +62,13 @@ def stop_signals() -> Iterator[list[int]]:
     """
     caught: list[int] = []
 
-    def catch(number, frame: Any) -> None:
+    def catch(number: int, frame: Any) -> None:
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
 
-    try:
-        before = {
-            number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-    except ValueError:
+    with catching(catch, signal.SIGTERM, signal.SIGINT):
         yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run(
@@ -73,13 +81,19 @@ def run(
       --coordinator, --num_processes and --process_id, or with None where the cluster tells.
 
     Exit codes: 0; 1 for what the system refused (a full disk, a folder); 2 for a ValueError, a
-    mistake in flags, configuration, data or checkpoint; 3 for a loss that is not finite; 75 where
-    another process of the run was lost; 143 or 130 after SIGTERM or Ctrl-C, once the state is
-    saved.
+    mistake in flags, configuration, data or checkpoint; 3 for a loss that is not finite; 70 for an
+    error that is none of these, with its traceback; 75 where another process of the run was lost;
+    143 or 130 after SIGTERM or Ctrl-C, once the state is saved.
     """
-    config = config_flags.DEFINE_config_file("config", lock_config=True)
-    workdir = flags.DEFINE_string("workdir", None, "Folder the run lives in.", required=True)
-    flags.mark_flag_as_required("config")
+    config = config_flags.DEFINE_config_file(
+        "config",
+        lock_config=True,
+        help_string="FILE[:ARG] with get_config(), such as those in configs/; each field is set as"
+        " --config.FIELD=VALUE, such as --config.batch_size=64.",
+    )
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder the run lives in; with a run in it the same command goes on."
+    )
     # absl's --help shows the flags of the main module alone.
     for name in ("config", "workdir", *(_define_join_flags() if join else ())):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
@@ -97,11 +111,8 @@ def run(
             if end.code in (0, *_AGREED_ENDS):
                 raise
             _leave(end.code)
-        except BaseException:
-            traceback.print_exc()
-            _leave(EXIT_SYSTEM)
 
-    _start(call, _parse)
+    _start(call, _parse_run)
 
 
 def _leave(code: int) -> None:
@@ -155,12 +166,10 @@ def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             left = flags.FLAGS(argv)
-            if missing := [f"--{name}" for name in required if not flags.FLAGS[name].value]:
-                verb = "is" if len(missing) == 1 else "are"
-                raise flags.Error(f"{' and '.join(missing)} {verb} missing")
-            return left
         except flags.Error as error:
             _fail(f"{' '.join(str(error).split())} (--help lists the flags)")
+        _check_given(required)
+        return left
 
     def call(argv: Sequence[str]) -> None:
         _guard(lambda: sys.exit(main(list(argv[1:]))), "interrupted, nothing was written")
@@ -201,32 +210,83 @@ def _guard(main: Callable[[], None], interrupted: str) -> None:
         _fail(error, EXIT_PEER_LOST)
     except ValueError as error:
         _fail(error)
+    except MemoryError as error:
+        _fail(error, EXIT_SYSTEM)
     except OSError as error:
         _fail(f"{error.filename or ''} {error.strerror or error}".strip(), EXIT_SYSTEM)
     except KeyboardInterrupt:
         _fail(interrupted, 128 + signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(EXIT_UNKNOWN)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with one line where the configuration file or a field is not there."""
-    overrides = [word for word in argv if word.startswith("--config.")]
+def _check_given(names: Sequence[str]) -> None:
+    if missing := [f"--{name}" for name in names if not flags.FLAGS[name].value]:
+        verb = "is" if len(missing) == 1 else "are"
+        _fail(f"{' and '.join(missing)} {verb} missing (--help lists the flags)")
+
+
+def _parse_run(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with one line where the configuration file or a field is wrong."""
     try:
         rest = flags.FLAGS(argv)
+        _check_given(("config", "workdir"))
         flags.FLAGS.config.keys()  # a file that did not load is an error only when looked into
         return rest
     except OSError as error:
         _fail(f"--config: {str(error).splitlines()[-1].strip()}; see configs/")
     except flags.Error as error:
         _fail(" ".join(str(error).split()))
-    except (AttributeError, KeyError):
-        # An override of a field that does not exist; ml_collections does not say which do. It
-        # reads overrides from sys.argv, so the plain configuration is had by leaving them out.
-        sys.argv = [word for word in argv if word not in overrides]
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS(sys.argv)
-        for word in overrides:
-            _check_field(flags.FLAGS.config, word.removeprefix("--config.").split("=")[0])
+    except Exception as error:
+        file = _config_file(argv)
+        if place := _place_in_file(error, file):
+            _fail(f"{place}: {_reason(error)}")
+        if "has no attribute 'get_config'" in str(error):
+            _fail(f"--config={file} has no function get_config; see configs/")
+        if isinstance(error, (AttributeError, KeyError)):
+            _check_overrides(argv)
         raise
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    """What --config names, the last one where there are several, without its argument."""
+    file = ""
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-config"):
+            file = (value if equals else after).split(":")[0]
+    return file
+
+
+def _place_in_file(error: Exception, file: str) -> str | None:
+    """FILE, line N, where an error went through this file or is of its syntax."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    path = os.path.abspath(file)
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == path]
+    return f"{file}, line {lines[-1]}" if lines else None
+
+
+def _reason(error: Exception) -> str:
+    """One line; ml_collections prints all fields where one is not known."""
+    text = str(error)
+    if unknown := re.search(r'Key "(\w+)" does not exist', text):
+        near = re.search(r'Did you mean "(\w+)"', text)
+        return f"{unknown[1]!r} is not a field" + (f"; did you mean {near[1]!r}?" if near else "")
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Names an override of a field that does not exist; ml_collections does not say which do."""
+    # It reads overrides from sys.argv, so the plain configuration is had by leaving them out.
+    overrides = [word for word in argv if word.startswith("--config.")]
+    sys.argv = [word for word in argv if word not in overrides]
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(sys.argv)
+    for word in overrides:
+        _check_field(flags.FLAGS.config, word.removeprefix("--config.").split("=")[0])
 
 
 def _check_field(section: ConfigDict, path: str) -> None:
