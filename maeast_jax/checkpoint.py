@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from maeast_jax import paths
@@ -40,12 +41,18 @@ class Checkpoints:
         folder = paths.absolute(workdir) / CHECKPOINTS
         if jax.process_index() == 0:
             _clear_half_written(folder)
+        # Before any process lists the folder.
+        multihost_utils.sync_global_devices("half-written saves are cleared")
         # Both policies are given: by default Orbax saves at every idle step and keeps everything.
         self._checkpointer = ocp.training.Checkpointer(
             folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         )
+        # At each save Orbax would ask jax's preemption service too, by the step. The service takes
+        # the last number that each process asked by for how far it is, and hosts.stopping counts
+        # otherwise: all would agree on a number that is past, or far ahead, and never stop.
+        self._checkpointer._manager.reached_preemption = lambda step: False
 
     def latest_step(self) -> int | None:
         latest = self._checkpointer.latest
@@ -142,9 +149,10 @@ def metadata(folder: epath.Path) -> dict[str, Any]:
         found = ocp.checkpointables_metadata(folder).custom_metadata
         found["config"]  # another program's checkpoint has none
         return found
-    except (KeyError, TypeError, OSError, ValueError) as error:
+    except (KeyError, TypeError, FileNotFoundError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} is not a checkpoint of this program, or not all of one; remove that folder"
+            f"{folder} is not a checkpoint of this program, or not all of one; name another (where "
+            "it is the newest of a run of this program, remove it to go on from the one before)"
         ) from error
 
 

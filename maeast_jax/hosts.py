@@ -18,13 +18,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maeast_jax.program import PeerLostError, stop_signals
+from maeast_jax.program import PeerLostError, catching, stop_signals
 
 # How long a process may be silent before the others take it for dead and end.
 HEARTBEAT_SECONDS = 30
 _INITIALIZATION_SECONDS = 300
-# What jax's errors say where another process is gone, by way of exchange.
-_SIGNS_OF_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL")
+# What errors of an exchange say where another process is gone, be they of jax, or of Orbax, whose
+# saves wait for one another.
+_SIGNS_OF_LOSS = (
+    "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "ChainedFuture",
+)  # fmt: skip
 
 
 def initialize(
@@ -127,8 +130,6 @@ def stopping() -> Iterator[Callable[[], int | None]]:
         with stop_signals() as caught:
             yield lambda: caught[0] if caught else None
         return
-    # jax has caught SIGTERM since `initialize`; Ctrl-C joins it.
-    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     calls, stopped = itertools.count(), []
 
     def asked() -> int | None:
@@ -136,27 +137,43 @@ def stopping() -> Iterator[Callable[[], int | None]]:
             stopped.append(signal.SIGTERM)
         return stopped[0] if stopped else None
 
-    try:
+    # jax has caught SIGTERM since `initialize`; Ctrl-C joins it.
+    with catching(lambda *_: os.kill(os.getpid(), signal.SIGTERM), signal.SIGINT):
         yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def others_alive() -> Iterator[None]:
-    """Raises PeerLostError where a computation shared with other processes fails for want of one.
+    """Raises PeerLostError where what is done with other processes fails for want of one.
 
-    Other failures, such as of memory, are raised as they are.
+    Other failures, such as of memory or of a disk, are raised as they are.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not any(word in str(error) for word in _SIGNS_OF_LOSS):
+    except PeerLostError:
+        raise
+    except Exception as error:
+        sign = _sign_of_loss(error) if jax.process_count() > 1 else None
+        if sign is None:
             raise
         raise PeerLostError(
-            f"another process of this run is gone ({_first_line(error)}); the same command goes on "
-            "from the newest checkpoint"
+            f"another process of this run is gone ({sign}); the same command goes on from the "
+            "newest checkpoint"
         ) from error
+
+
+def _sign_of_loss(error: BaseException | None) -> str | None:
+    """The line by which an error, or one that led to it, tells of a lost process.
+
+    By its words: jax raises JaxRuntimeError where an exchange is begun, and ValueError where its
+    result is waited for; Orbax TimeoutError.
+    """
+    while error is not None:
+        is_oom = "RESOURCE_EXHAUSTED" in str(error)
+        if not is_oom and any(word in str(error) for word in _SIGNS_OF_LOSS):
+            return _first_line(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The training loop: steps, late metrics, evaluations, checkpoints, and an orderly stop."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from maeast_jax import hosts, logs, paths, plots
 from maeast_jax.checkpoint import Checkpoints
 from maeast_jax.pace import Pace
-from maeast_jax.program import Interrupted, NonFiniteError
+from maeast_jax.program import Interrupted, NonFiniteError, PeerLostError
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
 
 Batch = dict[str, np.ndarray]
@@ -77,7 +78,7 @@ class Loop:
         evaluation: dict[str, float] | None = {}
         stream = batches
         try:
-            with hosts.stopping() as self._asked_to_stop:
+            with hosts.others_alive(), hosts.stopping() as self._asked_to_stop:
                 if self._calibrate is not None:
                     first = _next(batches, 0)
                     batches = itertools.chain([first], batches)
@@ -111,6 +112,13 @@ class Loop:
                 if (stopping := self._asked_to_stop()) and evaluation is None:
                     # The same command makes up for the last evaluation.
                     raise Interrupted(stopping, total_steps)
+        except PeerLostError:
+            raise  # at once: a save under way would wait for the one that is gone
+        except BaseException:
+            # Not what became of a save under way, but what went wrong first is told.
+            with contextlib.suppress(Exception):
+                self._checkpoints.close()
+            raise
         finally:
             if hasattr(stream, "close"):
                 # Now, not as the interpreter ends: tf.data would then wait for ever for its
@@ -119,7 +127,7 @@ class Loop:
             self._progress.close()
             if self._writer:
                 self._writer.close()
-            self._checkpoints.close()
+        self._checkpoints.close()
         return evaluation
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -216,8 +224,7 @@ class Loop:
             return
         shown = jax.device_get(self._reconstruct(state, batch))
         if self._writer:
-            kept_percent = 100.0 * (1.0 - self._config.model.mask_ratio)
-            image = plots.reconstructions(*shown, kept_percent=kept_percent)
+            image = plots.reconstructions(*shown)
             self._writer.image(step, "reconstructions", image)
             plots.write_png(self._workdir / RECONSTRUCTIONS, image)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from maeast_jax import checkpoint
 
@@ -135,3 +136,14 @@ def test_a_full_disk_is_an_error_of_the_system_that_says_so(tmp_path, monkeypatc
     with pytest.raises(OSError, match="no space left to save a checkpoint") as error:
         checkpoints.save(1, parts(1)) if call == "save" else getattr(checkpoints, call)()
     assert error.value.errno == errno.ENOSPC
+
+
+def test_saves_ask_nothing_of_the_service_by_which_processes_agree_to_stop(tmp_path, monkeypatch):
+    asked = []
+    service = "reached_preemption_sync_point"
+    monkeypatch.setattr(multihost_utils, service, lambda step: asked.append(step) or False)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    checkpoints.save(1, parts(1))
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoint.saved_steps(tmp_path) == [1] and not asked

@@ -126,12 +126,29 @@ def test_sigterm_saves_one_step_on_both_and_one_goes_on(tmp_path, data_dir, alon
     assert_same_curve(tmp_path, alone)
 
 
+def test_sigterm_stops_a_run_that_was_resumed_and_saves_at_every_step(tmp_path, data_dir):
+    always = ("--config.checkpoint_every=1", "--config.eval_every=100000")
+    assert [code for code, *_ in ends(start(tmp_path, data_dir, 2, 1, *always))] == [0, 0]
+    started = start(tmp_path, data_dir, 2, 1, *always, "--config.total_steps=100000")
+    reported(started[0], 10)
+    started[1].send_signal(signal.SIGTERM)
+    first, second = ends(started, timeout=60)
+    assert (first[0], second[0]) == (143, 143), first[2] + second[2]
+    newest = checkpoint.saved_steps(tmp_path)[-1]
+    assert f"stopped by SIGTERM at step {newest}, which is saved" in second[2]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_is_lost_takes_the_other_down_in_time(tmp_path, data_dir, victim, end):
-    """One that dies breaks a connection; one that stands still is only silent."""
-    started = start(tmp_path, data_dir, 2, 1, "--config.total_steps=100000")
-    reported(started[0], 1)
+@pytest.mark.parametrize(
+    ("end", "checkpoint_every"), [(signal.SIGKILL, 100), (signal.SIGSTOP, 100), (signal.SIGKILL, 1)]
+)
+def test_a_process_that_is_lost_takes_the_other_down_in_time(
+    tmp_path, data_dir, victim, end, checkpoint_every
+):
+    """One that dies breaks a connection, in the middle of a save too; one that stands is silent."""
+    fields = ("--config.total_steps=100000", f"--config.checkpoint_every={checkpoint_every}")
+    started = start(tmp_path, data_dir, 2, 1, *fields)
+    reported(started[0], 1 if checkpoint_every > 1 else 7)
     started[victim].send_signal(end)
     since = time.monotonic()
     _, told = started[1 - victim].communicate(timeout=3 * hosts.HEARTBEAT_SECONDS)
