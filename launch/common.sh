@@ -17,10 +17,11 @@ note() {
   printf '%s: %s\n' "$(basename "$0")" "$*" >&2
 }
 
-# 75: another process of the run was lost. Above 128: ended by a signal, 143 after saving.
+# 70: an error unknown to the program, such as of a device. 75: another process of the run was lost.
+# Above 128: ended by a signal, 143 after saving.
 # 130 is Ctrl-C: a person wanted it to stop. 253 is what srun says when memory ran out.
 restartable() {
-  (($1 == 75 || ($1 > 128 && $1 != 130)))
+  (($1 == 70 || $1 == 75 || ($1 > 128 && $1 != 130)))
 }
 
 # The words as a shell would need them typed; plain words stay as they are.

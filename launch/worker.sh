@@ -10,9 +10,9 @@
 # --restarts=20   so often in a row; a run that lasted ten minutes begins the count anew
 # --delay=15      seconds before each
 #
-# The log is .worker/log. A program that ends with code 75 (another process of the run was lost) or
-# by a signal starts again; with 0, a mistake, a full disk, a loss that is not finite, or after
-# `stop`, it does not.
+# The log is .worker/log. A program that ends with code 70 (an error that it does not know), 75
+# (another process of the run was lost) or by a signal starts again; with 0, a mistake, a full disk,
+# a loss that is not finite, or after `stop`, it does not.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
