@@ -34,10 +34,7 @@ _DPI = 110
 
 
 def reconstructions(
-    original: np.ndarray,
-    masked: np.ndarray,
-    reconstructed: np.ndarray,
-    kept_percent: float | None = None,
+    original: np.ndarray, masked: np.ndarray, reconstructed: np.ndarray
 ) -> np.ndarray:
     """Draws spectrograms beside what the encoder saw of them and what the model made of that.
 
@@ -45,11 +42,9 @@ def reconstructions(
     Values that are not finite are drawn in MASKED_GREY.
 
     Args:
-      original: float [n, frames, bands], normalised log-mel energies.
+      original: float [n, frames, bands], log-mel energies.
       masked: the same, NaN where a token was dropped.
       reconstructed: the same, as the decoder gave it.
-      kept_percent: the share of tokens kept, for the middle column's heading; None measures it as
-        the share of finite values in `masked`.
 
     Returns:
       uint8 [H, W, 3].
@@ -72,8 +67,7 @@ def reconstructions(
                 f"{list(original.shape)}: pass the three of the same clips"
             )
     rows, frames, bands = original.shape
-    if kept_percent is None:
-        kept_percent = 100 * float(np.isfinite(masked).mean())
+    kept_percent = 100 * float(np.isfinite(masked).mean())
 
     panel_inches = min(max(frames / 85, 2.4), 8.0)  # a pixel a frame or more, up to 8 seconds
     figure = _figure(3 * panel_inches + 0.7, 1.55 * rows + 0.6)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from maeast_jax import checkpoint, data, flops, logs, masking
+from maeast_jax import checkpoint, data, flops, logs, masking, paths
 from maeast_jax.loop import CURVES, RECONSTRUCTIONS
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.run import Run
@@ -110,7 +110,10 @@ def farewell(workdir: str | os.PathLike) -> str:
             f"masked patches: {math.log(masked):.3f}), right in {last['info_nce_accuracy']:.1%}"
         )
         lines["mse"] = f"{first['mse']:.4f} -> {last['mse']:.4f}"
-        lines["pictures"] = f"{workdir}/{RECONSTRUCTIONS}  {workdir}/{CURVES}"
+        drawn = [
+            name for name in (RECONSTRUCTIONS, CURVES) if (paths.path(workdir) / name).exists()
+        ]
+        lines["pictures"] = "  ".join(f"{workdir}/{name}" for name in drawn)
     for name in ("knn_accuracy", "knn_map"):
         values = [row[name] for row in rows if name in row]
         if values:
