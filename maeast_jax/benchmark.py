@@ -223,9 +223,9 @@ def _input(base: ConfigDict, place: str, data_dir: str | None, name: str | None)
         yield
         return
     try:
-        data.check_installed()
+        data.prepare_tensorflow()
     except ValueError as error:
-        raise ValueError(f"--input={place}: {error}, which --input=none does") from None
+        raise ValueError(f"--input={place}: {error}, or pass --input=none") from None
     base.data.update(source="tfds", fbank=place)
     if name:
         base.data.update(train=name, dir=data_dir or "")

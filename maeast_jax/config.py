@@ -71,7 +71,7 @@ def pretrain() -> ConfigDict:
     data.eval = ""  # "" evaluates on nothing (the embedded corpus on its own valid split)
     data.fbank = "device"  # where log-mel energies are computed: device | host
     data.sample_rate_hz = 0  # of data sets that do not say; 0 makes those an error
-    data.threads = 0  # that read batches; 0 is one a core
+    data.threads = 0  # that read batches, each a whole one; 0 is one a core, 16 at most
 
     evaluation = config.eval = ConfigDict()
     evaluation.max_clips = 2_000  # spread evenly over data.eval; 0 takes all

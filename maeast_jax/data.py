@@ -20,6 +20,8 @@ Batch = dict[str, np.ndarray]
 SOURCES = ("tfds", "synthetic")
 FBANK_PLACES = ("device", "host")
 SYNTHETIC_EVAL_CLIPS = 256
+# More would hold more batches (84 MB for 256 clips of 10 s) than any device asks for.
+_MOST_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def open_train(data: DataConfig) -> Clips | None:
     """What `data.train` names, or the embedded corpus; None for synthetic noise."""
     if data.source == "synthetic":
         return None
-    check_installed()
+    prepare_tensorflow()
     if data.is_demo:
         return open_demo("train", data.folder)
     return open_clips(data.train, "train", data.folder, data.sample_rate_hz or None)
@@ -84,7 +86,7 @@ def open_eval(data: DataConfig) -> Clips | None:
     """
     if data.source == "synthetic":
         return None
-    check_installed()
+    prepare_tensorflow()
     if data.is_demo and not data.eval:
         return open_demo("valid", data.folder)
     clips = open_clips(data.eval, "valid", data.folder, data.sample_rate_hz or None)
@@ -196,15 +198,17 @@ def read(
     return audio_BxS
 
 
-def check_installed() -> None:
-    """Raises ValueError where data sets cannot be read, with what to install."""
+def prepare_tensorflow() -> None:
+    """Keeps TensorFlow, which reads data sets, off the devices.
+
+    Raises ValueError where it is not installed, with what to install.
+    """
     try:
         import tensorflow
         import tensorflow_datasets  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"data.source=tfds needs {error.name}: pip install tensorflow-cpu tensorflow-datasets, "
-            "or set data.source=synthetic"
+            f"reading data sets needs {error.name}: pip install tensorflow-cpu tensorflow-datasets"
         ) from error
     # The accelerator is jax's alone.
     tensorflow.config.set_visible_devices([], "GPU")
@@ -246,7 +250,7 @@ def _stream(data: DataConfig, load, start: int, stop: int, shape) -> Iterator[Ba
             failures.append(error)
             raise
 
-    threads = data.threads or num_cores()
+    threads = data.threads or min(num_cores(), _MOST_THREADS)
     batches = tf.data.Dataset.range(start, stop).map(
         lambda step: tf.ensure_shape(tf.numpy_function(load_or_tell, [step], tf.int16), shape),
         num_parallel_calls=threads,

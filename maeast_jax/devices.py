@@ -23,7 +23,7 @@ _CHAIN_SECONDS = 0.2  # a larger matrix is not tried after a chain that took lon
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-class OutOfMemoryError(Exception):
+class OutOfMemoryError(MemoryError):
     """The devices do not hold what a program needs."""
 
 
@@ -90,14 +90,15 @@ def counting_compiles() -> Iterator[list[float]]:
 
 
 @contextmanager
-def out_of_memory() -> Iterator[None]:
+def out_of_memory(remedy: str = "take less") -> Iterator[None]:
     """Raises OutOfMemoryError, in one line, where the devices or the compiler run out of it."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(str(error).splitlines()[0]) from None
+        line = str(error).splitlines()[0]
+        raise OutOfMemoryError(f"the devices are out of memory: {remedy} ({line})") from None
 
 
 def peak_bytes(device: jax.Device) -> int | None:

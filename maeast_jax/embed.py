@@ -77,9 +77,7 @@ def embed(
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
     num_processes = min(num_processes or num_cores(), len(files))
 
-    import jax
-
-    from maeast_jax import logs, pretrained
+    from maeast_jax import devices, logs, pretrained
     from maeast_jax.embedder import Embedder
 
     source = pretrained.read(checkpoint)
@@ -104,23 +102,17 @@ def embed(
     print(logs.announce(_plan(len(files), embedder, settings, output)), flush=True)
     outcome = Outcome()
     start = time.monotonic()
-    try:
-        with (
-            embedding_file.open_writer(output, embedder.axes, settings) as writer,
-            DecodePool(num_processes) as decode_pool,
-            tqdm(total=len(files), unit="file") as bar,
-        ):
-            clips = _decoded(files, decode_pool, outcome, bar)
-            for index, embedding in enumerate(embedder(clips)):
-                writer.add(outcome.done[index], embedding)
-                bar.update()
-            settings["failed"] = outcome.failed
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise OSError(
-            "the device is out of memory: pass a smaller --batch_tokens or --window_seconds"
-        ) from None
+    with (
+        devices.out_of_memory("pass a smaller --batch_tokens or --window_seconds"),
+        embedding_file.open_writer(output, embedder.axes, settings) as writer,
+        DecodePool(num_processes) as decode_pool,
+        tqdm(total=len(files), unit="file") as bar,
+    ):
+        clips = _decoded(files, decode_pool, outcome, bar)
+        for index, embedding in enumerate(embedder(clips)):
+            writer.add(outcome.done[index], embedding)
+            bar.update()
+        settings["failed"] = outcome.failed
     seconds = time.monotonic() - start
     print(logs.announce(_summary(outcome, seconds, output, embedder.axes)), flush=True)
     return outcome

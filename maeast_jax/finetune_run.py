@@ -124,7 +124,7 @@ def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:
 
 
 def _open(config: ConfigDict) -> Sequence[Sets]:
-    data.check_installed()
+    data.prepare_tensorflow()
     section = config.data
     if not section.train:
         raise ValueError("data.train is empty: name a labelled data set (docs/finetuning.md)")

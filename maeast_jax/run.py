@@ -167,7 +167,7 @@ def eval_stream(run: Run) -> Iterator[Batch]:
 
 def _open_knn(config: ConfigDict, data_config: data.DataConfig) -> KnnEval:
     try:
-        data.check_installed()
+        data.prepare_tensorflow()
     except ValueError as error:
         raise ValueError(f"eval.knn={config.eval.knn!r}: {error}") from error
     rate = data_config.sample_rate_hz or None

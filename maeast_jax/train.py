@@ -1,10 +1,11 @@
 """Pretraining: python -m maeast_jax.train --config=configs/pretrain.py --workdir=DIR
 
 Exit codes: 0 when the last step is saved; 143 or 130 when SIGTERM or Ctrl-C stopped the run after
-saving, 75 when another process of the run was lost (the same command goes on from the newest
-checkpoint); 1 for what the system refused (a full disk, a folder); 2 for a mistake in flags,
-configuration, data or checkpoint; 3 for a loss that is not finite. Fields and their meaning:
-maeast_jax/config.py. Several processes of one run: --distributed, docs/running.md.
+saving, 75 when another process of the run was lost, 70 after an error that is none of these, such
+as of a device (the same command goes on from the newest checkpoint); 1 for what the system refused
+(a full disk, a folder, memory); 2 for a mistake in flags, configuration, data or checkpoint; 3 for
+a loss that is not finite. Fields and their meaning: maeast_jax/config.py. Several processes of one
+run: --distributed, docs/running.md.
 """
 
 import dataclasses
@@ -13,12 +14,17 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, host_memory, hosts, logs, program, run, summary
+from maeast_jax import checkpoint, devices, host_memory, hosts, logs, program, run, summary
 from maeast_jax.loop import Loop
 from maeast_jax.programs import Programs
 from maeast_jax.run import Batches, Run
 from maeast_jax.train_step import TrainState, checkpoint_parts, state_from_parts
 from maeast_jax.workdir import held
+
+_REMEDY = (
+    "lower batch_size, raise accumulation_steps, set model.remat=full with model.unroll=false, or "
+    "share the model by mesh.fsdp"
+)
 
 
 def train(
@@ -32,9 +38,10 @@ def train(
     rows alone (`sharding.process_rows`).
 
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
-    overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
+    overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; PeerLostError where
+    another process of the run is gone; MemoryError where a step does not fit the devices.
     """
-    with hosts.others_alive():
+    with hosts.others_alive(), devices.out_of_memory(_REMEDY):
         checked = run.check_run(config, workdir, batches)
         hosts.agree("the configuration", checked.config.to_dict())
         hosts.agree("the data sets", run.describe_data(checked))

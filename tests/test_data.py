@@ -216,7 +216,7 @@ class Counted(Hollow):
 
 
 def test_a_batch_is_read_in_one_call_a_set_forwards():
-    """A network file system is not asked for single records, nor back and forth."""
+    """Its records are fetched side by side, going through a file once, not back and forth."""
     splits = Counted(), Counted()
     which, example = np.array([1, 0, 1, 0, 1]), np.array([7, 5, 2, 1, 7])
     audio = data.read(Clips(splits, None), which, np.arange(5), example, 0, SAMPLES)

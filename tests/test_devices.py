@@ -57,8 +57,11 @@ def test_memory_is_the_devices_limit_or_a_share_of_the_machines():
 
 def test_running_out_of_memory_is_one_line_and_other_failures_are_what_they_were():
     failure = jax.errors.JaxRuntimeError
-    with pytest.raises(devices.OutOfMemoryError) as caught, devices.out_of_memory():
+    with pytest.raises(devices.OutOfMemoryError) as caught, devices.out_of_memory("eat less"):
         raise failure("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ...")
-    assert str(caught.value) == "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    assert str(caught.value) == (
+        "the devices are out of memory: eat less "
+        "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)"
+    )
     with pytest.raises(failure, match="INTERNAL"), devices.out_of_memory():
         raise failure("INTERNAL: no")
