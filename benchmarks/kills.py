@@ -1,10 +1,12 @@
-"""python -m benchmarks.kills --workdir=DIR [--kills=50]: a run killed at random moments.
+"""python -m benchmarks.kills --workdir=DIR [--kills=50] [--processes=2]: a run killed at random.
 
-A small model trains on synthetic clips and saves at every step; each time a line reports a new
-step it is killed (SIGKILL) after a random moment, most often in the middle of a save. After every
-kill the newest checkpoint must load whole and be no older than the newest before the kill; then
-the run goes on. At the end its parameters, optimiser and losses must be those of a run that nobody
-killed, bit for bit. Prints a line a kill, and what half-written things it found.
+A small model trains on synthetic clips and saves at every step; after a line has reported a new
+step it is killed (SIGKILL) at a random moment, most often in the middle of a save; of several
+processes one, drawn at random, and the others must end by themselves, with a code that launchers
+start again on. After every kill the newest checkpoint must load whole and be no older than the
+newest before the kill; then the run goes on. At the end its parameters, optimiser and losses must
+be those of a run that nobody killed, bit for bit. Prints a line a kill: what it left half written,
+and how the others ended.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,42 +23,64 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, logs
+from maeast_jax import checkpoint, logs, program
 
 _CONFIG = Path(__file__).parent / "kills_config.py"
+# Codes of those whose other process was killed: told of it, or ended by jax.
+_STARTED_AGAIN = (program.EXIT_PEER_LOST, -signal.SIGABRT)
 
 
-def start(workdir: Path, steps: int) -> subprocess.Popen:
+def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
     cache = workdir.parent / "compiled"  # else most of the time goes into compiling
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "maeast_jax.train", f"--config={_CONFIG}",
-         f"--workdir={workdir}", f"--config.total_steps={steps}"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "maeast_jax.train", f"--config={_CONFIG}",
+               f"--workdir={workdir}", f"--config.total_steps={steps}"]  # fmt: skip
+    joined: list[list[str]] = [[]]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"--coordinator=127.0.0.1:{probe.getsockname()[1]}"
+        joined = [
+            [address, f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)
+        ]
+        environment["JAX_NUM_CPU_DEVICES"] = "1"
+    return [
+        subprocess.Popen(
+            command + flags, env=environment, stdout=subprocess.DEVNULL,
+            stderr=None if i else subprocess.PIPE, text=True,
+        )
+        for i, flags in enumerate(joined)
+    ]  # fmt: skip
 
 
-def kill_once(workdir: Path, steps: int, draw: random.Random) -> str | None:
+def kill_once(workdir: Path, steps: int, processes: int, draw: random.Random) -> str | None:
     """Runs until some step is reported, waits a random moment, kills; None where it had ended."""
     reports = draw.randint(1, 4)
-    process = start(workdir, steps)
-    for line in process.stderr:
+    victim = draw.randrange(processes)
+    started = start(workdir, steps, processes)
+    for line in started[0].stderr:
         reports -= line.startswith("step ")
         if not reports:
             time.sleep(draw.uniform(0.0, 0.25))
-            process.send_signal(signal.SIGKILL)
+            started[victim].send_signal(signal.SIGKILL)
             break
-    process.stderr.close()
-    if process.wait() != -signal.SIGKILL:
-        if process.returncode:
-            raise SystemExit(f"the run ended with {process.returncode} by itself")
+    _, told = started[0].communicate()
+    codes = [process.wait() for process in started]
+    if codes[victim] != -signal.SIGKILL:
+        if any(codes):
+            raise SystemExit(f"the run ended with {codes} by itself\n{told}")
         return None
+    others = sorted(codes[:victim] + codes[victim + 1 :])
+    if any(code not in _STARTED_AGAIN for code in others):
+        raise SystemExit(f"process {victim} was killed, and the others ended with {others}\n{told}")
     folder = workdir / checkpoint.CHECKPOINTS
     half = [entry.name for entry in folder.iterdir() if not entry.name.isdigit()]
-    return f"killed with {len(half)} half-written save(s)"
+    text = f"killed with {len(half)} half-written save(s)"
+    return text + (f", process {victim}; the others ended with {others}" if others else "")
 
 
 def final(workdir: Path) -> list:
@@ -71,6 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -80,7 +106,7 @@ def main() -> None:
     killed, whole = options.workdir / "killed", options.workdir / "whole"
     newest_before, in_a_save, count = 0, 0, 0
     while count < options.kills:
-        told = kill_once(killed, steps, draw)
+        told = kill_once(killed, steps, options.processes, draw)
         if told is None:
             raise SystemExit(f"the run ended after {count} kills: raise its steps")
         count += 1
@@ -94,9 +120,10 @@ def main() -> None:
         newest_before = saved[-1]
         print(f"{count}: {told}; newest checkpoint {newest_before}, whole", flush=True)
     for workdir in (killed, whole):
-        process = start(workdir, steps)
-        _, errors = process.communicate()
-        if process.returncode:
+        started = start(workdir, steps, options.processes)
+        _, errors = started[0].communicate()
+        codes = [process.wait() for process in started]
+        if any(codes):
             raise SystemExit(errors)
     for got, wanted in zip(final(killed), final(whole), strict=True):
         np.testing.assert_array_equal(got, wanted)
