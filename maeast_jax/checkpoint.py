@@ -156,6 +156,11 @@ def metadata(folder: epath.Path) -> dict[str, Any]:
         ) from error
 
 
+def stamp(folder: epath.Path) -> int:
+    """When a checkpoint was completed (ns), by which one that took its place is told."""
+    return ocp.checkpointables_metadata(folder).commit_timestamp_nsecs
+
+
 def write_parts(
     workdir: str | os.PathLike, parts: dict[str, Any], metadata: dict[str, Any]
 ) -> None:

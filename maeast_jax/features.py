@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from maeast_jax import fbank, labelled, windows
+from maeast_jax import fbank, labelled, paths, windows
 from maeast_jax.embedder import Embedder
-from maeast_jax.finetune_run import FinetuneRun
+from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.labelled import Labelled
 from maeast_jax.model import MaeAst
 from maeast_jax.model_config import ModelConfig
@@ -37,7 +37,8 @@ class Features:
         self._about = {"source": section.source, "max_frames": run.config.max_frames}
         if section.source == "encoder":
             layer = {"last": -1}.get(section.layer, section.layer)
-            model = _model(run)
+            normalize = statistics(run, run.folds[0])
+            model = _model(run, normalize)
             patch_frames, _ = model.config.patch_shape
             frames = run.init_from.window_frames if run.init_from else run.config.max_frames
             self._embedder = Embedder(
@@ -48,10 +49,11 @@ class Features:
                 window_frames=max(1, frames // patch_frames) * patch_frames,
             )
             self._about |= {
-                "checkpoint": run.init_from.path if run.init_from else f"seed {run.config.seed}",
+                "checkpoint": [run.init_from.path, run.init_from.stamp] if run.init_from
+                else f"seed {run.config.seed}",
                 "model": str(model.config), "pool": section.pool, "layer": str(section.layer),
                 "phases": section.phases,
-                "window_frames": frames, "normalize": run.normalize,
+                "window_frames": frames, "normalize": normalize,
             }  # fmt: skip
 
     def of(self, clips: Labelled) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -59,6 +61,8 @@ class Features:
         about = {
             **self._about,
             "sets": [f"{split.name}@{split.split}" for split in clips.clips.splits],
+            "shards": [[file, *paths.stamp(file)] for s in clips.clips.splits for file in s.files],
+            "classes": clips.class_names,
             "index": hashlib.sha256(clips.index.tobytes()).hexdigest(),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -78,19 +82,23 @@ class Features:
         os.replace(partial, path)
 
 
-def _model(run: FinetuneRun) -> MaeAst:
-    """The pretrained encoder, or one at its initial values under the clips' own statistics."""
+def _model(run: FinetuneRun, normalize: tuple[float, float] | None) -> MaeAst:
+    """The pretrained encoder, or one at its initial values; `normalize` as of `statistics`."""
     if run.init_from is not None:
         model = run.init_from.encoder_only().model(run.model.dtype)
     else:
         config: ModelConfig = run.model
         model = MaeAst(config, nnx.Rngs(params=stream_key(run.config.seed, np.int32(0), "params")))
-    normalize = run.normalize
-    if normalize is None and run.init_from is None:
-        normalize = fbank_statistics(run.folds[0].train, run.config.seed)
     if normalize is not None:
         model.input_norm.set_statistics(*normalize)
     return model
+
+
+def statistics(run: FinetuneRun, sets: Sets) -> tuple[float, float] | None:
+    """Mean and deviation that inputs are normalised by; None takes the pretrained encoder's."""
+    if run.normalize is None and run.init_from is None:
+        return fbank_statistics(sets.train, run.config.seed)
+    return run.normalize
 
 
 def fbank_statistics(clips: Labelled, seed: int) -> tuple[float, float]:

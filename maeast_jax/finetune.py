@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, logs, metrics, probe, program, results
-from maeast_jax.features import Features, fbank_statistics
+from maeast_jax.features import Features, statistics
 from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
 from maeast_jax.metrics import Evaluation
@@ -69,11 +69,8 @@ def _check_workdir(run: FinetuneRun) -> None:
 
 
 def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:
-    normalize = run.normalize
-    if normalize is None and run.init_from is None:
-        normalize = fbank_statistics(sets.train, run.config.seed)
     trainer = FoldTrainer(run, sets, folder)
-    state = trainer.train(normalize)
+    state = trainer.train(statistics(run, sets))
     return {
         name: trainer.score(state.chosen, state.statistics, clips)
         for name, clips in _tests(sets).items()

@@ -66,6 +66,23 @@ def write_whole(file: epath.Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def stamp(name: str | os.PathLike) -> tuple[int, int]:
+    """Size and time of change (ns) of a file, by which one that took its place is told.
+
+    Zeros where there is no such file.
+    """
+    if is_remote(name):
+        with reaching(name):
+            file = path(name)
+            status = file.stat() if file.exists() else None
+        return (status.length, status.mtime * 1_000_000_000) if status else (0, 0)
+    try:
+        status = os.stat(name)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
 def make_writable(folder: epath.Path, flag: str) -> None:
     """Makes a folder where it is missing; ValueError where it cannot be written, naming `flag`."""
     probe = folder / f".writable-{uuid.uuid4().hex}"  # hosts may share the folder

@@ -30,6 +30,7 @@ class Pretrained:
 
     Attributes:
       path: the checkpoint's folder or file.
+      stamp: tells it from another one under that path, before or after.
       config: its architecture; `dtype` and the dropouts are those it was trained with.
       num_frames: length of the clips it was trained on, 10 ms each.
       cfg: the authors' configuration, where it was once a file of theirs; else None.
@@ -38,6 +39,7 @@ class Pretrained:
     """
 
     path: str
+    stamp: str
     config: ModelConfig
     num_frames: int
     cfg: dict[str, dict[str, Any]] | None
@@ -122,6 +124,7 @@ def _from_run(path: str) -> Pretrained:
         ) from None
     return Pretrained(
         path=str(folder),
+        stamp=str(checkpoint.stamp(folder)),
         config=config,
         num_frames=num_frames or metadata["config"]["max_frames"],
         cfg=metadata.get("authors_cfg"),
@@ -131,6 +134,7 @@ def _from_run(path: str) -> Pretrained:
 
 
 def _from_file(path: str) -> Pretrained:
+    stamp = str(paths.stamp(path))  # before it is read: else of what came after
     file = authors_file.read(path)
     try:
         config = authors_config.model_config(file.cfg, file.has_decoder)
@@ -140,6 +144,7 @@ def _from_file(path: str) -> Pretrained:
         raise authors_config.AuthorsFileError(f"{path}: {error}") from None
     return Pretrained(
         path=path,
+        stamp=stamp,
         config=config,
         num_frames=num_frames,
         cfg=file.cfg,

@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from maeast_jax import paths
 from maeast_jax.clips import Cut
 from maeast_jax.manifest import AudioFile
 from maeast_jax.shard_file import Schema, file_name, hash_of
@@ -136,7 +137,7 @@ class Plan:
         for split, files in sorted(by_split.items()):
             files = [dataclasses.replace(f, path=os.path.abspath(f.path)) for f in files]
             files.sort(key=lambda file: (hash_of(file.id, b"shard"), file.id))
-            stamps = [_stamp(file.path) for file in files]
+            stamps = [paths.stamp(file.path) for file in files]
             num_bytes = sum(size for size, _ in stamps)
             count = min(-(-num_bytes // _SHARD_BYTES) or 1, _MOST_SHARDS, len(files))
             bounds = [len(files) * index // count for index in range(count + 1)]
@@ -181,12 +182,3 @@ def _with_tuple(file: dict) -> dict:
     """The fields of an AudioFile: JSON has no tuples."""
     label = file["label"]
     return {**file, "label": tuple(label) if isinstance(label, list) else label}
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    """Size and time of change, zeros where there is no such file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns

@@ -39,6 +39,7 @@ class Split:
       label_names: the classes in the order of their numbers, None without labels.
       has_id: whether records have a text id.
       is_multi_label: whether a clip may be of several classes, or none.
+      files: the shards that it lies in.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Split:
     label_names: tuple[str, ...] | None
     has_id: bool
     is_multi_label: bool = False
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -122,6 +124,7 @@ def open_split(
         label_names=label_names,
         has_id=isinstance(features.get("id"), tfds.features.Text),
         is_multi_label=is_multi_label,
+        files=tuple(part.filename for part in info.splits[split].file_instructions),
     )
 
 

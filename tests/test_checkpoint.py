@@ -113,6 +113,7 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     checkpoint.write_parts(whole, weights, {"config": CONFIG})
     assert checkpoint.saved_steps(whole) == [0]
     assert not checkpoint.has_part(checkpoint.find(whole), "progress")
+    stamp = checkpoint.stamp(checkpoint.find(whole))
     with pytest.raises(checkpoint.CheckpointError, match="whole exists and is no empty folder"):
         checkpoint.write_parts(whole, weights, {"config": CONFIG})
 
@@ -123,6 +124,10 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_parts(tmp_path / "cut", weights, {"config": CONFIG})
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    monkeypatch.undo()
+    shutil.rmtree(whole)
+    checkpoint.write_parts(whole, weights, {"config": CONFIG})
+    assert checkpoint.stamp(checkpoint.find(whole)) > stamp
 
 
 @pytest.mark.parametrize("call", ["save", "wait", "close"])

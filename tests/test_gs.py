@@ -302,7 +302,11 @@ def test_data_sets_are_read_from_a_bucket(store, tmp_path):
         open_demo, "train", "gs://bucket/none"
     )
     (shard,) = (name for name in store.names("bucket") if "sounds-train" in name)
+    (local_shard,) = tmp_path.rglob("sounds-train*")
+    size, changed = paths.stamp(f"gs://bucket/{shard}")
+    assert size == local_shard.stat().st_size and changed > 0
     store.delete("bucket", shard)
+    assert paths.stamp(f"gs://bucket/{shard}") == (0, 0)
     assert f"shard gs://bucket/{shard} of sounds/1.0.0 is missing" in one_line(
         shards.open_split, "sounds", "train", "gs://bucket/data"
     )

@@ -59,3 +59,12 @@ def test_a_folder_is_made_and_nothing_is_left_in_it(tmp_path):
         match=r"file/run cannot be written \(Not a directory\); choose another --workdir",
     ):
         paths.make_writable(epath.Path(tmp_path / "file" / "run"), "--workdir")
+
+
+def test_a_file_that_took_anothers_place_has_another_stamp(tmp_path):
+    assert paths.stamp(tmp_path / "file") == (0, 0)
+    (tmp_path / "file").write_bytes(b"four")
+    os.utime(tmp_path / "file", ns=(0, 5))
+    assert paths.stamp(tmp_path / "file") == (4, 5)
+    os.utime(tmp_path / "file", ns=(0, 6))
+    assert paths.stamp(tmp_path / "file") == (4, 6)
