@@ -11,7 +11,7 @@ import numpy as np
 from maeast_jax import checkpoint, labelled, labelled_batches, logs, metrics, sharding
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
-from maeast_jax.classifier import classifier_graph
+from maeast_jax.classifier import backbone_config, classifier_graph
 from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.labelled import Labelled
@@ -178,7 +178,10 @@ class FoldTrainer:
 
 
 def _settings(run: FinetuneRun) -> dict[str, Any]:
-    return run.config.to_dict() | {"model": dataclasses.asdict(run.model)}
+    """What a checkpoint says of itself: the configuration, with the model that it holds."""
+    return run.config.to_dict() | {
+        "model": dataclasses.asdict(backbone_config(run.model, run.head))
+    }
 
 
 def check_resume(run: FinetuneRun, folder: Path) -> None:

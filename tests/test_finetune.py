@@ -13,6 +13,7 @@ from recordings import TONES, tones
 
 import maeast_jax
 from maeast_jax import checkpoint, finetune_config, finetune_loop, logs, shard_writer
+from maeast_jax.export import export
 from maeast_jax.finetune import finetune
 from maeast_jax.finetune_loop import evaluations
 from maeast_jax.finetune_run import check_run
@@ -65,14 +66,21 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path, data_dir, capsys):
     assert steps == [3, 6, 9]
 
 
-def test_the_fine_tuned_encoder_loads_and_embeds(tmp_path, data_dir):
-    finetune(small(data_dir, epochs=1), tmp_path)
-    model = maeast_jax.load(tmp_path)
-    before = maeast_jax.load(GOLDEN / "tiny_patch.pt")
+@pytest.mark.parametrize(("layer", "layers"), [("last", 3), ("0", 1)])
+def test_the_fine_tuned_encoder_loads_embeds_and_is_exported(tmp_path, data_dir, layer, layers):
+    config = small(data_dir, total_steps=1)
+    config.head.layer = layer
+    finetune(config, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "encoder.safetensors")
     waves = np.stack([next(tones(1, 0))[1][:3_000]])
+    before, model, exported = (
+        maeast_jax.load(path)
+        for path in (GOLDEN / "tiny_patch.pt", tmp_path / "run", tmp_path / "encoder.safetensors")
+    )
     assert model.config.is_encoder_only
-    a, b = (m.encode(waves).hidden_states for m in (model, before))
-    assert a.shape == b.shape and np.any(a != b)
+    a, b, c = (m.encode(waves).hidden_states for m in (before, model, exported))
+    assert b.shape == (layers, *a.shape[1:]) and np.any(a[:layers] != b)
+    np.testing.assert_array_equal(b, c)
 
 
 def final(folder):
