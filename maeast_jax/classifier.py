@@ -5,6 +5,7 @@ D width of the encoder, L layers, W width of what is pooled.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,22 +49,38 @@ class HeadConfig:
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"head.{field}={value!r} is unknown; known: {', '.join(known)}")
-        if self.layer not in (LAST, WEIGHTED):
-            _ = self.layer_number
+        _ = self.layer_number
         if self.projection < 1:
             raise ValueError(f"head.projection={self.projection} must be at least 1")
 
     @property
     def layer_number(self) -> int | None:
         """The layer where it is a number, as it was given; else None."""
-        if self.layer in (LAST, WEIGHTED):
-            return None
-        try:
-            return int(str(self.layer))
-        except ValueError:
-            raise ValueError(
-                f"head.layer={self.layer!r} is unknown; known: {LAST}, {WEIGHTED}, a number"
-            ) from None
+        return layer_number("head.layer", self.layer, (LAST, WEIGHTED))
+
+
+def layer_number(name: str, layer: str | int, words: Sequence[str]) -> int | None:
+    """The number that a layer is given by, None for one of `words`.
+
+    Raises ValueError, in one line, for anything else.
+    """
+    if layer in words:
+        return None
+    try:
+        return int(str(layer))
+    except ValueError:
+        known = ", ".join(words)
+        raise ValueError(f"{name}={layer!r} is unknown; known: {known}, a number") from None
+
+
+def layer_from_0(name: str, number: int, layers: int) -> int:
+    """A layer that may be counted backwards from -1; ValueError where it is none of `layers`."""
+    if not -layers <= number < layers:
+        raise ValueError(
+            f"{name}={number} is not one of the model's {layers}: 0 to {layers - 1}, "
+            f"or -{layers} to -1"
+        )
+    return number % layers
 
 
 def backbone_config(config: ModelConfig, head: HeadConfig) -> ModelConfig:
@@ -73,12 +90,7 @@ def backbone_config(config: ModelConfig, head: HeadConfig) -> ModelConfig:
     """
     layers, number = config.encoder_layers, head.layer_number
     if number is not None:
-        if not -layers <= number < layers:
-            raise ValueError(
-                f"head.layer={head.layer} is not one of the model's {layers}: 0 to {layers - 1}, "
-                f"or -{layers} to -1"
-            )
-        layers = number % layers + 1
+        layers = layer_from_0("head.layer", number, layers) + 1
     return dataclasses.replace(
         config,
         encoder_layers=layers,
@@ -236,6 +248,11 @@ class Classifier(nnx.Module):
         nnx.update(self.backbone, jax.tree.map(jnp.asarray, statistics))
 
 
+def abstract_classifier(config: ModelConfig, head: HeadConfig, num_classes: int) -> Classifier:
+    """A classifier of shapes and types alone."""
+    return nnx.eval_shape(lambda: Classifier(config, head, num_classes, nnx.Rngs(0)))
+
+
 def classifier_graph(config: ModelConfig, head: HeadConfig, num_classes: int) -> nnx.GraphDef:
     """The static half of a classifier; computes nothing."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Classifier(config, head, num_classes, nnx.Rngs(0))))
+    return nnx.graphdef(abstract_classifier(config, head, num_classes))

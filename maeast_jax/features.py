@@ -18,7 +18,6 @@ from maeast_jax.model import MaeAst
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.train_step import stream_key
 
-SOURCES = ("encoder", "fbank")
 _FOLDER = "features"
 _STATISTICS_CLIPS = 512
 
@@ -27,16 +26,11 @@ class Features:
     """Features of labelled sets, by `config.features`."""
 
     def __init__(self, run: FinetuneRun):
-        section = run.config.features
-        if section.source not in SOURCES:
-            raise ValueError(
-                f"features.source={section.source!r} is unknown; known: {', '.join(SOURCES)}"
-            )
+        section = run.features
         self._folder = run.workdir / _FOLDER
         self._embedder = None
         self._about = {"source": section.source, "max_frames": run.config.max_frames}
         if section.source == "encoder":
-            layer = {"last": -1}.get(section.layer, section.layer)
             normalize = statistics(run, run.folds[0])
             model = _model(run, normalize)
             patch_frames, _ = model.config.patch_shape
@@ -45,13 +39,13 @@ class Features:
                 model,
                 pool=section.pool,
                 phases=section.phases,
-                layer=layer if layer == "all" else int(layer),
+                layer=section.layer_number,
                 window_frames=max(1, frames // patch_frames) * patch_frames,
             )
             self._about |= {
                 "checkpoint": [run.init_from.path, run.init_from.stamp] if run.init_from
                 else f"seed {run.config.seed}",
-                "model": str(model.config), "pool": section.pool, "layer": str(section.layer),
+                "model": str(model.config), "pool": section.pool, "layer": section.layer_number,
                 "phases": section.phases,
                 "window_frames": frames, "normalize": normalize,
             }  # fmt: skip

@@ -37,9 +37,10 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     run.workdir.mkdir(parents=True, exist_ok=True)
     with held(run.workdir):
         _check_workdir(run)
-        checkpoint.write_config(run.workdir, config.to_dict())
         print(logs.announce(_plan(run)), flush=True)
         features = Features(run) if config.mode != "finetune" else None
+        # Last: a mistake above does not make the workdir this mode's.
+        checkpoint.write_config(run.workdir, config.to_dict())
         found = {}
         for sets in run.folds:
             folder = run.workdir / sets.name

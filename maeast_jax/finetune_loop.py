@@ -40,8 +40,7 @@ class FoldTrainer:
     def __init__(self, run: FinetuneRun, sets: Sets, folder: Path):
         self._run, self._sets, self._folder = run, sets, folder
         config = run.config
-        self._mesh = sharding.make_mesh(**config.mesh.to_dict())
-        sharding.check_batch(self._mesh, config.batch_size, config.accumulation_steps)
+        self._mesh = run.mesh
         steps_per_epoch = len(sets.train) / config.batch_size
         self._total_steps = config.total_steps or math.ceil(config.epochs * steps_per_epoch)
         self._evaluations = evaluations(self._total_steps, config.eval_every or steps_per_epoch)

@@ -1,23 +1,67 @@
 """A fine-tuning run before anything is compiled: its configuration checked, its inputs opened."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import data, finetune_config, labelled, mixture, paths, pretrained
+from maeast_jax import data, finetune_config, labelled, mixture, paths, pretrained, sharding
 from maeast_jax.augment import AugmentConfig
-from maeast_jax.classifier import HeadConfig, backbone_config
+from maeast_jax.classifier import (
+    LAST,
+    HeadConfig,
+    abstract_classifier,
+    backbone_config,
+    layer_from_0,
+    layer_number,
+)
+from maeast_jax.embedder import POOLS
 from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
 from maeast_jax.labelled import Labelled
+from maeast_jax.model import split_model
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.pretrained import Pretrained
 
 MODES = ("finetune", "linear", "knn")
+SOURCES = ("encoder", "fbank")
+# Of an embedder's those that give a clip one vector.
+_POOLS = tuple(pool for pool in POOLS if pool != "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """What a clip's features are in the modes linear and knn: an embedder's, or mel bands' moments.
+
+    Raises ValueError, in one line, for values that are none of these.
+    """
+
+    source: str = "encoder"
+    pool: str = "moments"
+    layer: str = LAST
+    phases: int = 4
+
+    def __post_init__(self):
+        for field, known in (("source", SOURCES), ("pool", _POOLS)):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"features.{field}={getattr(self, field)!r} is unknown; known: "
+                    f"{', '.join(known)}"
+                )
+        if self.phases < 1:
+            raise ValueError(f"features.phases={self.phases} must be at least 1")
+        _ = self.layer_number
+
+    @property
+    def layer_number(self) -> int:
+        """From 0, or from -1 backwards."""
+        number = layer_number("features.layer", self.layer, (LAST,))
+        return -1 if number is None else number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +87,8 @@ class FinetuneRun:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     augment: AugmentConfig
+    features: FeaturesConfig
+    mesh: Mesh | None  # None for probes, which one device computes
     normalize: tuple[float, float] | None
     folds: tuple[Sets, ...]
 
@@ -61,11 +107,15 @@ def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     model = _model(settings["model"], init_from)
     head = HeadConfig(**settings["head"])
     backbone_config(model, head)
+    features = FeaturesConfig(**settings["features"])
+    layer_from_0("features.layer", features.layer_number, model.encoder_layers)
     folds = tuple(_open(config))
+    mesh = None
+    if config.mode == "finetune":
+        mesh = _mesh(config, model, head, len(folds[0].train.class_names))
     loss = LossConfig(**settings["loss"])
     if folds[0].train.is_multi_label:
         loss = dataclasses.replace(loss, name="binary_cross_entropy")
-    normalize = (config.normalize.mean, config.normalize.deviation)
     return FinetuneRun(
         config=config,
         workdir=Path(workdir).expanduser(),
@@ -76,7 +126,9 @@ def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
         optimizer=OptimizerConfig(**settings["optimizer"]),
         schedule=ScheduleConfig(**settings["schedule"]),
         augment=AugmentConfig(**settings["augment"]),
-        normalize=normalize if any(normalize) else None,
+        features=features,
+        mesh=mesh,
+        normalize=_normalize(**settings["normalize"]),
         folds=folds,
     )
 
@@ -90,19 +142,16 @@ def _check_numbers(config: ConfigDict) -> None:
     for name in ("epochs", "batch_size", "accumulation_steps", "log_every", "average_from"):
         if config[name] < 1:
             raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    for name in ("total_steps", "eval_every"):
+    for name in ("seed", "total_steps", "eval_every"):
         if config[name] < 0:
             raise ValueError(f"config.{name}={config[name]} must not be negative")
-    if config.batch_size % config.accumulation_steps:
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of "
-            f"accumulation_steps={config.accumulation_steps}"
-        )
     if config.num_frames < 0 or config.max_frames < 1:
         raise ValueError(
             f"num_frames={config.num_frames} must be 0 or more, max_frames={config.max_frames} 1 "
             "or more"
         )
+    if config.data.threads < 0:
+        raise ValueError(f"data.threads={config.data.threads} must not be negative")
     if not 0.0 < config.data.train_percent <= 100.0:
         raise ValueError(f"data.train_percent={config.data.train_percent} must be in (0, 100]")
     if not 0.0 < config.data.valid_percent < 100.0:
@@ -111,6 +160,26 @@ def _check_numbers(config: ConfigDict) -> None:
         raise ValueError(
             f"average_from={config.average_from} must not be past epochs={config.epochs}"
         )
+
+
+def _normalize(mean: float, deviation: float) -> tuple[float, float] | None:
+    if mean == deviation == 0.0:
+        return None
+    if not (math.isfinite(mean) and 0.0 < deviation < math.inf):
+        raise ValueError(
+            f"normalize.deviation={deviation} must be above 0, and normalize.mean={mean} finite; "
+            "set both, or both to 0 for statistics that are found"
+        )
+    return mean, deviation
+
+
+def _mesh(config: ConfigDict, model: ModelConfig, head: HeadConfig, num_classes: int) -> Mesh:
+    """The devices; raises ValueError where they share batch or parameters out unevenly."""
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    sharding.check_batch(mesh, config.batch_size, config.accumulation_steps)
+    _, params, _ = split_model(abstract_classifier(model, head, num_classes))
+    sharding.by_rules(mesh, params)
+    return mesh
 
 
 def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:

@@ -201,7 +201,21 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("data.train_percent", 0.0, r"data.train_percent=0.0 must be in \(0, 100\]"),
         ("data.folds", "fold0", "data.folds='fold0' must name two splits at least"),
         ("average_from", 0, "config.average_from=0 must be at least 1"),
-        ("accumulation_steps", 3, "batch_size=8 must be a multiple of accumulation_steps=3"),
+        ("accumulation_steps", 0, "config.accumulation_steps=0 must be at least 1"),
+        ("accumulation_steps", 3, r"batch_size=8 must be a multiple of 3, .*accumulation_steps"),
+        ("seed", -1, "config.seed=-1 must not be negative"),
+        ("data.threads", -1, "data.threads=-1 must not be negative"),
+        ("mesh.data", 9, r"mesh.data=9, .* needs 9 devices, but there are 8"),
+        ("mesh.data", 3, r"batch_size=8 must be a multiple of 3, mesh.data x mesh.fsdp \(3\)"),
+        ("mesh.tensor", 3, "mesh.tensor=3 does not divide"),
+        ("features.source", "wave", "features.source='wave' is unknown; known: encoder, fbank"),
+        ("features.pool", "none", "features.pool='none' is unknown; known: mean, time, moments"),
+        ("features.phases", 0, "features.phases=0 must be at least 1"),
+        ("features.layer", "all", "features.layer='all' is unknown; known: last, a number"),
+        ("features.layer", "weighted", "features.layer='weighted' is unknown"),
+        ("features.layer", "3", "features.layer=3 is not one of the model's 3: 0 to 2"),
+        ("normalize.mean", -4.2, "normalize.deviation=0.0 must be above 0"),
+        ("normalize.deviation", -1.0, "normalize.deviation=-1.0 must be above 0"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(tmp_path, data_dir, path, value, message):
@@ -211,6 +225,18 @@ def test_mistakes_are_one_line_before_anything_is_written(tmp_path, data_dir, pa
     with pytest.raises(ValueError, match=message) as error:
         finetune(config, tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_what_fails_in_computing_features_does_not_make_the_workdir_its_modes(
+    tmp_path, data_dir, monkeypatch
+):
+    def broken(_):
+        raise ValueError("the weights cannot be read")
+
+    monkeypatch.setattr("maeast_jax.finetune.Features", broken)
+    with pytest.raises(ValueError, match="the weights cannot be read"):
+        finetune(small(data_dir, mode="linear"), tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_workdir_on_an_object_store_is_refused(data_dir):
