@@ -56,9 +56,14 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
 
 
 def _check_workdir(run: FinetuneRun) -> None:
-    """Raises ValueError for a workdir of another mode or model, whose results would be lost."""
+    """Raises ValueError for a workdir of a run of another kind, whose results would be lost."""
     path = run.workdir / checkpoint.CONFIG
-    was = json.loads(path.read_text())["mode"] if path.exists() else run.config.mode
+    was = json.loads(path.read_text()).get("mode") if path.exists() else run.config.mode
+    if was is None:
+        raise ValueError(
+            f"{run.workdir} is a pretraining run's; choose another --workdir "
+            f"(--config.init_from={run.workdir} starts from it)"
+        )
     if was != run.config.mode:
         raise ValueError(
             f"{run.workdir} holds results of mode={was}, the configuration has mode="

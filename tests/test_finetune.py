@@ -13,6 +13,7 @@ from recordings import TONES, tones
 
 import maeast_jax
 from maeast_jax import checkpoint, finetune_config, finetune_loop, logs, shard_writer
+from maeast_jax.config import pretrain
 from maeast_jax.export import export
 from maeast_jax.finetune import finetune
 from maeast_jax.finetune_loop import evaluations
@@ -242,6 +243,15 @@ def test_what_fails_in_computing_features_does_not_make_the_workdir_its_modes(
 def test_a_workdir_on_an_object_store_is_refused(data_dir):
     with pytest.raises(ValueError, match=r"gs://bucket/run must be on this machine"):
         finetune(small(data_dir), "gs://bucket/run")
+
+
+def test_the_workdir_of_a_pretraining_run_is_refused_and_left_as_it_is(tmp_path, data_dir):
+    checkpoint.write_config(tmp_path, pretrain().to_dict())
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="is a pretraining run's; choose another --workdir") as no:
+        finetune(small(data_dir), tmp_path)
+    assert f"--config.init_from={tmp_path} starts from it" in str(no.value)
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_a_workdir_of_another_mode_or_model_is_refused_and_left_as_it_is(tmp_path, data_dir):
