@@ -17,6 +17,7 @@ from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.labelled import Labelled
 from maeast_jax.pace import Pace
 from maeast_jax.program import Interrupted, NonFiniteError, stop_signals
+from maeast_jax.train_step import Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +145,18 @@ class FoldTrainer:
         pace = Pace(
             config.batch_size, self._total_steps, self._total_steps / len(self._evaluations)
         )
+        unread: list[tuple[int, Metrics]] = []  # since they were looked at for the last time
         for step, batch in enumerate(batches, start_step + 1):
             placed = sharding.put_batch(self._mesh, batch, config.batch_size)
             state, row = self._step(state, placed)
-            if step % config.log_every == 0 or step in (1, self._total_steps):
-                values = _finite({name: float(a / b) for name, (a, b) in row.items()}, step)
+            unread.append((step, row))
+            is_logged = step % config.log_every == 0 or step in (1, self._total_steps)
+            # Every step's, and first: a state past a loss that is not finite is neither scored nor
+            # saved.
+            if is_logged or step in self._evaluations:
+                values = _finite(unread)
+                unread = []
+            if is_logged:
                 rate = pace.rate(step)
                 if rate is not None:
                     values["clips_per_second"] = rate
@@ -159,6 +167,7 @@ class FoldTrainer:
                     state = self._evaluate(state, step, writer, progress)
                 checkpoints.save(step, _parts(state))
             if stop:
+                _finite(unread)
                 checkpoints.save(step, _parts(state))
                 checkpoints.wait()
                 raise Interrupted(stop[0], step)
@@ -227,11 +236,15 @@ def _from_parts(parts: dict[str, Any]) -> FinetuneState:
     return FinetuneState(chosen=weights["params"], statistics=weights["statistics"], **progress)
 
 
-def _finite(values: dict[str, float], step: int) -> dict[str, float]:
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise NonFiniteError(
-                f"{name} is {values[name]} at step {step}; lower optimizer.learning_rate or set "
-                "schedule.warmup_steps"
-            )
+def _finite(rows: list[tuple[int, Metrics]]) -> dict[str, float]:
+    """The last step's values; NonFiniteError for the first whose loss or gradient is not finite."""
+    values: dict[str, float] = {}
+    for step, row in jax.device_get(rows):
+        values = {name: float(a / b) for name, (a, b) in row.items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFiniteError(
+                    f"{name} is {values[name]} at step {step}; lower optimizer.learning_rate or "
+                    "set schedule.warmup_steps"
+                )
     return values

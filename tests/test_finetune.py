@@ -18,7 +18,7 @@ from maeast_jax.export import export
 from maeast_jax.finetune import finetune
 from maeast_jax.finetune_loop import evaluations
 from maeast_jax.finetune_run import check_run
-from maeast_jax.program import Interrupted
+from maeast_jax.program import Interrupted, NonFiniteError
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -111,6 +111,27 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, data_dir, monkeypatch):
     jax.tree.map(
         np.testing.assert_array_equal, final(tmp_path / "whole"), final(tmp_path / "halves")
     )
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_loss_that_is_not_finite_is_neither_scored_nor_saved(
+    tmp_path, data_dir, monkeypatch, stopped
+):
+    config = small(data_dir, log_every=100)
+    config.optimizer.learning_rate = 1e30
+    put, calls = finetune_loop.sharding.put_batch, []
+
+    def stop_at_second(*args):
+        calls.append(args)
+        if stopped and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(*args)
+
+    monkeypatch.setattr(finetune_loop.sharding, "put_batch", stop_at_second)
+    with pytest.raises(NonFiniteError, match=r"(loss|grad_norm) is (nan|inf) at step 2; lower"):
+        finetune(config, tmp_path)
+    assert len(calls) == (2 if stopped else 3)
+    assert checkpoint.saved_steps(tmp_path) == []
 
 
 def test_a_run_of_another_model_is_not_gone_on_with(tmp_path, data_dir, capsys):
