@@ -245,7 +245,12 @@ def _share(config: ConfigDict, train: Labelled, valid: str) -> tuple[Labelled, L
     classes = labelled.read_classes(train)
     places = np.arange(len(train))
     if not valid:
-        drawn = labelled.draw_share(classes, section.valid_percent, config.seed)
+        drawn = labelled.draw_share(classes, section.valid_percent, config.seed, leave=1)
+        if not len(drawn):
+            raise ValueError(
+                f"data.train={train.text!r} has {len(train)} clips of as many classes: none can be "
+                "held out; name a set as data.valid, or add clips"
+            )
         held_out = train.subset(drawn)
         places = np.setdiff1d(places, drawn)
     if section.train_percent < 100.0:

@@ -174,13 +174,16 @@ def rarity(classes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
     return chances / chances.sum()
 
 
-def draw_share(classes: Sequence[np.ndarray], percent: float, seed: int) -> np.ndarray:
+def draw_share(
+    classes: Sequence[np.ndarray], percent: float, seed: int, leave: int = 0
+) -> np.ndarray:
     """Places of `percent` of the clips, ascending: of every class (its clips' first) that share,
-    rounded, one clip at least."""
+    rounded, one clip at least; but `leave` clips of every class stay, if that is none drawn."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 5))))
     first = np.array([of_clip[0] if len(of_clip) else -1 for of_clip in classes])
     drawn = []
     for number in np.unique(first):
         places = random.permutation(np.flatnonzero(first == number))
-        drawn.append(places[: max(1, round(len(places) * percent / 100))])
+        count = max(1, round(len(places) * percent / 100))
+        drawn.append(places[: min(count, len(places) - leave)])
     return np.sort(np.concatenate(drawn))

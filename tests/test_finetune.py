@@ -33,6 +33,7 @@ def data_dir(tmp_path_factory):
     shard_writer.write("tones", folder, parts, label_names=TONES)
     parts = {f"fold{n}": lambda n=n: tones(9, n) for n in range(3)}
     shard_writer.write("folds", folder, parts, label_names=TONES)
+    shard_writer.write("singles", folder, {"train": lambda: tones(3, 0)}, label_names=TONES)
     return folder
 
 
@@ -201,6 +202,16 @@ def test_a_share_of_the_labels_is_trained_on(tmp_path, data_dir):
     config.data.train_percent = 25.0
     run = check_run(config, tmp_path)
     assert (len(run.folds[0].train), len(run.folds[0].valid)) == (6, 9)
+
+
+def test_of_one_clip_a_class_none_is_held_out(tmp_path, data_dir):
+    config = small(data_dir)
+    config.data.update(train="singles", valid="", test="tones@test")
+    with pytest.raises(ValueError, match=r"'singles' has 3 clips of as many classes.* data.valid"):
+        check_run(config, tmp_path)
+    config.data.train = "singles,tones@train[:1]"
+    (sets,) = check_run(config, tmp_path).folds
+    assert (len(sets.train), len(sets.valid)) == (3, 1)
 
 
 def test_evaluations_are_by_epoch_or_by_step():

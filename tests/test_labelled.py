@@ -118,6 +118,13 @@ def test_a_share_has_every_class_and_is_the_seeds():
     assert len(labelled.draw_share(classes, 0.1, seed=1)) == 5
 
 
+@pytest.mark.parametrize(("percent", "counts"), [(1.0, [0, 1, 1]), (99.0, [0, 1, 9])])
+def test_a_share_that_is_held_out_leaves_every_class_a_clip(percent, counts):
+    classes = [np.array([label]) for label in [0] + [1] * 2 + [2] * 10]
+    drawn = labelled.draw_share(classes, percent, seed=1, leave=1)
+    assert np.bincount([classes[place][0] for place in drawn], minlength=3).tolist() == counts
+
+
 def test_batches_resume_at_any_step(data_dir):
     options = {"seed": 0, "batch_size": 4, "num_frames": 20, "max_frames": 64, "threads": 2}
     whole = list(
