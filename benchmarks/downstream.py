@@ -21,7 +21,6 @@ from pathlib import Path
 
 from maeast_jax import finetune_config, pretrained
 from maeast_jax.finetune import finetune
-from maeast_jax.run import ENCODER_FIELDS
 
 METHODS = (
     "fbank", "initial_linear", "initial_knn", "frozen_linear", "frozen_knn", "scratch", "tuned",
@@ -47,7 +46,7 @@ def configuration(method: str, options: argparse.Namespace, name: str, percent: 
         config.init_from = str(options.pretrained)
     else:
         model = pretrained.read(str(options.pretrained)).config
-        for field in ENCODER_FIELDS:
+        for field in pretrained.ENCODER_FIELDS:
             config.model[field] = getattr(model, field)
     # As many steps with few labels as with all: what differs is what there is to learn from.
     config.total_steps = options.steps

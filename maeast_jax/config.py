@@ -134,6 +134,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
     return found
 
 
+def describe(changed: dict[str, tuple]) -> str:
+    """What `differences` found, in one line."""
+    return ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
+
+
 def _is_of_type(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)

@@ -188,8 +188,9 @@ def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:
         return dataclasses.replace(ModelConfig(**settings), decoder_layers=0)
     kept = ("dtype", "unroll", "remat", "input_dropout", "dropout", "attention_dropout",
             "layer_drop")  # fmt: skip
-    taken = {name: settings[name] for name in kept}
-    return dataclasses.replace(init_from.encoder_only().config, **taken)
+    encoder = init_from.encoder_only()
+    settings = pretrained.with_architecture(settings, encoder)
+    return dataclasses.replace(encoder.config, **{name: settings[name] for name in kept})
 
 
 def _open(config: ConfigDict) -> Sequence[Sets]:

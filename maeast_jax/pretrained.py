@@ -12,12 +12,16 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import authors_config, authors_file, checkpoint, paths
+from maeast_jax import config as configuration
 from maeast_jax.encoder import SpectrogramEncoder
 from maeast_jax.model import model_graph
 from maeast_jax.model_config import ModelConfig
 
 # The paper's clips: what a checkpoint that does not say was trained on.
 _NUM_FRAMES = 1024
+# Fields that decide which arrays a checkpoint holds and what they mean.
+ENCODER_FIELDS = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
+DECODER_FIELDS = ("architecture", "decoder_layers", "decoder_width", "decoder_projection")
 # What is exported to and read from, of the authors' layout.
 FILES = (".pt", ".safetensors")
 # The parts of an imported checkpoint beside its weights: what else stood in the authors' file.
@@ -74,6 +78,21 @@ class Pretrained:
             return {name: params[name] for name in ("token_projection", "encoder")}, statistics
 
         return dataclasses.replace(self, config=config, read_weights=weights)
+
+
+def with_architecture(settings: dict[str, Any], source: Pretrained) -> dict[str, Any]:
+    """`settings` (config.model) with the architecture of `source`; tells where that is another.
+
+    Of an encoder alone the decoder's fields stay as they are.
+    """
+    names = ENCODER_FIELDS if source.config.is_encoder_only else ENCODER_FIELDS + DECODER_FIELDS
+    taken = settings | {name: getattr(source.config, name) for name in names}
+    if changed := configuration.differences(settings, taken, "model."):
+        print(
+            f"the architecture is that of {source.path}: {configuration.describe(changed)}",
+            flush=True,
+        )
+    return taken
 
 
 def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:

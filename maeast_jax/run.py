@@ -26,9 +26,6 @@ from maeast_jax.workdir import newest_step
 
 Batch = dict[str, np.ndarray]
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
-# Fields that decide which arrays a checkpoint holds and what they mean.
-ENCODER_FIELDS = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
-DECODER_FIELDS = ("architecture", "decoder_layers", "decoder_width", "decoder_projection")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,25 +192,14 @@ def _start(
     init_from = None
     if config.init_from:
         init_from = newest or pretrained.read(config.init_from)
-        config = _with_architecture(config, init_from)
+        settings = pretrained.with_architecture(config.model.to_dict(), init_from)
+        config = copy.deepcopy(config)
+        config.model.update(settings)
     if step is None:
         return 0, config, init_from
     _check_resume(workdir, step, newest, config)
     # A run stopped at step 0 holds the weights that it was to start from, and starts.
     return step, config, None if step else init_from
-
-
-def _with_architecture(config: ConfigDict, source: Pretrained) -> ConfigDict:
-    """`config` with the architecture of `source`; of an encoder alone, but for the decoder."""
-    names = ENCODER_FIELDS if source.config.is_encoder_only else ENCODER_FIELDS + DECODER_FIELDS
-    taken = {name: getattr(source.config, name) for name in names}
-    changed = {name: value for name, value in taken.items() if config.model[name] != value}
-    if changed:
-        listed = ", ".join(f"model.{k} {config.model[k]!r} -> {v!r}" for k, v in changed.items())
-        print(f"the architecture is that of {source.path}: {listed}", flush=True)
-    config = copy.deepcopy(config)
-    config.model.update(taken)
-    return config
 
 
 def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: ConfigDict) -> None:
@@ -223,7 +209,7 @@ def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: Co
             f"--config.init_from={workdir} and another --workdir"
         )
     wanted = ModelConfig(**config.model.to_dict())
-    for name in ENCODER_FIELDS + DECODER_FIELDS:
+    for name in pretrained.ENCODER_FIELDS + pretrained.DECODER_FIELDS:
         was, is_ = getattr(newest.config, name), getattr(wanted, name)
         if was != is_:
             raise checkpoint.CheckpointError(

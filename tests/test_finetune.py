@@ -214,6 +214,16 @@ def test_of_one_clip_a_class_none_is_held_out(tmp_path, data_dir):
     assert (len(sets.train), len(sets.valid)) == (3, 1)
 
 
+def test_the_architecture_is_the_checkpoints_and_that_is_said(tmp_path, data_dir, capsys):
+    config = small(data_dir)
+    config.model.update(width=32, dropout=0.3)
+    model = check_run(config, tmp_path).model
+    assert (model.width, model.encoder_layers, model.dropout) == (64, 3, 0.3)
+    said = capsys.readouterr().out
+    assert "tiny_patch.pt: " in said and "model.encoder_layers 12 -> 3" in said
+    assert "model.width 32 -> 64" in said and "decoder" not in said
+
+
 def test_evaluations_are_by_epoch_or_by_step():
     assert evaluations(9, 3.0) == [3, 6, 9]
     assert evaluations(10, 3.0) == [3, 6, 9, 10]

@@ -149,7 +149,8 @@ def test_training_starts_from_a_file_and_takes_its_architecture(tmp_path, capsys
     config.optimizer.learning_rate = 1e-12
     train(config, tmp_path)
     said = capsys.readouterr().out
-    assert "model.tokens 'patch' -> 'frame', model.encoder_layers 2 -> 3" in said
+    assert "the architecture is that of" in said
+    assert "model.encoder_layers 2 -> 3" in said and "model.tokens 'patch' -> 'frame'" in said
     assert "3 + 2 layers of 64" in said and "weights of" in said
     model = pretrained.read(tmp_path)
     assert model.config.tokens == "frame"
