@@ -205,6 +205,11 @@ def _open(config: ConfigDict) -> Sequence[Sets]:
     if not section.test:
         return [Sets("", train, valid, (valid,))]
     terms = mixture.parse_mixture(section.test, "test")
+    if terms[0].weight is not None:
+        raise ValueError(
+            f"data.test={section.test!r} has weights, but every labelled clip counts once; drop "
+            "them"
+        )
     tests = tuple(_labelled(config, f"{t.name}@{t.split}", "test", train) for t in terms)
     return [Sets("", train, valid, tests)]
 

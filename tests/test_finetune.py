@@ -241,6 +241,7 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("head.layer", "7", "head.layer=7 is not one of the model's 3"),
         ("data.train", "", "data.train is empty: name a labelled data set"),
         ("data.train", "nothing", "no data set 'nothing'"),
+        ("data.test", "tones@train*3", r"data.test='tones@train\*3' has weights, .* drop"),
         ("data.train_percent", 0.0, r"data.train_percent=0.0 must be in \(0, 100\]"),
         ("data.folds", "fold0", "data.folds='fold0' must name two splits at least"),
         ("average_from", 0, "config.average_from=0 must be at least 1"),
