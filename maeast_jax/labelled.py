@@ -43,7 +43,7 @@ class Labelled:
         return dataclasses.replace(self, index=np.sort(self.index[places]))
 
     def read(self, places: np.ndarray) -> list["Clip"]:
-        """The clips at `places`, in that order."""
+        """The clips at `places`, in that order; DataError for a label that is no class."""
         index = self.index[places]
         ends = np.cumsum([len(split) for split in self.clips.splits])
         which = np.searchsorted(ends, index, side="right")
@@ -56,10 +56,20 @@ class Labelled:
             places = places[np.argsort(example[places], kind="stable")]
             for place, record in zip(places, split.read(example[places]), strict=True):
                 samples = data.samples_of(split, record["audio"], example[place])
-                classes = self.renumbering[component][np.atleast_1d(record["label"])]
                 name = record["id"] or f"{split.name}@{split.split}#{example[place]}"
-                found[place] = Clip(name, samples, classes)
+                found[place] = Clip(name, samples, self._classes(component, name, record["label"]))
         return found
+
+    def _classes(self, component: int, name: str, label: int | np.ndarray) -> np.ndarray:
+        """The numbers in this numbering; DataError for one that stands for no class."""
+        numbers, known = np.atleast_1d(label), self.renumbering[component]
+        if unknown := [int(n) for n in numbers if not 0 <= n < len(known)]:
+            # TFDS writes -1 where the class is not known.
+            raise DataError(
+                f"clip {name!r} of {self.clips.splits[component].name} has the label {unknown[0]}, "
+                f"but the classes are 0 to {len(known) - 1}; build the set without that clip"
+            )
+        return known[numbers]
 
     def targets(self, clips: Sequence["Clip"]) -> np.ndarray:
         """float32 [n, classes]: 1 where a clip has a class."""

@@ -1,11 +1,13 @@
 """Labelled clips: which stand in a step, what is read of them, and how they are padded."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from maeast_jax import labelled, labelled_batches, shard_writer
+from maeast_jax.mixture import Clips
 from maeast_jax.shards import DataError
 
 pytest.importorskip("tensorflow_datasets")
@@ -82,6 +84,25 @@ def test_sets_of_another_numbering_are_renumbered_by_name(data_dir):
 def test_sets_that_do_not_serve_are_one_line(data_dir, text, options, message):
     with pytest.raises((DataError, ValueError), match=message):
         open_one(data_dir, text, **options)
+
+
+class Records(list):
+    def __getitems__(self, places):
+        return [self[place] for place in places]
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_an_error_that_names_its_clip(data_dir, label):
+    animals = open_one(data_dir)
+    (split,) = animals.clips.splits
+    records = Records(split.records.__getitems__(range(len(split))))
+    records[4]["label"] = label
+    clips = Clips((dataclasses.replace(split, records=records),), None)
+    name = records[4]["id"].decode()
+    broken = dataclasses.replace(animals, clips=clips)
+    assert len(broken.read(np.array([3]))) == 1
+    with pytest.raises(DataError, match=rf"clip '{name}' .* has the label {label}, .* 0 to 2;"):
+        labelled.read_classes(broken)
 
 
 def test_every_epoch_holds_each_clip_once_in_an_order_of_its_own(data_dir):
