@@ -98,7 +98,7 @@ def open_split(
     Raises:
       NotPreparedError: not there; a DataError as well.
       DataError: not in array_record format, no such split or an empty one, no audio, or
-        an unknown or contradicted sample rate.
+        an unknown sample rate.
     """
     import tensorflow_datasets as tfds
 
@@ -294,10 +294,5 @@ def _sample_rate_hz(info, audio_feature: str, given_hz: int | None) -> int:
     if stated is None and given_hz is None:
         raise DataError(
             f"data set {info.full_name} does not state its sample rate: set data.sample_rate_hz"
-        )
-    if stated and given_hz and int(stated) != int(given_hz):
-        raise DataError(
-            f"data set {info.full_name} states {int(stated)} Hz, but data.sample_rate_hz is"
-            f" {given_hz}: leave that field unset"
         )
     return int(stated or given_hz)
