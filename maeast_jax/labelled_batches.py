@@ -16,7 +16,7 @@ from maeast_jax.decode_pool import num_cores
 from maeast_jax.labelled import Clip, Labelled
 
 Batch = dict[str, np.ndarray]
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 4  # and one a thread at least
 
 
 def train_index(
@@ -131,14 +131,15 @@ def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int) -> Batch:
 
 def _ahead(load: Callable[[int], object], steps: range, threads: int) -> Iterator:
     """`load` of each step, in order, a few of them ahead in threads."""
-    with concurrent.futures.ThreadPoolExecutor(threads or num_cores()) as pool:
+    threads = threads or num_cores()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         pending = []
         rest = iter(steps)
         try:
             while True:
                 for step in rest:
                     pending.append(pool.submit(load, step))
-                    if len(pending) >= _BATCHES_AHEAD:
+                    if len(pending) >= max(_BATCHES_AHEAD, threads):
                         break
                 if not pending:
                     return

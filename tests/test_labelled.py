@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -201,6 +202,22 @@ def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):
     samples, _ = everything["1-4"]  # 2,100 samples: the 880 in the middle
     np.testing.assert_array_equal(seen["1-4"], samples[610:1490])
     assert not batches[-1][0]["audio"][2].any()
+
+
+def test_every_thread_has_a_batch_to_read(data_dir, monkeypatch):
+    together = threading.Barrier(6, timeout=10)
+    pad = labelled_batches.pad
+
+    def wait_and_pad(*given):
+        together.wait()
+        return pad(*given)
+
+    monkeypatch.setattr(labelled_batches, "pad", wait_and_pad)
+    options = {"seed": 0, "batch_size": 2, "num_frames": 4, "max_frames": 4, "threads": 6}
+    batches = labelled_batches.train_batches(
+        open_one(data_dir), start_step=0, total_steps=6, **options
+    )
+    assert len(list(batches)) == 6
 
 
 def test_what_reading_raises_comes_out(data_dir, monkeypatch):
