@@ -34,7 +34,6 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
     """
     run = check_run(config, workdir)
-    run.workdir.mkdir(parents=True, exist_ok=True)
     with held(run.workdir):
         _check_workdir(run)
         print(logs.announce(_plan(run)), flush=True)

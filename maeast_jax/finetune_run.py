@@ -116,6 +116,12 @@ def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     loss = LossConfig(**settings["loss"])
     if folds[0].train.is_multi_label:
         loss = dataclasses.replace(loss, name="binary_cross_entropy")
+    normalize = _normalize(**settings["normalize"])
+    optimizer = OptimizerConfig(**settings["optimizer"])
+    schedule = ScheduleConfig(**settings["schedule"])
+    augment = AugmentConfig(**settings["augment"])
+    # Last: a mistake above leaves no empty folder behind.
+    paths.make_writable(paths.path(workdir), "--workdir")
     return FinetuneRun(
         config=config,
         workdir=Path(workdir).expanduser(),
@@ -123,12 +129,12 @@ def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
         model=model,
         head=head,
         loss=loss,
-        optimizer=OptimizerConfig(**settings["optimizer"]),
-        schedule=ScheduleConfig(**settings["schedule"]),
-        augment=AugmentConfig(**settings["augment"]),
+        optimizer=optimizer,
+        schedule=schedule,
+        augment=augment,
         features=features,
         mesh=mesh,
-        normalize=_normalize(**settings["normalize"]),
+        normalize=normalize,
         folds=folds,
     )
 

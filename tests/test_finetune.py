@@ -283,6 +283,12 @@ def test_what_fails_in_computing_features_does_not_make_the_workdir_its_modes(
     assert not (tmp_path / "config.json").exists()
 
 
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, data_dir):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"written \(Not a directory\); choose another --workdir"):
+        finetune(small(data_dir), tmp_path / "file" / "run")
+
+
 def test_a_workdir_on_an_object_store_is_refused(data_dir):
     with pytest.raises(ValueError, match=r"gs://bucket/run must be on this machine"):
         finetune(small(data_dir), "gs://bucket/run")
