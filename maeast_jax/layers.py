@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import sharding
+from maeast_jax.activations import gelu
 from maeast_jax.dropout import dropout
 from maeast_jax.products import Linear, add_bias, product
 
@@ -102,7 +103,7 @@ class Mlp(nnx.Module):
         self.down = Linear(mlp_width, width, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(gelu(self.up(x)))
 
 
 class TransformerLayer(nnx.Module):

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "maeast_jax"
 # A file imports files of lower levels only.
 LEVELS = [
     {
+        "activations",
         "fbank",
         "patches",
         "masking",
