@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maeast_jax import fbank, patches
-from maeast_jax.layers import layer_norm, torch_linear
+from maeast_jax.layer_norm import LayerNorm
+from maeast_jax.layers import torch_linear
 from maeast_jax.model import MaeAst, split_model
 from maeast_jax.model_config import ModelConfig
 
@@ -113,7 +114,7 @@ class Head(nnx.Module):
         )
         width = backbone.width * (self.bands if config.pool == "time" else 1)
         if config.kind == "ssast":
-            self.norm = layer_norm(width, rngs)
+            self.norm = LayerNorm(width, rngs)
         else:
             self.projection = torch_linear(width, config.projection, jnp.float32, rngs)
             width = config.projection

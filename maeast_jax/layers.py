@@ -14,12 +14,11 @@ from flax import nnx
 from maeast_jax import sharding
 from maeast_jax.activations import gelu
 from maeast_jax.dropout import dropout
+from maeast_jax.layer_norm import LayerNorm
 from maeast_jax.products import Linear, add_bias, product
 
 # BERT's initial values, which the authors use throughout both transformers.
 normal_init = nnx.initializers.normal(0.02)
-# torch's LayerNorm; flax's default is 1e-6.
-LAYER_NORM_EPSILON = 1e-5
 
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
@@ -36,13 +35,6 @@ def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> Linear:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return Linear(inputs, outputs, kernel_init=uniform, bias_init=uniform, dtype=dtype, rngs=rngs)
-
-
-def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 loses the digits that fidelity is measured in.
-    return nnx.LayerNorm(
-        width, epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
-    )
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array] | list[None]:
@@ -123,11 +115,10 @@ class TransformerLayer(nnx.Module):
     ):
         self.dropout_rate = dropout
         self.pre_norm = pre_norm
-        self.dtype = dtype
         self.attention = Attention(width, heads, attention_dropout, dtype, rngs)
-        self.attention_norm = layer_norm(width, rngs)
+        self.attention_norm = LayerNorm(width, rngs)
         self.mlp = Mlp(width, mlp_width, dtype, rngs)
-        self.mlp_norm = layer_norm(width, rngs)
+        self.mlp_norm = LayerNorm(width, rngs)
 
     def __call__(
         self,
@@ -142,20 +133,17 @@ class TransformerLayer(nnx.Module):
         """
         weights_key, attention_key, mlp_key = split_key(key, 3)
         residual = take_tokens(x_BxNxD, places_BxM)
-        x = self._norm(self.attention_norm, x_BxNxD) if self.pre_norm else x_BxNxD
+        x = self.attention_norm(x_BxNxD) if self.pre_norm else x_BxNxD
         queries = None if places_BxM is None else take_tokens(x, places_BxM)
         x = self.attention(x, queries, padding_BxN, weights_key)
         x = residual + dropout(x, self.dropout_rate, attention_key)
         if not self.pre_norm:
-            x = self._norm(self.attention_norm, x)
+            x = self.attention_norm(x)
         residual = x
         if self.pre_norm:
-            x = self._norm(self.mlp_norm, x)
+            x = self.mlp_norm(x)
         x = residual + dropout(self.mlp(x), self.dropout_rate, mlp_key)
-        return sharding.over_batch(x if self.pre_norm else self._norm(self.mlp_norm, x))
-
-    def _norm(self, norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-        return norm(x).astype(self.dtype)
+        return sharding.over_batch(x if self.pre_norm else self.mlp_norm(x))
 
 
 def take_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array | None) -> jax.Array:
@@ -193,7 +181,6 @@ class Transformer(nnx.Module):
         self.dropout_rate = dropout
         self.layer_drop = layer_drop
         self.pre_norm = pre_norm
-        self.dtype = dtype
         self.unroll = unroll
         self.remat = remat
 
@@ -210,7 +197,7 @@ class Transformer(nnx.Module):
             )
 
         self.layers = stack(rngs)
-        self.norm = layer_norm(width, rngs)
+        self.norm = LayerNorm(width, rngs)
 
     def __call__(
         self,
@@ -241,11 +228,11 @@ class Transformer(nnx.Module):
         return self._head(nnx.merge(graph, last)(x, key=last_key, places_BxM=places_BxM))
 
     def _stem(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        x = x if self.pre_norm else self.norm(x).astype(self.dtype)
+        x = x if self.pre_norm else self.norm(x)
         return dropout(x, self.dropout_rate, key)
 
     def _head(self, x: jax.Array) -> jax.Array:
-        return self.norm(x).astype(self.dtype) if self.pre_norm else x
+        return self.norm(x) if self.pre_norm else x
 
     def _scan(self, x, padding_BxN, key, num_layers: int | None = None):
         """Runs the first `num_layers` layers (None: all of them)."""

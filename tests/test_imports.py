@@ -11,6 +11,7 @@ LEVELS = [
     {
         "activations",
         "fbank",
+        "layer_norm",
         "patches",
         "masking",
         "losses",
