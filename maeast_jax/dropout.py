@@ -23,22 +23,27 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 of a shape, each a function of the key's 64 bits and of its place.
+    """uint32 of a shape [clips, ...], each a function of the key's 64 bits, its clip and its place.
 
-    The key's first word moves the places before a first hash, both words its results before a
-    second: keys under which places overlap have nothing in common after it.
+    Two words a clip come of both of the key's. The first moves the places within the clip before a
+    first hash, the second its results before a second: clips and keys under which places overlap
+    have nothing in common after it. Raises ValueError for more than 2**32 places a clip.
     """
-    if math.prod(shape) > 2**32:
-        raise ValueError(f"{shape} has more than 2**32 elements, which would repeat")
+    clips, *within = shape
+    if math.prod(within) > 2**32:
+        raise ValueError(f"{shape} has more than 2**32 elements a clip, which would repeat")
     words = jax.random.key_data(key)
     first = _hash(words[0])
     second = _hash(first + words[1])
-    place = jnp.zeros(shape, jnp.uint32)
+    clip = jax.lax.broadcasted_iota(jnp.uint32, (clips,) + (1,) * len(within), 0)
+    first_of_clip = _hash(clip + first)
+    second_of_clip = _hash(first_of_clip + second)
+    place = jnp.zeros((1, *within), jnp.uint32)
     stride = 1
-    for axis in reversed(range(len(shape))):
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+    for axis in reversed(range(1, len(shape))):
+        place += jax.lax.broadcasted_iota(jnp.uint32, place.shape, axis) * np.uint32(stride)
         stride *= shape[axis]
-    return _hash(_hash(place + first) + second)
+    return _hash(_hash(place + first_of_clip) + second_of_clip)
 
 
 def _hash(x: jax.Array) -> jax.Array:

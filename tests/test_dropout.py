@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maeast_jax.dropout import dropout, hashed_bits
+from maeast_jax.dropout import _hash, dropout, hashed_bits
 
 SHAPE = (256, 4096)
 
@@ -84,6 +84,28 @@ def test_an_element_hangs_on_key_and_place_alone_on_any_devices():
     np.testing.assert_array_equal(alone, spread)
 
 
-def test_more_elements_than_words_are_refused():
-    with pytest.raises(ValueError, match="more than 2"):
-        jax.eval_shape(lambda: hashed_bits(jax.random.key(0), (2**17, 2**16)))
+def test_clips_are_independent_also_where_their_places_overlap():
+    """The two of some thousand clips whose places lie closest, laid over each other."""
+    key, shape = jax.random.key(6), (2048, 8192)
+    words = jax.random.key_data(key)
+    starts = np.asarray(_hash(jnp.arange(shape[0], dtype=jnp.uint32) + _hash(words[0])))
+    order = np.argsort(starts)
+    gaps = np.diff(starts[order].astype(np.int64))
+    low, high = order[gaps.argmin()], order[gaps.argmin() + 1]
+    assert gaps.min() < shape[1] // 2
+    bits = hashed_bits(key, shape)
+    a, b = np.asarray(bits[low, gaps.min() :]), np.asarray(bits[high, : shape[1] - gaps.min()])
+    for bit in (31, 16, 0):
+        assert abs(correlation((a >> bit) & 1, (b >> bit) & 1)) < 5, bit
+
+
+def test_a_clips_bits_do_not_depend_on_how_many_clips_there_are():
+    few, many = (hashed_bits(jax.random.key(7), (clips, 3, 50)) for clips in (2, 9))
+    np.testing.assert_array_equal(few, many[:2])
+
+
+def test_any_number_of_clips_is_traced_and_more_places_than_words_are_refused():
+    weights = jax.eval_shape(lambda: hashed_bits(jax.random.key(0), (2048, 12, 512, 512)))
+    assert weights.shape == (2048, 12, 512, 512)
+    with pytest.raises(ValueError, match=r"more than 2\*\*32 elements a clip"):
+        jax.eval_shape(lambda: hashed_bits(jax.random.key(0), (1, 2**17, 2**16)))
