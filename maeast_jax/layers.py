@@ -26,6 +26,13 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# Of the places that a mask lists.
+_A_MASKS = {
+    "unique_indices": True,
+    "mode": "promise_in_bounds",
+    "wrap_negative_indices": False,
+}
+
 
 def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> Linear:
     """A linear layer with torch's initial values: uniform within 1/sqrt(inputs), bias too."""
@@ -147,10 +154,20 @@ class TransformerLayer(nnx.Module):
 
 
 def take_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array | None) -> jax.Array:
-    """Rows of each clip: [B, N, D] and int32 [B, M] to [B, M, D]; None keeps all."""
+    """Rows of each clip: [B, N, D] and int32 [B, M] to [B, M, D]; None keeps all.
+
+    places_BxM: none twice in a clip, all on the grid (a mask's), and nothing checks it. Told so, a
+    GPU adds gradients up without atomics, which are slow in 16 bits and in no fixed order.
+    """
     if places_BxM is None:
         return x_BxNxD
-    return jnp.take_along_axis(x_BxNxD, places_BxM[..., None], axis=1)
+    return jax.vmap(lambda x_NxD, places_M: x_NxD.at[places_M].get(**_A_MASKS))(x_BxNxD, places_BxM)
+
+
+def put_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array, rows_BxMxD: jax.Array) -> jax.Array:
+    """`x_BxNxD` with other rows of each clip at int32 [B, M] places, as of `take_tokens`."""
+    put = jax.vmap(lambda x_NxD, places_M, rows_MxD: x_NxD.at[places_M].set(rows_MxD, **_A_MASKS))
+    return put(x_BxNxD, places_BxM, rows_BxMxD)
 
 
 class Transformer(nnx.Module):

@@ -22,7 +22,9 @@ def info_nce(prediction_BxMxP: jax.Array, target_BxMxP: jax.Array) -> tuple[jax.
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    own_BxM = jnp.diagonal(scores_BxMxM, axis1=1, axis2=2)
+    # Not jnp.diagonal, whose gradient is a scatter.
+    is_own_MxM = jnp.eye(scores_BxMxM.shape[1], dtype=bool)
+    own_BxM = jnp.sum(jnp.where(is_own_MxM, scores_BxMxM, jnp.float32(0)), axis=-1)
     loss_BxM = jax.nn.logsumexp(scores_BxMxM, axis=-1) - own_BxM
     is_best_BxM = own_BxM >= jnp.max(scores_BxMxM, axis=-1)
     return jnp.mean(loss_BxM, axis=1), jnp.mean(is_best_BxM.astype(jnp.float32), axis=1)

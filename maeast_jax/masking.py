@@ -68,14 +68,6 @@ def mask_tokens(
     return listed_BxN[:, :kept], listed_BxN[:, kept:] - num_tokens
 
 
-def restore_order(kept_BxK: jax.Array, masked_BxM: jax.Array) -> jax.Array:
-    """int32 [B, N]: where each token lies in the kept tokens followed by the masked ones.
-
-    concat([x_kept, x_masked], axis=1)[b, restore[b, n]] is token n of clip b.
-    """
-    return jnp.argsort(jnp.concatenate([kept_BxK, masked_BxM], axis=1), axis=1).astype(jnp.int32)
-
-
 def _random_noise(key: jax.Array, batch_size: int, grid: tuple[int, int]) -> jax.Array:
     """float32 [B, N] in [0, 1)."""
     return jax.random.uniform(key, (batch_size, math.prod(grid)), jnp.float32)

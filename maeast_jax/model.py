@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maeast_jax import masking, patches
+from maeast_jax import patches
 from maeast_jax.encoder import Predictions, SpectrogramEncoder, mask_token
-from maeast_jax.layers import split_key, take_tokens, torch_linear
+from maeast_jax.layers import put_tokens, split_key, take_tokens, torch_linear
 from maeast_jax.model_config import COMPUTE_DTYPES, ModelConfig
 from maeast_jax.ssast import Ssast
 
@@ -52,21 +52,17 @@ class MaeAst(SpectrogramEncoder):
         x_BxKxD = self._embed(take_tokens(patches_BxNxP, kept_BxK), input_key)
         positions_NxD = jnp.asarray(patches.sinusoid(num_tokens, self.config.width), x_BxKxD.dtype)
         x_BxKxD, _ = self.encoder(x_BxKxD + positions_NxD[kept_BxK], key=encoder_key)
-        x_BxNxE = self._with_mask_tokens(x_BxKxD, kept_BxK, masked_BxM)
+        x_BxNxE = self._with_mask_tokens(x_BxKxD, kept_BxK, num_tokens)
         x_BxMxE = self.decoder.at_places(x_BxNxE, masked_BxM, decoder_key)
         return self._predict(x_BxMxE)
 
-    def _with_mask_tokens(self, x_BxKxD, kept_BxK, masked_BxM) -> jax.Array:
+    def _with_mask_tokens(self, x_BxKxD, kept_BxK, num_tokens: int) -> jax.Array:
         """Kept tokens back at their places, the mask token elsewhere, positions added."""
         x_BxKxE = x_BxKxD if self.decoder_projection is None else self.decoder_projection(x_BxKxD)
-        width = x_BxKxE.shape[-1]
-        num_tokens = kept_BxK.shape[1] + masked_BxM.shape[1]
+        clips, _, width = x_BxKxE.shape
         mask_token_E = self.mask_token[...].astype(x_BxKxE.dtype)
-        mask_tokens_BxMxE = jnp.broadcast_to(mask_token_E, (*masked_BxM.shape, width))
-        x_BxNxE = take_tokens(
-            jnp.concatenate([x_BxKxE, mask_tokens_BxMxE], axis=1),
-            masking.restore_order(kept_BxK, masked_BxM),
-        )
+        mask_tokens_BxNxE = jnp.broadcast_to(mask_token_E, (clips, num_tokens, width))
+        x_BxNxE = put_tokens(mask_tokens_BxNxE, kept_BxK, x_BxKxE)
         return x_BxNxE + jnp.asarray(patches.sinusoid(num_tokens, width), x_BxNxE.dtype)
 
 

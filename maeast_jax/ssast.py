@@ -11,7 +11,7 @@ from flax import nnx
 
 from maeast_jax import patches
 from maeast_jax.encoder import Predictions, SpectrogramEncoder, mask_token
-from maeast_jax.layers import split_key, take_tokens
+from maeast_jax.layers import put_tokens, split_key, take_tokens
 from maeast_jax.model_config import ModelConfig
 
 
@@ -33,8 +33,9 @@ class Ssast(SpectrogramEncoder):
         """Predictions at the masked places; as MaeAst.pretrain."""
         input_key, encoder_key = split_key(key, 2)
         x_BxNxD = self._embed(patches_BxNxP, input_key)
-        rows_Bx1 = jnp.arange(x_BxNxD.shape[0])[:, None]
-        is_masked_BxN = jnp.zeros(x_BxNxD.shape[:2], bool).at[rows_Bx1, masked_BxM].set(True)
+        is_masked_BxN = put_tokens(
+            jnp.zeros(x_BxNxD.shape[:2], bool), masked_BxM, jnp.ones(masked_BxM.shape, bool)
+        )
         mask_token_D = self.mask_token[...].astype(x_BxNxD.dtype)
         x_BxNxD = jnp.where(is_masked_BxN[..., None], mask_token_D, x_BxNxD)
         x_BxNxD += jnp.asarray(patches.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)

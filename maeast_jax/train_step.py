@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from maeast_jax import fbank, losses, masking
-from maeast_jax.layers import split_key, take_tokens
+from maeast_jax.layers import put_tokens, split_key, take_tokens
 from maeast_jax.model import build, model_graph, split_model
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.patches import unpatchify
@@ -185,11 +185,12 @@ def make_reconstruct(
         masks = _masks(config, mask_key, num_frames, patches_BxNxP.shape[0])
         kept_BxK, masked_BxM = masks[0]
         predictions = model.pretrain(patches_BxNxP, kept_BxK, masked_BxM)
-        rows_Bx1 = jnp.arange(patches_BxNxP.shape[0])[:, None]
+        reconstruction_BxMxP = predictions.reconstruction
+        nothing_BxMxP = jnp.full_like(reconstruction_BxMxP, jnp.nan)
         shown = (
             patches_BxNxP,
-            patches_BxNxP.at[rows_Bx1, masked_BxM].set(jnp.nan),
-            patches_BxNxP.at[rows_Bx1, masked_BxM].set(predictions.reconstruction),
+            put_tokens(patches_BxNxP, masked_BxM, nothing_BxMxP),
+            put_tokens(patches_BxNxP, masked_BxM, reconstruction_BxMxP),
         )
         return tuple(
             model.input_norm.undo(unpatchify(x, config.patch_shape, fbank.NUM_MEL_BANDS))

@@ -192,18 +192,6 @@ def test_ties_are_cut_at_the_exact_number():
     np.testing.assert_array_equal(lowest, [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
 
 
-def test_restore_order_undoes_the_split():
-    kept, masked = draw(jax.random.key(2), 16, GRID, RATIO, "chunk")
-    tokens = np.random.default_rng(0).normal(size=(16, NUM_TOKENS, 3))
-    split = np.concatenate(
-        [np.take_along_axis(tokens, np.asarray(part)[..., None], 1) for part in (kept, masked)], 1
-    )
-    restore = masking.restore_order(kept, masked)
-    assert restore.dtype == jnp.int32
-    restored = np.take_along_axis(split, np.asarray(restore)[..., None], 1)
-    np.testing.assert_array_equal(restored, tokens)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -304,6 +304,21 @@ def test_reconstruction_keeps_kept_tokens_and_undoes_the_normalisation(golden):
     )
 
 
+@pytest.mark.parametrize("architecture", ["mae_ast", "ssast"])
+def test_every_scatter_knows_that_no_place_comes_twice(architecture):
+    """On a GPU others are atomics: slow in 16 bits, and sums in no fixed order."""
+    config = dataclasses.replace(
+        TINY, architecture=architecture, decoder_layers=int(architecture == "mae_ast")
+    )
+    optimizer = optax.identity()
+    step = make_train_step(config, LossConfig(), optimizer, constant, seed=0, num_frames=FRAMES)
+    state = jax.eval_shape(lambda: init_state(config, optimizer, 0))
+    batch = {"fbank": jax.ShapeDtypeStruct((2, FRAMES, 128), jnp.float32)}
+    text = jax.jit(step).lower(state, batch).as_text()
+    scatters = [line for line in text.splitlines() if '"stablehlo.scatter"' in line]
+    assert scatters and all("unique_indices = true" in line for line in scatters), scatters
+
+
 def test_clips_of_another_length_are_refused():
     step = make_train_step(
         TINY, LossConfig(), optax.identity(), constant, seed=0, num_frames=FRAMES
