@@ -17,12 +17,10 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
     width, decoder_width = config.width, config.decoder_width
 
     if config.architecture == "ssast":
-        layers = config.encoder_layers * _layer(num_tokens, num_tokens, width, config.mlp_width)
+        layers = _layers(config.encoder_layers, num_tokens, masked, width, config.mlp_width)
         return _passes(config, layers + _product(num_tokens, values, width), masked, values)
     encoder = config.encoder_layers * _layer(kept, kept, width, config.mlp_width)
-    decoder = (config.decoder_layers - 1) * _layer(
-        num_tokens, num_tokens, decoder_width, config.mlp_width
-    ) + _layer(num_tokens, masked, decoder_width, config.mlp_width)
+    decoder = _layers(config.decoder_layers, num_tokens, masked, decoder_width, config.mlp_width)
     projections = _product(kept, values, width)
     if config.projects_to_decoder:
         projections += _product(kept, width, decoder_width)
@@ -38,6 +36,13 @@ def _passes(config: ModelConfig, network: int, masked: int, values: int) -> int:
 
 def _product(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
+
+
+def _layers(count: int, tokens: int, queries: int, width: int, mlp_width: int) -> int:
+    """Layers whose output is wanted at `queries` of their tokens, by the last one alone."""
+    return (count - 1) * _layer(tokens, tokens, width, mlp_width) + _layer(
+        tokens, queries, width, mlp_width
+    )
 
 
 def _layer(tokens: int, queries: int, width: int, mlp_width: int) -> int:

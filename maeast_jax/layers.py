@@ -226,8 +226,10 @@ class Transformer(nnx.Module):
 
         Under jit, hidden states that nobody reads are not computed into memory.
         """
-        stem_key, layers_key = split_key(key, 2)
-        x, hidden_states = self._scan(self._stem(x_BxNxD, stem_key), padding_BxN, layers_key)
+        stem_key, keys_L = self._keys(key)
+        x, hidden_states = self._scan(
+            self._stem(x_BxNxD, stem_key), padding_BxN, keys_L, self.num_layers
+        )
         return self._head(x), hidden_states
 
     def at_places(
@@ -238,11 +240,16 @@ class Transformer(nnx.Module):
         The last layer computes queries, output projection and MLP at those places alone; no row
         that is returned depends on what is left out.
         """
-        stem_key, layers_key, last_key = split_key(key, 3)
-        x, _ = self._scan(self._stem(x_BxNxD, stem_key), None, layers_key, self.num_layers - 1)
+        stem_key, keys_L = self._keys(key)
+        x, _ = self._scan(self._stem(x_BxNxD, stem_key), None, keys_L, self.num_layers - 1)
         graph, stacked = nnx.split(self.layers)
-        last = sharding.gathered(jax.tree.map(lambda leaf: leaf[-1], stacked))
-        return self._head(nnx.merge(graph, last)(x, key=last_key, places_BxM=places_BxM))
+        last = jax.tree.map(lambda leaf: leaf[-1], (stacked, keys_L))
+        return self._head(self._layer(graph, last, x, None, places_BxM))
+
+    def _keys(self, key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+        """Of what comes before the layers, and of each layer."""
+        stem_key, layers_key = split_key(key, 2)
+        return stem_key, None if key is None else jax.random.split(layers_key, self.num_layers)
 
     def _stem(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         x = x if self.pre_norm else self.norm(x)
@@ -251,21 +258,26 @@ class Transformer(nnx.Module):
     def _head(self, x: jax.Array) -> jax.Array:
         return self.norm(x) if self.pre_norm else x
 
-    def _scan(self, x, padding_BxN, key, num_layers: int | None = None):
-        """Runs the first `num_layers` layers (None: all of them)."""
-        count = self.num_layers if num_layers is None else num_layers
+    def _scan(self, x, padding_BxN, keys_L, count: int):
+        """Runs the first `count` layers."""
         graph, stacked = nnx.split(self.layers)
-        stacked = jax.tree.map(lambda leaf: leaf[:count], stacked)
-        keys_L = None if key is None else jax.random.split(key, count)
+        first = jax.tree.map(lambda leaf: leaf[:count], (stacked, keys_L))
 
         def body(x, layer_and_key):
-            state, layer_key = layer_and_key
-            drop_key, inner_key = split_key(layer_key, 2)
-            y = nnx.merge(graph, sharding.gathered(state))(x, padding_BxN, inner_key)
-            if drop_key is not None and self.layer_drop > 0.0:
-                y = jnp.where(jax.random.uniform(drop_key) < self.layer_drop, x, y)
+            y = self._layer(graph, layer_and_key, x, padding_BxN)
             return y, y
 
         if REMAT_POLICIES[self.remat] is not None:
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll)
-        return jax.lax.scan(body, x, (stacked, keys_L), length=count, unroll=self.unroll or 1)
+        return jax.lax.scan(body, x, first, length=count, unroll=self.unroll or 1)
+
+    def _layer(self, graph, layer_and_key, x, padding_BxN, places_BxM=None) -> jax.Array:
+        """A layer's output, or its input where it is dropped; at `places_BxM` alone where given."""
+        state, key = layer_and_key
+        drop_key, inner_key = split_key(key, 2)
+        layer = nnx.merge(graph, sharding.gathered(state))
+        y = layer(x, padding_BxN, inner_key, places_BxM)
+        if drop_key is not None and self.layer_drop > 0.0:
+            is_dropped = jax.random.uniform(drop_key) < self.layer_drop
+            y = jnp.where(is_dropped, take_tokens(x, places_BxM), y)
+        return y

@@ -2,7 +2,8 @@
 
 The network of Gong, Lai, Chung, Glass 2022 ("SSAST: Self-Supervised Audio Spectrogram
 Transformer", section 2) with the layers, the sinusoid, the linear heads and the losses of MAE-AST,
-so that the two differ in nothing but which tokens pass which layers.
+so that the two differ in nothing but which tokens pass which layers: in both the last one works for
+the masked tokens, which are all that is read.
 """
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 from maeast_jax import patches
 from maeast_jax.encoder import Predictions, SpectrogramEncoder, mask_token
-from maeast_jax.layers import put_tokens, split_key, take_tokens
+from maeast_jax.layers import put_tokens, split_key
 from maeast_jax.model_config import ModelConfig
 
 
@@ -39,5 +40,4 @@ class Ssast(SpectrogramEncoder):
         mask_token_D = self.mask_token[...].astype(x_BxNxD.dtype)
         x_BxNxD = jnp.where(is_masked_BxN[..., None], mask_token_D, x_BxNxD)
         x_BxNxD += jnp.asarray(patches.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
-        x_BxNxD, _ = self.encoder(x_BxNxD, key=encoder_key)
-        return self._predict(take_tokens(x_BxNxD, masked_BxM))
+        return self._predict(self.encoder.at_places(x_BxNxD, masked_BxM, encoder_key))

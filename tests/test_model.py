@@ -152,6 +152,22 @@ def test_last_decoder_layer_at_masked_places_only_changes_no_result(pre_norm, de
     )
 
 
+def test_a_last_layer_at_masked_places_only_is_dropped_as_any_other():
+    encoder = random_model(layer_drop=0.5, encoder_layers=2).encoder
+    x = jax.random.normal(jax.random.key(1), (2, 96, 64))
+    _, masked = random_places()
+    is_dropped = []
+    for seed in range(6):
+        everywhere, states = encoder(x, key=jax.random.key(seed))
+        is_dropped.append(bool(jnp.all(states[1] == states[0])))
+        np.testing.assert_allclose(
+            encoder.at_places(x, masked, jax.random.key(seed)),
+            layers.take_tokens(everywhere, masked),
+            atol=2e-6,
+        )
+    assert 0 < sum(is_dropped) < 6
+
+
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_predictions_see_kept_patches_and_nothing_else(pre_norm):
     model = random_model(pre_norm=pre_norm)
