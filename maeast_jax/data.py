@@ -8,7 +8,7 @@ global batches are the same for any number of processes.
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ FBANK_PLACES = ("device", "host")
 SYNTHETIC_EVAL_CLIPS = 256
 # More would hold more batches (84 MB for 256 clips of 10 s) than any device asks for.
 _MOST_THREADS = 16
+_SYNTHETIC_STARTS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +123,9 @@ def train_batches(
     rows = np.arange(batch_size) if rows is None else rows
     num_samples = fbank.num_samples(num_frames)
     if clips is None:
+        noise = _synthetic(seed, num_samples)
         for step in range(start_step, total_steps):
-            yield {"audio": _synthetic(step * batch_size + rows, seed, num_samples)}
+            yield {"audio": noise(step * batch_size + rows)}
         return
 
     def load(step: np.ndarray) -> np.ndarray:
@@ -151,14 +153,15 @@ def eval_batches(
     rows = np.arange(batch_size) if rows is None else rows
     num_samples = fbank.num_samples(num_frames)
     count = eval_count(clips, max_clips)
+    # Its own seed: held-out noise.
+    noise = _synthetic(seed + 1, num_samples) if clips is None else None
 
     def load(step: np.ndarray) -> np.ndarray:
         index = step * batch_size + rows
         real = index < count
         audio_BxS = np.zeros((len(rows), num_samples), np.int16)
         if clips is None:
-            # Its own seed: held-out noise.
-            audio_BxS[real] = _synthetic(index[real], seed + 1, num_samples)
+            audio_BxS[real] = noise(index[real])
             return audio_BxS
         place = index[real] * len(clips) // count
         ends = np.cumsum([len(split) for split in clips.splits])
@@ -270,10 +273,21 @@ def _stream(data: DataConfig, load, start: int, stop: int, shape) -> Iterator[Ba
         raise
 
 
-def _synthetic(positions: np.ndarray, seed: int, num_samples: int) -> np.ndarray:
-    """int16 [b, num_samples] noise, a function of (seed, position)."""
-    audio_BxS = np.empty((len(positions), num_samples), np.int16)
-    for row, position in zip(audio_BxS, positions, strict=True):
-        random = np.random.Generator(np.random.Philox(key=[seed, int(position)]))
-        row[:] = random.integers(-8192, 8192, num_samples, np.int16)
-    return audio_BxS
+def _synthetic(seed: int, num_samples: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Positions [b] to int16 noise [b, num_samples], a function of (seed, position).
+
+    Drawn once, and cut at another place for each position: drawing costs more than a step does on
+    an accelerator.
+    """
+    random = np.random.Generator(np.random.Philox(key=seed))
+    samples = random.integers(-8192, 8192, num_samples + _SYNTHETIC_STARTS, np.int16)
+
+    def clips(positions: np.ndarray) -> np.ndarray:
+        # An odd factor: each place once in that many positions.
+        starts = positions * 40_503 % _SYNTHETIC_STARTS
+        audio_BxS = np.empty((len(positions), num_samples), np.int16)
+        for row, start in zip(audio_BxS, starts, strict=True):
+            row[:] = samples[start : start + num_samples]
+        return audio_BxS
+
+    return clips
