@@ -122,7 +122,11 @@ def put_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:
                 f"{wanted.dtype} {shape} is needed, by num_frames and this process' rows of "
                 f"batch_size={run.config.batch_size}"
             )
-    return _put(run, {name: batch[name] for name in wanted_fields})
+    fields = {name: batch[name] for name in wanted_fields}
+    if run.batches is not None:
+        # The caller may fill the same arrays again, and jax holds views of what it is given.
+        fields = {name: np.array(rows) for name, rows in fields.items()}
+    return _put(run, fields)
 
 
 def put_eval_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:

@@ -180,13 +180,16 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
     """This process' rows (`process_rows`) to its devices, as one array of all a field."""
-    place = np.full(batch_size, -1)
     own = process_rows(mesh, batch_size)
-    place[own] = np.arange(len(own))
     sharding = by_example(mesh)
-    return {
-        name: jax.make_array_from_callback(
-            (batch_size, *rows.shape[1:]), sharding, lambda index, rows=rows: rows[place[index[0]]]
-        )
-        for name, rows in batch.items()
-    }
+
+    def put(rows: np.ndarray) -> jax.Array:
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            # A device's rows follow one another in `own` too: a view, where an index would copy.
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(own, start))
+            return rows[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, share)
+
+    return {name: put(rows) for name, rows in batch.items()}

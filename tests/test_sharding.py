@@ -35,6 +35,24 @@ def test_rows_of_a_batch_lie_one_share_a_device(sizes):
     np.testing.assert_array_equal(sharding.process_rows(mesh, 8), np.arange(8))
 
 
+def test_a_process_rows_go_to_devices_without_a_copy_of_its_own(monkeypatch):
+    """Of a process whose devices hold the second and the last quarter of the batch."""
+    mesh = sharding.make_mesh(4)
+    rows = np.arange(8 * 3).reshape(8, 3)
+    given = {}
+
+    def make(shape, placed, share):
+        indices = placed.addressable_devices_indices_map(shape).values()
+        given.update({index[0].start or 0: share(index) for index in indices})
+
+    monkeypatch.setattr(jax, "make_array_from_callback", make)
+    monkeypatch.setattr(sharding, "process_rows", lambda mesh, size: np.r_[4:8, 12:16])
+    sharding.put_batch(mesh, {"audio": rows}, 16)
+    np.testing.assert_array_equal(given[4], rows[:4])
+    np.testing.assert_array_equal(given[12], rows[4:])
+    assert all(np.shares_memory(given[start], rows) for start in (4, 12))
+
+
 def test_one_axis_takes_what_the_others_leave():
     assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
     assert sharding.make_mesh(2, -1, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}

@@ -18,6 +18,7 @@ from test_config import shrink
 
 from maeast_jax import checkpoint, logs, shard_writer
 from maeast_jax import config as configuration
+from maeast_jax import run as run_module
 from maeast_jax import train as train_module
 from maeast_jax.loop import Loop
 from maeast_jax.program import Interrupted, NonFiniteError
@@ -229,6 +230,20 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, on_a_cube, mesh):
         [row["loss"] for row in logs.read_metrics(workdir)] for workdir in (tmp_path, on_a_cube)
     ]
     np.testing.assert_allclose(*curves, rtol=1e-5)
+
+
+def test_a_caller_may_fill_the_same_array_again(tmp_path):
+    config = short_config()
+    checked = run_module.check_run(config, tmp_path, batches=noise(config))
+    own = next(noise(config)(0))["audio"]
+    # At an address of which jax makes a view.
+    buffer = np.empty(own.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    reused = buffer[start : start + own.nbytes].view(np.int16).reshape(own.shape)
+    reused[:] = own
+    placed = jax.block_until_ready(run_module.put_batch(checked, {"audio": reused}))
+    reused[:] = 0
+    np.testing.assert_array_equal(placed["audio"], own)
 
 
 def test_batches_that_end_or_do_not_fit_are_named(tmp_path):
