@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maeast_jax import host_memory, sharding
 from maeast_jax.model_config import COMPUTE_DTYPES
-from maeast_jax.products import matmul_precision
+from maeast_jax.products import product
 
 # Sides of the square matrices whose products tell the rate: it is the best of them.
 MATRIX_SIDES = (1024, 2048, 4096, 8192)
@@ -31,20 +31,18 @@ class OutOfMemoryError(MemoryError):
 def matrix_rate(mesh: Mesh, dtype: str) -> float:
     """FLOP/s that the mesh's devices reach together in products of square matrices, measured once.
 
-    float32 in full, as in the model; bfloat16 summed in float32.
+    By the model's own product: float32 in full; bfloat16 summed in float32 and rounded again.
     """
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = sharding.replicated(mesh)
     kind = COMPUTE_DTYPES[dtype]
 
-    @functools.partial(jax.jit, out_shardings=rows)
     def chain(left, right):
         for _ in range(_CHAIN):
-            left = jnp.matmul(
-                left, right, precision=matmul_precision(kind), preferred_element_type=jnp.float32
-            ).astype(kind)
+            left = product("mk,kn->mn", left, right)
         return left
 
+    chain = jax.jit(sharding.traced_on(mesh, chain), out_shardings=rows)
     best = 0.0
     for side in MATRIX_SIDES:
         # Noise: on zeros some devices are faster. Scaled so that a chain keeps its variance.

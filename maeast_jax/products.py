@@ -31,9 +31,15 @@ def _of_16_bits(spec: str, dtype, x: jax.Array, y: jax.Array) -> jax.Array:
     one of float32, which accelerators do at a fraction of the speed. XLA's CPU compiler
     converts the factors of all products but those that are asked for in float32.
     """
-    is_cpu = jax.default_backend() == "cpu"
-    sums = jnp.einsum(spec, x, y, preferred_element_type=jnp.float32 if is_cpu else dtype)
+    sums_in = jnp.float32 if _platform() == "cpu" else dtype
+    sums = jnp.einsum(spec, x, y, preferred_element_type=sums_in)
     return sums.astype(dtype)
+
+
+def _platform() -> str:
+    """Of the mesh that a program is traced on; without one, of jax's first device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _forward(spec, dtype, x, y):

@@ -64,19 +64,28 @@ def costs(subject: Subject) -> dict[str, Any]:
     flops_per_clip: on paper, three times the forward pass.
     xla_flops_per_clip: as XLA counts the program that it made, elementwise work with it; None where
       the layers (`model.unroll=False`) or the parts of a batch are a loop, whose body it counts
-      once.
+      once, and on backends that do not count.
     peak_memory_bytes: a device's, as XLA plans it.
     """
     config, mesh = subject.checked.config, subject.checked.mesh
     xla = None
     if config.model.unroll and config.accumulation_steps == 1:
-        xla = round(subject.step.cost_analysis()["flops"] * mesh.size / subject.batch_size)
+        xla = _counted_flops(subject.step)
     return {
         "flops_per_clip": 3 * flops.pretrain_forward(subject.checked.model, config.num_frames),
-        "xla_flops_per_clip": xla,
+        "xla_flops_per_clip": xla and round(xla * mesh.size / subject.batch_size),
         "peak_memory_bytes": subject.planned_bytes,
         "compile_seconds": subject.compile_seconds,
     }
+
+
+def _counted_flops(step: jax.stages.Compiled) -> float | None:
+    """A device's, as XLA counts them; None where it does not."""
+    try:
+        costs = step.cost_analysis()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return None
+    return costs.get("flops") if costs else None
 
 
 def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) -> dict[str, Any]:

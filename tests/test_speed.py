@@ -1,6 +1,7 @@
 """Times by a clock that the test winds, of a tiny model's real step."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,18 @@ def test_costs_are_those_on_paper_and_xlas_own(subject):
     looped.model.unroll = False
     checked = dataclasses.replace(subject.checked, config=looped)
     assert speed.costs(dataclasses.replace(subject, checked=checked))["xla_flops_per_clip"] is None
+
+
+def test_operations_that_a_backend_does_not_count_are_none(subject):
+    def refuse():
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no cost analysis")
+
+    for analysis in (lambda: None, dict, lambda: {"bytes accessed": 1.0}, refuse):
+        step = types.SimpleNamespace(
+            cost_analysis=analysis, memory_analysis=subject.step.memory_analysis
+        )
+        costs = speed.costs(dataclasses.replace(subject, step=step))
+        assert costs["xla_flops_per_clip"] is None and costs["flops_per_clip"] > 0
 
 
 def test_a_row_is_the_median_of_its_samples_and_its_share_of_the_matrix_rate(subject, monkeypatch):
