@@ -18,7 +18,8 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
 
     if config.architecture == "ssast":
         layers = _layers(config.encoder_layers, num_tokens, masked, width, config.mlp_width)
-        return _passes(config, layers + _product(num_tokens, values, width), masked, values)
+        # All patches are projected before any mask is laid, once for all passes.
+        return _passes(config, layers, masked, values) + _product(num_tokens, values, width)
     encoder = config.encoder_layers * _layer(kept, kept, width, config.mlp_width)
     decoder = _layers(config.decoder_layers, num_tokens, masked, decoder_width, config.mlp_width)
     projections = _product(kept, values, width)
