@@ -1,10 +1,11 @@
 """python -m benchmarks.choices [--batch=8]: parts of the training step, and what they could be.
 
 Each at the base model's shapes (512 tokens, 128 of them kept, width 768, 12 heads), compiled by
-itself, on the first device that jax sees: the median of many calls in milliseconds, forward and
-backward where gradients flow through it. Matrix products and layouts in --dtype, the optimiser and
-random numbers as training has them. A table in Markdown, the first row of each part what the model
-does.
+itself, on the first device that jax sees: the time of a call, the median of samples that each queue
+many calls and wait for the last, forward and backward where gradients flow through it. Matrix
+products and layouts in --dtype, the optimiser and random numbers as training has them. A table in
+Markdown, the first row of each part what the model does; a choice that this device cannot run is a
+row that says so.
 """
 
 import argparse
@@ -16,14 +17,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from benchmarks import beside
 from maeast_jax import host_memory, masking, optimizer
+from maeast_jax.activations import gelu
 from maeast_jax.dropout import hashed_bits
+from maeast_jax.layer_norm import EPSILON, LayerNorm
 from maeast_jax.layers import take_tokens
 from maeast_jax.products import add_bias, product
 
 _RATE = 0.1
+_SAMPLES = 10
+# Calls whose results, up to half a gigabyte each, a device may have to hold at once.
+_MOST_QUEUED = 50
 
 
 class Size(NamedTuple):
@@ -45,8 +52,8 @@ class Choice(NamedTuple):
 
 def choices(size: Size) -> list[Choice]:
     return [
-        *dropout_masks(size), *products(size), *bias_gradients(size), *head_layouts(size),
-        *kept_tokens(size), *masks(size), *updates(size),
+        *dropout_masks(size), *products(size), *bias_gradients(size), *gelus(size),
+        *layer_norms(size), *head_layouts(size), *kept_tokens(size), *masks(size), *updates(size),
     ]  # fmt: skip
 
 
@@ -92,6 +99,36 @@ def bias_gradients(size: Size) -> list[Choice]:
         Choice(part, "`x + bias`", _with_gradients(lambda x, bias: x + bias.astype(x.dtype)),
                (x, bias)),
     ]  # fmt: skip
+
+
+def gelus(size: Size) -> list[Choice]:
+    x = _noise((size.batch, size.tokens, 4 * size.width), size)
+    part = f"GELU, {_shape(x.shape)}"
+    return [
+        Choice(part, "`activations.gelu`", _with_gradients(gelu), (x,)),
+        Choice(part, "`jax.nn.gelu`",
+               _with_gradients(lambda x: jax.nn.gelu(x, approximate=False)), (x,)),
+    ]  # fmt: skip
+
+
+def layer_norms(size: Size) -> list[Choice]:
+    x = _noise((size.batch, size.tokens, size.width), size)
+    ours = LayerNorm(size.width, nnx.Rngs(0))
+    flaxs = nnx.LayerNorm(
+        size.width, epsilon=EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=nnx.Rngs(0)
+    )
+
+    def call(norm):
+        graph, state = nnx.split(norm)
+        return _with_gradients(
+            lambda x, state: nnx.merge(graph, state)(x).astype(x.dtype)
+        ), (x, state)  # fmt: skip
+
+    part = f"layer norm, {_shape(x.shape)}"
+    return [
+        Choice(part, "`layer_norm.LayerNorm`", *call(ours)),
+        Choice(part, "`nnx.LayerNorm`, float32", *call(flaxs)),
+    ]
 
 
 def head_layouts(size: Size) -> list[Choice]:
@@ -167,17 +204,43 @@ def updates(size: Size) -> list[Choice]:
     ]
 
 
-def milliseconds(choice: Choice, seconds: float) -> float:
-    """The median call, of at least three."""
+def seconds_a_call(choice: Choice, seconds: float) -> float:
+    """The median of _SAMPLES or so that share `seconds`, each of as many calls as fill its share.
+
+    A sample waits once, for its last call: a device runs calls in the order that it got them, and
+    to wait for each would be to measure the host where the device is fast.
+    """
     call = jax.jit(choice.call)
-    for _ in range(2):
-        jax.block_until_ready(call(*choice.arguments))
-    durations: list[float] = []
-    while len(durations) < 3 or sum(durations) < seconds:
+
+    def sample(count: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(call(*choice.arguments))
-        durations.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(durations)
+        for _ in range(count):
+            out = call(*choice.arguments)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / count
+
+    sample(2)  # compiled, and warm
+    count = min(_MOST_QUEUED, max(1, round(seconds / _SAMPLES / sample(1))))
+    durations: list[float] = []
+    while len(durations) < 3 or sum(durations) * count < seconds:
+        durations.append(sample(count))
+    return statistics.median(durations)
+
+
+def row(choice: Choice, seconds: float) -> str:
+    """A line of the table; of a choice that failed, why."""
+    try:
+        took = _duration(seconds_a_call(choice, seconds))
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        took = f"failed: {type(error).__name__}: {first_line}".replace("|", "/")
+    return f"| {choice.part} | {choice.name} | {took} |"
+
+
+def _duration(seconds: float) -> str:
+    """Three digits, in ms, or in µs below one."""
+    scaled, unit = (1e3 * seconds, "ms") if seconds >= 1e-3 else (1e6 * seconds, "µs")
+    return f"{scaled:.0f} {unit}" if scaled >= 99.95 else f"{scaled:#.3g} {unit}"
 
 
 def _mask(size: Size) -> Callable:
@@ -217,10 +280,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = jax.devices()[0]
     host_memory.keep_freed(0)
     print(f"{device.device_kind}, batch {options.batch}, {options.dtype}\n")
-    print("| part | choice | ms |\n|---|---|---|")
+    print("| part | choice | a call |\n|---|---|---|")
     for choice in choices(Size(batch=options.batch, dtype=options.dtype)):
-        took = milliseconds(choice, options.seconds)
-        print(f"| {choice.part} | {choice.name} | {took:.1f} |", flush=True)
+        print(row(choice, options.seconds), flush=True)
 
 
 if __name__ == "__main__":
