@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from maeast_jax import data, fbank, mixture, shard_writer
+from maeast_jax.decode_pool import num_cores
 
 _NAME = "ten_seconds_of_noise"
 _CLIPS = 400
@@ -42,7 +43,7 @@ def throughput(options: argparse.Namespace, place: str) -> list[str]:
     """A row of the table."""
     stream = batches(options, place)
     # More than threads and queue hold ready, so that all clips counted are made while counting.
-    for _ in range(4 + 2 * (options.threads or os.cpu_count() or 1)):
+    for _ in range(4 + 2 * (options.threads or num_cores())):
         next(stream)
     clips = size = 0
     start, before = time.monotonic(), os.times()
@@ -113,7 +114,7 @@ def _settings(options: argparse.Namespace, place: str) -> data.DataConfig:
 def _report(options: argparse.Namespace) -> str:
     lines = [
         f"Batches of {options.batch} clips of {options.num_frames} frames, {options.data}, "
-        f"{os.cpu_count()} cores.",
+        f"{num_cores()} cores.",
         "",
         "| fbank | clips/s | clips per CPU second | MB/s | user, ms a clip | system, ms a clip | "
         "cores busy |",
