@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, logs, metrics, probe, program, results
+from maeast_jax import checkpoint, devices, logs, metrics, probe, program, results
 from maeast_jax.features import Features, statistics
 from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
 from maeast_jax.metrics import Evaluation
 from maeast_jax.workdir import held
+
+_REMEDY = "lower batch_size or max_frames, or raise accumulation_steps"
 
 
 def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[str, Evaluation]]:
@@ -31,10 +33,11 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     `workdir/[FOLD/]NAME/`.
 
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
-    overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
+    overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; MemoryError where a
+    batch does not fit the devices.
     """
     run = check_run(config, workdir)
-    with held(run.workdir):
+    with held(run.workdir), devices.out_of_memory(_REMEDY):
         _check_workdir(run)
         print(logs.announce(_plan(run)), flush=True)
         features = Features(run) if config.mode != "finetune" else None

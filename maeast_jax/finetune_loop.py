@@ -16,7 +16,7 @@ from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.labelled import Labelled
 from maeast_jax.pace import Pace
-from maeast_jax.program import Interrupted, NonFiniteError, stop_signals
+from maeast_jax.stops import Interrupted, NonFiniteError, stop_signals
 from maeast_jax.train_step import Metrics
 
 

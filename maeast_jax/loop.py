@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from maeast_jax import hosts, logs, paths, plots
 from maeast_jax.checkpoint import Checkpoints
 from maeast_jax.pace import Pace
-from maeast_jax.program import Interrupted, NonFiniteError, PeerLostError
+from maeast_jax.stops import Interrupted, NonFiniteError, PeerLostError
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
 
 Batch = dict[str, np.ndarray]

@@ -23,6 +23,7 @@ LEVELS = [
         "dropout",
         "host_memory",
         "products",
+        "stops",
     },
     {
         "layers",
