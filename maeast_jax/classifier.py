@@ -33,8 +33,8 @@ class HeadConfig:
         norm; a number, 0 to layers - 1 or from -1 backwards, the same with the layers above cut
         off; "weighted" a learnt sum over the hidden states after every layer, with softmax weights
         that start equal, and without normalising the states (SUPERB).
-      pool: "mean" over all tokens, as both recipes have it; "time", over time alone, the R bands
-        side by side, lowest first, which holds more than one mean where tokens are patches.
+      pool: "time", over time alone, the R bands side by side, lowest first; "mean" over all tokens,
+        as both recipes have it, which holds less where tokens are patches.
       projection: width of the superb head's first layer.
 
     Raises ValueError, in one line, for values that are none of these.
@@ -42,7 +42,7 @@ class HeadConfig:
 
     kind: str = "ssast"
     layer: str | int = LAST
-    pool: str = "mean"
+    pool: str = "time"
     projection: int = 256
 
     def __post_init__(self):

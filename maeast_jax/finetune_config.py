@@ -33,9 +33,9 @@ def finetune() -> ConfigDict:
     config.model.dtype = "float32"
 
     head = config.head = ConfigDict()
-    head.kind = "ssast"  # ssast: norm and linear on the mean | superb: projection, mean, linear
+    head.kind = "ssast"  # ssast: norm and linear | superb: two linear; both of what is pooled
     head.layer = "last"  # last | weighted (a learnt sum of all) | a layer's number from 0
-    head.pool = "time"  # of ssast: mean over all tokens | over time, the bands side by side
+    head.pool = "time"  # mean: over all tokens | time: over time alone, the bands side by side
     head.projection = 256  # of superb
 
     loss = config.loss = ConfigDict()

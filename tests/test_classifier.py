@@ -23,9 +23,9 @@ TINY = ModelConfig(
 )  # fmt: skip
 CLASSES = 5
 HEADS = [
-    HeadConfig(),
+    HeadConfig(pool="mean"),
     HeadConfig(layer="weighted", pool="time"),
-    HeadConfig("superb", projection=7),
+    HeadConfig("superb", pool="mean", projection=7),
     HeadConfig("superb", layer="weighted", pool="time", projection=7),
 ]
 
@@ -145,7 +145,7 @@ def test_a_numbered_layer_is_the_encoder_cut_off_above_it():
     _, params, statistics = split_model(whole.backbone)
 
     def found(layer):
-        classifier = build(HeadConfig(layer=layer))
+        classifier = build(HeadConfig(layer=layer, pool="mean"))
         classifier.load_backbone(params, statistics)
         return classifier, np.asarray(logits(classifier, log_mel, lengths))
 
@@ -155,7 +155,7 @@ def test_a_numbered_layer_is_the_encoder_cut_off_above_it():
     last = logits(whole, log_mel, lengths)
     np.testing.assert_array_equal(found("2")[1], last)
     np.testing.assert_array_equal(found(-1)[1], last)
-    weighted = build(HeadConfig(layer="weighted"))
+    weighted = build(HeadConfig(layer="weighted", pool="mean"))
     weighted.load_backbone(params, statistics)
     weighted.head.layer_weights[...] = jnp.array([100.0, 0.0, 0.0])
     np.testing.assert_allclose(logits(weighted, log_mel, lengths), first_logits, atol=1e-5)

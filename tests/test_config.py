@@ -10,6 +10,7 @@ from maeast_jax import finetune_config, finetune_step
 from maeast_jax.augment import AugmentConfig
 from maeast_jax.classifier import HeadConfig
 from maeast_jax.data import DataConfig
+from maeast_jax.finetune_run import FeaturesConfig
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig
 from maeast_jax.run import check_run
@@ -61,6 +62,14 @@ def test_every_configuration_file_builds_and_runs_a_step(path, tmp_path):
 
 
 FINETUNING = sorted(FOLDER.glob("finetune*.py"))
+FINETUNING_SECTIONS = {
+    "head": HeadConfig,
+    "loss": finetune_step.LossConfig,
+    "optimizer": finetune_step.OptimizerConfig,
+    "schedule": finetune_step.ScheduleConfig,
+    "augment": AugmentConfig,
+    "features": FeaturesConfig,
+}
 
 
 @pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.stem)
@@ -68,10 +77,7 @@ def test_every_configuration_of_fine_tuning_has_known_fields_and_its_command(pat
     config = load(path)
     configuration.check(config, finetune_config.finetune())
     settings = config.to_dict()
-    for section, kind in (
-        ("head", HeadConfig), ("loss", finetune_step.LossConfig), ("augment", AugmentConfig),
-        ("optimizer", finetune_step.OptimizerConfig), ("schedule", finetune_step.ScheduleConfig),
-    ):  # fmt: skip
+    for section, kind in FINETUNING_SECTIONS.items():
         kind(**settings[section])
     assert config.batch_size % config.accumulation_steps == 0
     assert f"--config=configs/{path.name}" in path.read_text(), "the header has no command"
@@ -115,6 +121,12 @@ def test_the_typed_sections_have_the_same_defaults():
     assert OptimizerConfig(**sections["optimizer"]) == OptimizerConfig()
     assert LossConfig(**sections["loss"]) == LossConfig()
     assert DataConfig(**sections["data"]) == DataConfig()
+
+
+def test_the_typed_sections_of_fine_tuning_have_the_same_defaults():
+    sections = finetune_config.finetune().to_dict()
+    for name, kind in FINETUNING_SECTIONS.items():
+        assert kind(**sections[name]) == kind()
 
 
 def change(path, value):
