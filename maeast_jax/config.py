@@ -139,6 +139,12 @@ def describe(changed: dict[str, tuple]) -> str:
     return ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
 
 
+def tell_resumed_with(changed: dict[str, tuple]) -> None:
+    """Prints which settings a run goes on with that `differences` found to be others."""
+    if changed:
+        print(f"resuming with other settings than before: {describe(changed)}", flush=True)
+
+
 def _is_of_type(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)

@@ -205,9 +205,7 @@ def check_resume(run: FinetuneRun, folder: Path) -> None:
                 f"the run in {folder} has {name}={was!r}, the configuration {is_!r}; choose "
                 "another --workdir"
             )
-    if changed:
-        listed = ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
-        print(f"resuming with other settings than before: {listed}", flush=True)
+    configuration.tell_resumed_with(changed)
 
 
 def evaluations(total_steps: int, every: float) -> list[int]:

@@ -228,7 +228,4 @@ def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: Co
     if (workdir / logs.METRICS_FILE).exists():
         logs.read_metrics(workdir)  # raises where a line is broken
     old = checkpoint.metadata(epath.Path(newest.path))["config"]
-    changed = configuration.differences(old, config.to_dict())
-    if changed:
-        listed = ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
-        print(f"resuming with other settings than before: {listed}", flush=True)
+    configuration.tell_resumed_with(configuration.differences(old, config.to_dict()))

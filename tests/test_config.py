@@ -190,10 +190,15 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
         check_run(config, tmp_path / "file" / "run")
 
 
-def test_differences_are_named_by_their_path():
+def test_differences_are_named_by_their_path_and_told_on_resuming(capsys):
     old, new = configuration.pretrain().to_dict(), configuration.pretrain()
     new.optimizer.b2, new.total_steps = 0.95, 7
-    assert configuration.differences(old, new.to_dict()) == {
-        "optimizer.b2": (0.98, 0.95),
-        "total_steps": (600_000, 7),
-    }
+    changed = configuration.differences(old, new.to_dict())
+    assert changed == {"optimizer.b2": (0.98, 0.95), "total_steps": (600_000, 7)}
+    configuration.tell_resumed_with(changed)
+    assert capsys.readouterr().out == (
+        "resuming with other settings than before: optimizer.b2 0.98 -> 0.95, "
+        "total_steps 600000 -> 7\n"
+    )
+    configuration.tell_resumed_with({})
+    assert not capsys.readouterr().out
