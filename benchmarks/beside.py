@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Side:
     build: a function of a module, called in the process with `settings`; it imports what it needs,
       so that a side measures no other side's libraries.
     cpus: the cores that the process may use, None for all; set before anything is imported.
+    environment: variables of the process beside this one's, there from its start.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Side:
         build: Callable[..., Work],
         settings: dict[str, Any],
         cpus: Sequence[int] | None = None,
+        environment: Mapping[str, str] | None = None,
     ):
         self.name = name
         self.turns: list[Turn] = []
@@ -69,7 +71,8 @@ class Side:
         self._process = context.Process(
             target=_serve, args=(theirs, build, settings, cpus), name=name, daemon=True
         )
-        self._process.start()
+        with _environment(environment or {}):
+            self._process.start()
         theirs.close()
         self.facts = self._answer()
 
@@ -116,6 +119,18 @@ def ending(sides: list[Side]) -> Iterator[None]:
     finally:
         for side in sides:
             side.kill()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """A process that starts meanwhile has them; what was set before is set again."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def take_turns(sides: Sequence[Side], rounds: int, count: int) -> None:

@@ -126,6 +126,7 @@ def build_ours(
     device: str,
     size: dict[str, int],
     from_audio: bool,
+    keeps_freed: bool,
     workdir: str,
 ) -> beside.Work:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -135,7 +136,8 @@ def build_ours(
     jax.config.update("jax_enable_compilation_cache", False)
     from maeast_jax import host_memory
 
-    host_memory.share_heap()  # as maeast_jax.train does
+    if keeps_freed:
+        host_memory.share_heap()
     from maeast_jax import config as configuration
     from maeast_jax import data, masking, run, summary
     from maeast_jax.programs import Programs

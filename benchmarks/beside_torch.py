@@ -8,14 +8,16 @@ Ours is the step that training builds. Both take the same log-mel energies, alre
 with the paper's dropouts, and write float32 parameters. One thing is not the same: ours computes
 the last decoder layer's queries and MLP at the masked places only, for nothing else is read.
 
-The sides work in turn, a process each; a ratio is taken each round. The first step's seconds hold
-compiling, from nothing cached. Memory is that of a process' whole life: VmHWM on a CPU, torch's
+Each of ours and each of theirs are a pair that works in turn, a process each, so that a device
+holds two models at most; a ratio is taken each round. The first step's seconds hold compiling, from
+nothing cached. Memory is that of a process' whole life: VmHWM on a CPU, torch's
 max_memory_allocated and XLA's peak_bytes_in_use on a GPU. --batches tries each batch on each side
-first and compares every side's fastest. Needs what requirements-test.txt and
+alone first and compares every side's fastest. Needs what requirements-test.txt and
 requirements-reference.txt name.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -23,8 +25,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # No jax and no torch: each side starts one of them.
 from benchmarks import beside, beside_steps, reference
+
+# glibc's, by which freed memory is kept, in pieces of any size.
+_KEEPS = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+}
+# What XLA, CUDA's allocator in torch and a machine's own say when memory has run out.
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "MemoryError", "ended with -9")
 
 
 def size_of(options: argparse.Namespace) -> dict[str, int]:
@@ -37,61 +50,81 @@ def build(side: str, batch: int, options: argparse.Namespace, workdir: str) -> b
     settings = {"mode": mode, "batch": batch, "dtype": options.dtype, "device": options.device}
     settings["size"] = size_of(options)
     if who == "s3prl":
-        return beside.Side(side, beside_steps.build_theirs, settings)
+        environment = _KEEPS if options.memory == "kept" else {}
+        return beside.Side(side, beside_steps.build_theirs, settings, environment=environment)
     settings |= {"from_audio": options.from_audio, "workdir": workdir}
+    settings["keeps_freed"] = options.memory != "returned"
     return beside.Side(side, beside_steps.build_ours, settings)
 
 
 def best_batch(side: str, options: argparse.Namespace, workdir: str) -> int:
-    """The batch with the most clips a second in a trial of a few turns."""
+    """The batch with the most clips a second in a trial of a few turns; one without room has none.
+
+    Raises beside.SideError where no batch has room, and for what else goes wrong.
+    """
     if len(options.batches) == 1:
         return options.batches[0]
     found = {}
     for batch in options.batches:
-        trial = build(side, batch, options, workdir)
-        with beside.ending([trial]):
-            beside.take_turns([trial], 3, options.steps)
-        found[batch] = statistics.median(beside.rates(trial, batch * options.steps))
-        print(f"{side}, batch {batch}: {found[batch]:.2f} clips/s in a trial", flush=True)
+        trials = []
+        try:
+            with beside.ending(trials):
+                trials.append(build(side, batch, options, workdir))
+                beside.take_turns(trials, 3, options.steps)
+            found[batch] = statistics.median(beside.rates(trials[0], batch * options.steps))
+            print(f"{side}, batch {batch}: {found[batch]:.2f} clips/s in a trial", flush=True)
+        except beside.SideError as error:
+            if not any(word in str(error) for word in _NO_MEMORY):
+                raise
+            found[batch] = 0.0
+            print(f"{side}, batch {batch}: does not fit", flush=True)
+    if not any(found.values()):
+        raise beside.SideError(f"{side}: none of the batches fits; name smaller --batches")
     return max(found, key=found.get)
 
 
 def compare(options: argparse.Namespace, workdir: str) -> dict[str, Any]:
-    """A row a side, ours first, and how many times as fast ours is as each of the others."""
-    names = [f"ours {mode}" for mode in options.ours]
-    names += [f"s3prl {mode}" for mode in options.modes]
-    batches = {name: best_batch(name, options, workdir) for name in names}
+    """Of each pair a row a side, ours first, and how many times as fast as theirs ours is."""
+    ours = [f"ours {mode}" for mode in options.ours]
+    theirs = [f"s3prl {mode}" for mode in options.modes]
+    batches = {name: best_batch(name, options, workdir) for name in (*ours, *theirs)}
+    found = {"sides": [], "ratios": []}
+    for names in itertools.product(ours, theirs):
+        rows, rates = compare_pair(names, batches, options, workdir)
+        found["sides"] += rows
+        ratio = beside.spread(rates[0] / rates[1])
+        found["ratios"].append({"ours": names[0], "theirs": names[1], "ratio": ratio})
+    return found
+
+
+def compare_pair(
+    names: tuple[str, str], batches: dict[str, int], options: argparse.Namespace, workdir: str
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """A row for each of both, and its clips a second in each round."""
     sides = []
     with beside.ending(sides):
         for name in names:
             sides.append(build(name, batches[name], options, workdir))
-            if name.startswith("s3prl"):
-                beside_steps.check_same_work(sides[0].facts, sides[-1].facts, size_of(options))
+        beside_steps.check_same_work(sides[0].facts, sides[1].facts, size_of(options))
         beside.take_turns(sides, options.rounds, options.steps)
-        peaks = {side.name: side.close() for side in sides}
-    rates = {side.name: beside.rates(side, batches[side.name] * options.steps) for side in sides}
-    return {
-        "sides": [
-            {
-                "side": side.name,
-                "dtype": options.dtype,
-                "batch": batches[side.name],
-                "clips_a_second": beside.spread(rates[side.name]),
-                "cpu_seconds_a_clip": statistics.median(t.cpu_seconds for t in side.turns)
-                / (batches[side.name] * options.steps),
-                "peak_bytes": peaks[side.name],
-                "waiting_load": side.waiting_load,
-                **side.facts,
-            }
-            for side in sides
-        ],
-        "ratios": [
-            {"ours": ours, "theirs": theirs, "ratio": beside.spread(rates[ours] / rates[theirs])}
-            for ours in names
-            for theirs in names
-            if ours.startswith("ours") and theirs.startswith("s3prl")
-        ],
-    }
+        peaks = [side.close() for side in sides]
+    clips = [batches[name] * options.steps for name in names]
+    rates = [beside.rates(side, count) for side, count in zip(sides, clips, strict=True)]
+    rows = [
+        {
+            "side": side.name,
+            "dtype": options.dtype,
+            "memory": options.memory,
+            "batch": batches[side.name],
+            "clips_a_second": beside.spread(rate),
+            "cpu_seconds_a_clip": statistics.median(t.cpu_seconds for t in side.turns) / count,
+            "peak_bytes": peak,
+            "waiting_load": side.waiting_load,
+            **side.facts,
+        }
+        for side, count, rate, peak in zip(sides, clips, rates, peaks, strict=True)
+    ]
+    return rows, rates
 
 
 def table(found: dict[str, Any]) -> str:
@@ -127,13 +160,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--modes", default="eager,compiled", help="theirs: of eager, compiled")
-    parser.add_argument("--ours", default="scan", help="ours: of scan, unrolled (model.unroll)")
+    parser.add_argument("--ours", default="unrolled", help="ours: of scan, unrolled (model.unroll)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=beside.positive, default=8, help="of all sides")
     parser.add_argument(
         "--batches", type=positives, help="8,16,32: of each side the fastest of them"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--memory",
+        choices=["as_is", "kept", "returned"],
+        default="as_is",
+        help="of a CPU, between steps: as_is, ours kept as in training and theirs as torch has it; "
+        "kept, by both; returned to the system, by both",
+    )
     parser.add_argument("--rounds", type=beside.positive, default=15)
     parser.add_argument("--steps", type=beside.positive, help="a turn; 1 on a CPU, 20 on a GPU")
     parser.add_argument("--from_audio", action="store_true", help="ours starts from int16 audio")

@@ -15,15 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-INSTALL = "pip install --no-deps -r requirements-reference.txt"
+INSTALL = (
+    "pip install -r requirements-test.txt && pip install --no-deps -r requirements-reference.txt"
+)
 # Statistics of log-mel energies that a checkpoint trained on audio would hold.
 FBANK_MEAN, FBANK_VARIANCE = -6.5, 17.0
 
 
 def missing() -> str:
     """What is not installed and the remedy, in one line; empty where nothing is missing."""
-    absent = [name for name in ("s3prl", "torchaudio") if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(absent)} not installed: {INSTALL}" if absent else ""
+    needed = ("torch", "omegaconf", "s3prl", "torchaudio")
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"{', '.join(absent)} not installed: {INSTALL}" if absent else ""
 
 
 def expert(path: Path | str):

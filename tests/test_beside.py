@@ -33,6 +33,10 @@ def cores():
     return beside.Work(lambda count: None, {"cores": os.sched_getaffinity(0)})
 
 
+def variables():
+    return beside.Work(lambda count: None, {name: os.environ.get(name) for name in ("A", "B")})
+
+
 def broken():
     raise ValueError("no such thing")
 
@@ -94,3 +98,14 @@ def test_a_side_that_fails_is_named_with_what_it_raised():
 
 def test_spread_is_median_and_tenths():
     assert beside.spread(np.arange(11.0)) == (5.0, 1.0, 9.0)
+
+
+def test_a_sides_environment_is_its_own(monkeypatch):
+    monkeypatch.setenv("B", "before")
+    monkeypatch.delenv("A", raising=False)
+    sides = []
+    with beside.ending(sides):
+        for environment in ({"A": "1", "B": "2"}, None):
+            sides.append(beside.Side("side", variables, {}, environment=environment))
+        assert [side.facts for side in sides] == [{"A": "1", "B": "2"}, {"A": None, "B": "before"}]
+    assert "A" not in os.environ and os.environ["B"] == "before"

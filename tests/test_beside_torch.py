@@ -66,6 +66,47 @@ def test_each_sides_fastest_batch_is_taken(side, monkeypatch):
     assert beside_torch.best_batch(f"{side} eager", options, "") == 16
 
 
+def failing_above(batches, message):
+    def build(name, batch, options, workdir):
+        if batch > batches:
+            raise beside.SideError(f"{name}: {message}")
+        turn = beside.Turn(1.0, 0.0, 0.0, 0.0)
+        return types.SimpleNamespace(turns=[turn], turn=lambda count: None, kill=lambda: None)
+
+    return build
+
+
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: Out", "torch.OutOfMemoryError: CUDA"])
+def test_a_batch_without_room_is_not_the_fastest_and_ends_nothing(message, monkeypatch, capsys):
+    options = beside_torch.parse(["--batches=8,16,32", "--steps=1"])
+    monkeypatch.setattr(beside_torch, "build", failing_above(16, message))
+    assert beside_torch.best_batch("ours scan", options, "") == 16
+    assert "ours scan, batch 32: does not fit" in capsys.readouterr().out
+    monkeypatch.setattr(beside_torch, "build", failing_above(0, message))
+    with pytest.raises(beside.SideError, match="none of the batches fits; name smaller"):
+        beside_torch.best_batch("ours scan", options, "")
+    monkeypatch.setattr(beside_torch, "build", failing_above(8, "ImportError"))
+    with pytest.raises(beside.SideError, match="ImportError"):
+        beside_torch.best_batch("ours scan", options, "")
+
+
+@pytest.mark.parametrize(
+    ("memory", "ours_keeps", "theirs_keep"),
+    [("as_is", True, False), ("kept", True, True), ("returned", False, False)],
+)
+def test_memory_is_kept_by_whom_the_flag_says(memory, ours_keeps, theirs_keep, monkeypatch):
+    seen = {}
+
+    def side(name, build, settings, environment=None):
+        seen[name] = settings.get("keeps_freed"), bool(environment)
+
+    monkeypatch.setattr(beside, "Side", side)
+    options = beside_torch.parse([f"--memory={memory}"])
+    for name in ("ours unrolled", "s3prl eager"):
+        beside_torch.build(name, 8, options, "")
+    assert seen == {"ours unrolled": (ours_keeps, False), "s3prl eager": (None, theirs_keep)}
+
+
 def test_unknown_modes_are_refused(capsys):
     with pytest.raises(SystemExit):
         beside_torch.parse(["--modes=eager,jitted"])
@@ -79,12 +120,12 @@ def test_tiny_models_are_compared(options, tmp_path, capsys):
     beside_torch.main([*common, f"--json={file}", *options])
     found = json.loads(file.read_text())
     ours, theirs = found["sides"]
-    assert [ours["side"], theirs["side"]] == ["ours scan", "s3prl eager"]
+    assert [ours["side"], theirs["side"]] == ["ours unrolled", "s3prl eager"]
     # 4 x 8 tokens of which a quarter is kept.
     assert ours["masked"] == theirs["masked"] == 24
     assert set(theirs["unmoved"]) <= set(beside_steps.UNREAD)
     assert all(side["peak_bytes"] > 1e8 for side in (ours, theirs))
     (pair,) = found["ratios"]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in lines[2:4]] == ["| ours scan", "| s3prl eager"]
-    assert f"ours scan is {pair['ratio'][0]:.2f} times as fast as s3prl eager" in lines[5]
+    assert [line.split(" (")[0] for line in lines[2:4]] == ["| ours unrolled", "| s3prl eager"]
+    assert f"ours unrolled is {pair['ratio'][0]:.2f} times as fast as s3prl eager" in lines[5]
