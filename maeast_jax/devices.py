@@ -64,11 +64,11 @@ def matrix_rate(mesh: Mesh, dtype: str) -> float:
 
 
 def memory_bytes(mesh: Mesh) -> int:
-    """What a device may hold: jax's own limit, or its share of this machine's memory."""
+    """What a device may hold: jax's own limit, or its share of what this machine has left."""
     stats = mesh.devices.flat[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return host_memory.limit_bytes() // mesh.size
+    return host_memory.available_bytes() // mesh.size
 
 
 @contextmanager

@@ -47,6 +47,12 @@ def remarks(rows: Sequence[Row], find: str | None = None) -> list[str]:
     if find is not None:
         lines += _found(rows, find)
     lines += comparisons(rows)
+    counted = [row["device_peak_bytes"] is not None for row in rows if row["fits"]]
+    if any(counted) and not all(counted):
+        lines.append(
+            "memory by the device: a dash where an earlier row held as much, since devices count "
+            "for the whole process; name smaller rows first"
+        )
     if recompiled := [row for row in rows if row["recompiles"]]:
         lines.append(f"slowed by compiling while they were timed: {len(recompiled)} of {len(rows)}")
     return lines

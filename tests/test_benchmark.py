@@ -14,7 +14,16 @@ import tiny
 from absl import flags
 from test_speed_rows import PROMISED
 
-from maeast_jax import benchmark, devices, plots, run, speed, speed_rows
+from maeast_jax import (
+    benchmark,
+    benchmark_config,
+    devices,
+    host_memory,
+    plots,
+    run,
+    speed,
+    speed_rows,
+)
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=tests/tiny.py"
@@ -45,7 +54,7 @@ def environment():
 def defined():
     """The program's flags, taken back after the module."""
     before = set(flags.FLAGS)
-    benchmark._define_flags()
+    benchmark_config.define()
     yield
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
@@ -55,6 +64,7 @@ def defined():
 def start(defined, monkeypatch):
     """Runs `main` with the words of a command line."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(host_memory, "share_heap", lambda: None)  # the tests' own stays as it is
 
     def main(*words):
         for name in flags.FLAGS:
@@ -237,6 +247,25 @@ def test_what_is_there_is_replaced_when_asked_and_the_picture_is_of_the_rows(
     rows.touch()
     start(f"--json={rows}", f"--picture={picture}", "--overwrite")
     assert drawn == [json.loads(rows.read_text())] and picture.exists()
+
+
+def test_no_picture_where_no_row_fits_is_said_after_the_table(start, fake, tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    words = ["--model=mae_ast", "--find=largest", "--memory_gb=0.001", f"--picture={picture}"]
+    assert start(*words) is None
+    captured = capsys.readouterr()
+    assert captured.out.count("does not fit") == 1 and not picture.exists()
+    last = captured.err.splitlines()[-1]
+    assert last == f"no picture {picture}: no row fits; choose a smaller --batch"
+
+
+def test_freed_memory_is_kept_unless_told_otherwise(start, fake, monkeypatch):
+    shared = []
+    monkeypatch.setattr(host_memory, "share_heap", lambda: shared.append(True))
+    start("--model=mae_ast", "--keep_freed=false")
+    assert not shared
+    start("--model=mae_ast")
+    assert shared == [True]
 
 
 @pytest.mark.parametrize("place", ["device", "host"])

@@ -1,6 +1,5 @@
 """What devices do and hold, against a clock and a memory of the test's own."""
 
-import os
 import types
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maeast_jax import devices, sharding
+from maeast_jax import devices, host_memory, sharding
 
 
 def test_programs_that_are_compiled_are_counted_and_those_that_only_run_are_not():
@@ -46,10 +45,10 @@ def fake_mesh(stats, size=4):
     return types.SimpleNamespace(devices=np.array([device] * size), size=size)
 
 
-def test_memory_is_the_devices_limit_or_a_share_of_the_machines():
+def test_memory_is_the_devices_limit_or_a_share_of_what_the_machine_has_left(monkeypatch):
     assert devices.memory_bytes(fake_mesh({"bytes_limit": 123, "peak_bytes_in_use": 45})) == 123
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert devices.memory_bytes(fake_mesh(None)) == machine // 4
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1000)
+    assert devices.memory_bytes(fake_mesh(None)) == 250
     (device,) = fake_mesh({"bytes_limit": 123, "peak_bytes_in_use": 45}, size=1).devices
     assert devices.peak_bytes(device) == 45
     assert devices.peak_bytes(jax.devices()[0]) is None

@@ -71,3 +71,25 @@ def test_limit_is_the_smaller_of_machine_and_group(group, limit, monkeypatch):
     monkeypatch.setattr(Path, "read_text", read_text)
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert host_memory.limit_bytes() == (limit or machine)
+
+
+def test_available_is_four_fifths_of_what_machine_and_group_have_left(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:  5000 kB\n",
+        "/sys/fs/cgroup/memory.max": "max\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1000\nfile 4000000\n",
+    }
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert host_memory.available_bytes() == 5000 * 1024 * 4 // 5
+    files["/sys/fs/cgroup/memory.max"] = "2000\n"
+    assert host_memory.available_bytes() == 1000 * 4 // 5
+    files["/sys/fs/cgroup/memory.max"] = "500\n"
+    assert host_memory.available_bytes() == 0
+    files.clear()
+    assert host_memory.available_bytes() == host_memory.limit_bytes() * 4 // 5

@@ -60,7 +60,7 @@ LEVELS = [
     {"summary", "programs"},
     {"features", "finetune_loop", "speed"},
     {"speed_rows"},
-    {"speed_table"},
+    {"speed_table", "benchmark_config"},
     {"beam_runner"},
     {"beam_build"},
     {"train", "build_dataset", "embed", "export", "hear", "finetune", "benchmark"},

@@ -47,6 +47,14 @@ def test_columns_of_the_input_and_the_devices_own_count_are_there_where_measured
     assert cells(speed_table.table([counted]).splitlines()[-1])[-1] == "5.00"
 
 
+def test_a_dash_for_the_devices_own_count_is_explained():
+    counted, hidden = row("mae_ast", device_peak_bytes=5e9), row("mae_ast", batch=4)
+    told = "memory by the device: a dash where an earlier row held as much"
+    assert any(line.startswith(told) for line in speed_table.remarks([counted, hidden]))
+    for rows in ([counted], [hidden], [counted, unfit("ssast", 99)]):
+        assert not any(line.startswith(told) for line in speed_table.remarks(rows))
+
+
 def test_models_are_compared_at_equal_settings_alone():
     rows = [
         row("mae_ast", clips=5.4, memory=1.6e9),
