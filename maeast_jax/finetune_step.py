@@ -18,6 +18,7 @@ from maeast_jax.augment import AugmentConfig
 from maeast_jax.classifier import Classifier, HeadConfig
 from maeast_jax.model import split_model
 from maeast_jax.model_config import ModelConfig
+from maeast_jax.optimizer import check_ranges, promoting
 from maeast_jax.train_step import Metrics, accumulate, stream_key
 
 Batch = dict[str, jax.Array]
@@ -63,16 +64,11 @@ class OptimizerConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self):
-        # Written as what must hold, so that nan fails too.
-        for field in ("learning_rate", "head_rate", "eps"):
-            if not getattr(self, field) > 0.0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be above 0")
-        for field in ("b1", "b2"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be in [0, 1)")
-        for field in ("weight_decay", "clip_norm"):
-            if not getattr(self, field) >= 0.0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must not be negative")
+        check_ranges(
+            self,
+            above_0=("learning_rate", "head_rate", "eps"),
+            not_negative=("weight_decay", "clip_norm"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +129,7 @@ def adam(config: OptimizerConfig, learning_rate: optax.Schedule) -> optax.Gradie
         optax.scale_by_learning_rate(learning_rate),
     )
 
-    def update(gradients, state, params=None):
-        # optax raises a float to the power of an integer count, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            return inner.update(gradients, state, params)
-
-    return optax.GradientTransformation(inner.init, update)
+    return promoting(inner)
 
 
 @jax.tree_util.register_dataclass

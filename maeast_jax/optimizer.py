@@ -1,6 +1,8 @@
 """AdamW and the authors' schedule."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
@@ -19,17 +21,24 @@ class OptimizerConfig:
     warmup_steps: int = 32_000
 
     def __post_init__(self):
-        # Written as what must hold, so that nan fails too.
-        for field in ("learning_rate", "eps", "clip_norm"):
-            if not getattr(self, field) > 0.0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be above 0")
-        for field in ("b1", "b2"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be in [0, 1)")
-        if not self.weight_decay >= 0.0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        check_ranges(
+            self,
+            above_0=("learning_rate", "eps", "clip_norm"),
+            not_negative=("weight_decay", "warmup_steps"),
+        )
+
+
+def check_ranges(config: Any, above_0: Sequence[str], not_negative: Sequence[str]) -> None:
+    """Raises ValueError for a field out of range, of these and of Adam's `b1` and `b2`."""
+    # Written as what must hold, so that nan fails too.
+    for rule, fields, holds in (
+        ("be above 0", above_0, lambda value: value > 0.0),
+        ("be in [0, 1)", ("b1", "b2"), lambda value: 0.0 <= value < 1.0),
+        ("not be negative", not_negative, lambda value: value >= 0.0),
+    ):
+        for field in fields:
+            if not holds(getattr(config, field)):
+                raise ValueError(f"optimizer.{field}={getattr(config, field)} must {rule}")
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -67,8 +76,16 @@ def adamw(
         ),
     )
 
+    return promoting(inner)
+
+
+def promoting(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` where types are promoted strictly.
+
+    optax raises a float to the power of an integer count, which strict promotion refuses.
+    """
+
     def update(gradients, state, params=None):
-        # optax raises a float to the power of an integer count, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             return inner.update(gradients, state, params)
 
