@@ -1,11 +1,12 @@
-"""Audio files and arrays of any kind to 16 kHz mono 16-bit samples."""
+"""Audio files and arrays of any kind to 16 kHz mono 16-bit samples.
+
+Decoders and resampler are imported where they are used: training and the benchmark need none.
+"""
 
 import os
 from collections.abc import Iterator
 
 import numpy as np
-import soundfile
-import soxr
 
 SAMPLE_RATE_HZ = 16_000
 # fmt: off
@@ -97,6 +98,8 @@ def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     channels_last = waveform[:, None] if waveform.ndim == 1 else waveform
     mono = _mono(channels_last.astype(np.float32, copy=False))
     if sample_rate_hz != SAMPLE_RATE_HZ:
+        import soxr
+
         mono = soxr.resample(mono, sample_rate_hz, SAMPLE_RATE_HZ, quality="HQ")
     return _quantise(mono)
 
@@ -136,6 +139,8 @@ def _to_mono_int16(blocks: Iterator[tuple[np.ndarray, int]]) -> np.ndarray:
         if first_rate_hz is None:
             first_rate_hz = rate_hz
             if rate_hz != SAMPLE_RATE_HZ:
+                import soxr
+
                 resampler = soxr.ResampleStream(
                     rate_hz, SAMPLE_RATE_HZ, num_channels=1, dtype="float32", quality="HQ"
                 )
@@ -152,6 +157,8 @@ def _to_mono_int16(blocks: Iterator[tuple[np.ndarray, int]]) -> np.ndarray:
 
 
 def _soundfile_blocks(path: str) -> Iterator[tuple[np.ndarray, int]]:
+    import soundfile
+
     with soundfile.SoundFile(path) as file:
         while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
             yield block, file.samplerate

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 import numpy as np
-import tensorboardX
 import tqdm
 from etils import epath
 
@@ -54,6 +53,8 @@ class MetricsWriter:
             self._file = paths.Rewritten(path, lines, clock)
             return
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        import tensorboardX  # not at the top: a benchmark formats numbers and writes no events
+
         # TensorBoard hides the events at purge_step and later that came before this one.
         self._events = tensorboardX.SummaryWriter(
             str(workdir),
