@@ -5,9 +5,9 @@ python -m maeast_jax.train --config=configs/ssast.py --workdir=runs/ssast \
 
 Source: Gong, Lai, Chung, Glass 2022, with the tokens, masks, losses and optimiser of
 configs/pretrain.py, so that the two differ in the network alone; `--config.model.passes=2` is
-SSAST's own step, which draws a mask and runs the network once for each loss. Expect two to three
-times the time and memory of configs/pretrain.py a step, with two passes five times the time
-(docs/benchmarks.md). It is fine-tuned and embeds as MAE-AST's encoder does.
+SSAST's own step, which draws a mask and runs the network once for each loss. Expect three
+to four times the time and twice the memory of configs/pretrain.py a step, with two passes six to
+seven times the time (docs/benchmarks.md). It is fine-tuned and embeds as MAE-AST's encoder does.
 """
 
 from maeast_jax import config as configuration
