@@ -16,7 +16,7 @@ from typing import IO
 from etils import epath
 
 # Brings google-cloud-storage along, which Orbax asks about the bucket.
-_INSTALL = "pip install gcsfs"
+INSTALL = "pip install gcsfs"
 # An object may be written once a second at most, and the run waits for it.
 _REWRITE_SECONDS = 30.0
 
@@ -95,7 +95,7 @@ def make_writable(folder: epath.Path, flag: str) -> None:
             probe.write_bytes(b"")
             probe.unlink()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({_reason(error)}); {remedy}") from error
+        raise ValueError(f"{folder} cannot be written ({reason(error)}); {remedy}") from error
 
 
 @contextmanager
@@ -111,14 +111,14 @@ def reaching(
         yield
         return
     try:
-        with _quiet():
+        with quiet():
             yield
     except ValueError:
         raise
     except ImportError as error:
-        raise ValueError(f"{name} needs gcsfs: {_INSTALL} ({_reason(error)})") from error
+        raise ValueError(f"{name} needs gcsfs: {INSTALL} ({reason(error)})") from error
     except Exception as error:
-        raise ValueError(f"{name} cannot be {done} ({_reason(error)}); {remedy}") from error
+        raise ValueError(f"{name} cannot be {done} ({reason(error)}); {remedy}") from error
 
 
 def try_lock(file: IO) -> bool:
@@ -137,8 +137,8 @@ def try_lock(file: IO) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """These log, with a traceback, what they raise as well."""
+def quiet() -> Iterator[None]:
+    """Without what the libraries that reach gs:// log, with a traceback, and raise as well."""
     loggers = [logging.getLogger(name) for name in ("gcsfs", "google.auth")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -157,8 +157,12 @@ def _ask_for_bucket(folder: epath.Path) -> None:
     storage.Client().get_bucket(os.fspath(folder).split("/")[2])
 
 
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+def reason(error: Exception) -> str:
+    """What an error says, in one line that is not long."""
+    text = getattr(error, "strerror", None)
+    if not text and isinstance(error, FileNotFoundError):
+        text = "not found"  # of an object gcsfs says its path alone
+    text = text or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
 
 

@@ -9,6 +9,7 @@ import base64
 import email
 import hashlib
 import json
+import os
 import re
 import sys
 import threading
@@ -19,6 +20,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)")
 _OBJECTS = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/o/?")
 _BUCKET = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/?")
+_REWRITE = re.compile(
+    r"/storage/v1/b/(?P<source>[^/]+)/o/(?P<name>[^/]+)"
+    r"/rewriteTo/b/(?P<bucket>[^/]+)/o/(?P<target>[^/]+)"
+)
 _UPLOAD = re.compile(r"/upload/storage/v1/b/(?P<bucket>[^/]+)/o")
 _TIME = "2026-01-01T00:00:00.000Z"
 
@@ -27,7 +32,7 @@ class FakeGcs(ThreadingHTTPServer):
     """`buckets` {bucket: {name: (bytes, generation)}}; `written`, names in the order of writing.
 
     `delete` and `copy` change objects behind the clients' backs; a bucket in `forbidden` can be
-    read and not written.
+    read and not written; what an object in `broken` holds cannot be had.
     """
 
     daemon_threads = True
@@ -37,6 +42,7 @@ class FakeGcs(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.buckets = {name: {} for name in buckets}
         self.forbidden: set[str] = set()
+        self.broken: set[str] = set()
         self.written: list[str] = []
         self.uploads: dict[str, dict] = {}
         self.lock = threading.Lock()
@@ -115,6 +121,23 @@ def serving(*buckets: str):
         thread.join()
 
 
+@contextmanager
+def standing_in(*buckets: str):
+    """Serves these to this process, and to those that it starts."""
+    from etils.epath import gpath  # the program needs nothing beside this file
+
+    before = dict(os.environ)
+    with serving(*buckets) as server:
+        os.environ.update(server.environment)
+        gpath._is_tf_installed.cache_clear()  # which has asked for EPATH_USE_TF once
+        try:
+            yield server
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            gpath._is_tf_installed.cache_clear()
+
+
 class _Failure(Exception):
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -184,6 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Failure(404, f"no such address: {path}")
 
     def _post(self, path: str, query: dict):
+        if match := _REWRITE.fullmatch(path):
+            return self._rewrite(match)
         match = _UPLOAD.fullmatch(path)
         if not match:
             raise _Failure(404, f"no such address: {path}")
@@ -234,6 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
         data, generation = objects[name]
         if query.get("alt") != "media":
             return 200, {}, json.dumps(self.server.resource(bucket, name)).encode()
+        if f"{bucket}/{name}" in self.server.broken:
+            raise _Failure(403, "the caller does not have storage.objects.get access")
         headers = {"Content-Type": "application/octet-stream", "x-goog-generation": generation}
         if query.get("ifGenerationNotMatch") == str(generation):
             return 304, headers, b""
@@ -286,6 +313,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _store(self, bucket: str, name: str, data: bytes, query: dict):
         self._check_generation(bucket, name, query)
         return 200, {}, json.dumps(self.server.put(bucket, name, data)).encode()
+
+    def _rewrite(self, match):
+        found = self.server.buckets.get(unquote(match["source"]), {}).get(unquote(match["name"]))
+        if not found:
+            raise _Failure(404, f"No such object: {match['source']}/{unquote(match['name'])}")
+        put = self.server.put(self._writable(match), unquote(match["target"]), found[0])
+        return 200, {}, json.dumps({"done": True, "resource": put}).encode()
 
     def _continue(self, bucket: str, upload_id: str):
         """A piece of a resumable upload: `Content-Range: bytes FIRST-LAST/TOTAL`, or `*`s."""

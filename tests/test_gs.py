@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from etils.epath import gpath
 from test_checkpoint import CONFIG, parts, placed
 from test_hosts import ends, free_port
 from test_pace import Clock
@@ -33,13 +32,9 @@ SYNTHETIC = ("--config.data.source=synthetic", "--config.data.train=", "--config
 
 @pytest.fixture(scope="module")
 def store():
-    with fake_gcs.serving("bucket", "shut") as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        gpath._is_tf_installed.cache_clear()  # which has asked for EPATH_USE_TF once
+    with fake_gcs.standing_in("bucket", "shut") as server:
         server.forbidden.add("shut")
         yield server
-    gpath._is_tf_installed.cache_clear()
 
 
 def command(workdir):

@@ -26,6 +26,7 @@ LEVELS = [
         "stops",
     },
     {
+        "bucket",
         "layers",
         "checkpoint",
         "logs",
@@ -52,7 +53,7 @@ LEVELS = [
     {"shard_plan", "ssast"},
     {"model"},
     {"shards", "decode_pool", "train_step", "flops", "authors_config", "audioset"},
-    {"mixture", "loop", "layouts", "classifier", "authors_file", "build_report"},
+    {"fetched", "mixture", "loop", "layouts", "classifier", "authors_file", "build_report"},
     {"pretrained", "data", "finetune_step"},
     {"embedder", "labelled"},
     {"knn_eval", "finetune_run", "labelled_batches"},
