@@ -2,10 +2,14 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from etils import epath
+
+from maeast_jax import bucket, paths
 from maeast_jax.audio import AUDIO_SUFFIXES
 
 
@@ -18,7 +22,7 @@ class AudioFile:
     """A file to go into a data set.
 
     Attributes:
-      path: to open it.
+      path: to open it, or gs://BUCKET/...
       id: its path below the folder that the listing starts at, as printable text.
       label: None in sets without labels; in multi-label sets the names of all that hold.
       split: None until `assign_splits`.
@@ -60,8 +64,8 @@ class Listing:
         return isinstance(self.files[0].label, tuple)
 
 
-def list_folder(audio_dir: str | Path, label_from_folder: bool = False) -> list[AudioFile]:
-    """Every audio file below a folder, sorted; hidden files and folders are left out.
+def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -> list[AudioFile]:
+    """Every audio file below a folder, here or on gs://, sorted; hidden ones are left out.
 
     Args:
       label_from_folder: the name of the folder that a file lies in is its label.
@@ -69,16 +73,21 @@ def list_folder(audio_dir: str | Path, label_from_folder: bool = False) -> list[
     Raises:
       ManifestError: no such folder, no audio file in it, a file without a folder for its label.
     """
-    root = Path(os.path.expanduser(audio_dir))
-    if not root.is_dir():
-        raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
-    paths = sorted(path.relative_to(root) for path in audio_paths(root))
-    if not paths:
+    root = paths.path(audio_dir)
+    with paths.reaching(root):
+        if not root.is_dir():
+            raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
+        if paths.is_remote(root):
+            found = _audio_objects(root)
+        else:
+            found = (path.relative_to(root) for path in audio_paths(root))
+        found = sorted(found)
+    if not found:
         raise ManifestError(
             f"no audio file below {audio_dir} (looked for {' '.join(sorted(AUDIO_SUFFIXES))}):"
             " check the path, or list the files in a --manifest"
         )
-    bare = [path for path in paths if not path.parent.name]
+    bare = [path for path in found if not path.parent.name]
     if label_from_folder and bare:
         raise ManifestError(
             f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in {audio_dir} itself and"
@@ -90,7 +99,7 @@ def list_folder(audio_dir: str | Path, label_from_folder: bool = False) -> list[
             printable(path.as_posix()),
             printable(path.parent.name) if label_from_folder else None,
         )
-        for path in paths
+        for path in found
     ]
 
 
@@ -130,12 +139,26 @@ def audio_paths(root: Path) -> Iterator[Path]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES:
+            if not name.startswith(".") and _is_audio(name):
                 yield Path(folder, name)
 
 
-def read_manifest(manifest: str | Path, audio_dir: str | Path | None = None) -> list[AudioFile]:
-    """The files that a manifest lists, in its order.
+def _audio_objects(root: epath.Path) -> Iterator[PurePosixPath]:
+    """As `audio_paths`, below `root`, which is on gs://, and from there."""
+    for name in bucket.listing(root):
+        path = PurePosixPath(name.removeprefix(f"{root}/"))
+        if _is_audio(name) and not any(part.startswith(".") for part in path.parts):
+            yield path
+
+
+def _is_audio(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
+
+
+def read_manifest(
+    manifest: str | os.PathLike, audio_dir: str | os.PathLike | None = None
+) -> list[AudioFile]:
+    """The files that a manifest lists, in its order; it, they or both may lie on gs://.
 
     Either tab-separated with a header that has `path` and, where there are, `label` and `split`
     (other columns are ignored), or fairseq's format, as the authors use: a directory on the first
@@ -150,13 +173,13 @@ def read_manifest(manifest: str | Path, audio_dir: str | Path | None = None) -> 
     Raises:
       ManifestError: unreadable, neither format, no rows, an empty cell, a path listed twice.
     """
-    manifest = Path(os.path.expanduser(manifest))
+    manifest = paths.path(manifest)
     lines = read_lines(manifest, f"--manifest={manifest}")
     header = lines[0][1].split("\t")
     if "path" in header:
         base, rows = manifest.parent, lines[1:]
     elif len(header) == 1 and len(lines) > 1 and _is_fairseq_row(lines[1][1]):
-        base, rows, header = manifest.parent / header[0], lines[1:], ["path", "length"]
+        base, rows, header = _join(manifest.parent, header[0]), lines[1:], ["path", "length"]
     else:
         raise ManifestError(
             f"{manifest}: no column `path` in its first line ({', '.join(header)[:80]}), nor is it"
@@ -164,11 +187,12 @@ def read_manifest(manifest: str | Path, audio_dir: str | Path | None = None) -> 
         )
     if not rows:
         raise ManifestError(f"{manifest} lists no files: add lines below its header")
-    base = Path(os.path.expanduser(audio_dir)) if audio_dir else base
-    if not base.is_dir():
-        raise ManifestError(
-            f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
-        )
+    base = paths.path(audio_dir) if audio_dir else base
+    with paths.reaching(base):
+        if not base.is_dir():
+            raise ManifestError(
+                f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
+            )
     if {"label", "labels"} <= set(header):
         raise ManifestError(f"{manifest} has a column `label` and a column `labels`: drop one")
     files = [_row_file(manifest, number, line, header, base) for number, line in rows]
@@ -178,10 +202,14 @@ def read_manifest(manifest: str | Path, audio_dir: str | Path | None = None) -> 
     return files
 
 
-def read_lines(path: Path, name: str, encoding: str = "utf-8-sig") -> list[tuple[int, str]]:
+def read_lines(
+    path: Path | epath.Path, name: str, encoding: str = "utf-8-sig"
+) -> list[tuple[int, str]]:
     """(number from 1, text) of the lines that are not blank; `name` is for the ManifestError."""
     try:
-        text = path.read_text(encoding)
+        with paths.reaching(path):
+            data = path.read_bytes()
+        text = io.TextIOWrapper(io.BytesIO(data), encoding).read()
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"cannot read {name}: {error}") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -195,7 +223,9 @@ def _is_fairseq_row(line: str) -> bool:
     return len(cells) == 2 and cells[1].strip().isdigit()
 
 
-def _row_file(manifest: Path, number: int, line: str, header: list[str], base: Path) -> AudioFile:
+def _row_file(
+    manifest: epath.Path, number: int, line: str, header: list[str], base: epath.Path
+) -> AudioFile:
     row = dict(zip(header, (cell.strip() for cell in line.split("\t")), strict=False))
     for column in ("path", "label", "split"):
         if column in header and not row.get(column):
@@ -205,10 +235,13 @@ def _row_file(manifest: Path, number: int, line: str, header: list[str], base: P
     label = row.get("label")
     if "labels" in header:
         label = _split_labels(row.get("labels"), f"{manifest}, line {number}")
-    path = base / row["path"]
-    inside = path.is_relative_to(base)
-    name = path.relative_to(base) if inside else path
-    return AudioFile(str(path), printable(name.as_posix()), label, row.get("split"))
+    path = _join(base, row["path"])
+    name = path.relative_to(base) if path.is_relative_to(base) else path
+    return AudioFile(str(path), printable(str(name)), label, row.get("split"))
+
+
+def _join(base: epath.Path, name: str) -> epath.Path:
+    return paths.path(name) if paths.is_remote(name) else base / name
 
 
 def _split_labels(cell: str | None, place: str) -> tuple[str, ...]:
@@ -223,7 +256,7 @@ def _split_labels(cell: str | None, place: str) -> tuple[str, ...]:
     return names
 
 
-def check_unique(manifest: Path, files: list[AudioFile]) -> None:
+def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
     """Raises ManifestError where two files have one id."""
     seen = set()
     for file in files:

@@ -1,5 +1,6 @@
 import os
 
+import fake_gcs
 import pytest
 
 from maeast_jax import manifest
@@ -186,3 +187,52 @@ def test_few_files_fill_both_sides():
 
 def test_the_splits_of_a_manifest_stay():
     assert set(sides(files(50, split="test"), 50).values()) == {"test"}
+
+
+@pytest.fixture(scope="module")
+def store():
+    with fake_gcs.standing_in("bucket") as server:
+        for name in ("in/b/x.WAV", "in/a.flac", "in/b/notes.txt", "in/b/.z.wav", "in/.c/z.wav"):
+            server.put("bucket", name, b"")
+        server.put("bucket", "in-too/cow/z.wav", b"")
+        yield server
+
+
+def test_a_folder_in_a_bucket_is_listed_as_one_here(store, tmp_path):
+    for folder in ("gs://bucket/in", "gs://bucket/in/"):
+        files = manifest.list_folder(folder)
+        assert [file.id for file in files] == ["a.flac", "b/x.WAV"]
+        assert [file.path for file in files] == [f"gs://bucket/in/{file.id}" for file in files]
+    assert "have no label" in error_of(manifest.list_folder, folder, label_from_folder=True)
+    (file,) = manifest.list_folder("gs://bucket/in-too", label_from_folder=True)
+    assert (file.id, file.label) == ("cow/z.wav", "cow")
+    message = error_of(manifest.list_folder, "gs://bucket/none")
+    assert message == "--audio_dir=gs://bucket/none is not a directory: check the path"
+
+
+@pytest.mark.parametrize(
+    ("text", "audio_dir", "ids"),
+    [
+        ("path\nb/x.WAV\n", "gs://bucket/in", ["b/x.WAV"]),
+        ("path\ngs://bucket/in/b/x.WAV\n", "gs://bucket/in", ["b/x.WAV"]),
+        ("path\ngs://bucket/in/b/x.WAV\n", None, ["gs://bucket/in/b/x.WAV"]),
+        ("gs://bucket/in\nb/x.WAV\t5\n", None, ["b/x.WAV"]),
+    ],
+)
+def test_a_list_may_name_what_is_in_a_bucket(store, tmp_path, text, audio_dir, ids):
+    (tmp_path / "list.tsv").write_text(text)
+    files = manifest.read_manifest(tmp_path / "list.tsv", audio_dir)
+    assert [file.id for file in files] == ids
+    assert [file.path for file in files] == ["gs://bucket/in/b/x.WAV"]
+
+
+def test_a_list_in_a_bucket_reads_as_one_here(store, tmp_path):
+    text = "\ufeffpath\tlabel\r\na.flac\tcafé\r\n/other/b.wav\tcow\r\n"
+    store.put("bucket", "in/list.tsv", text.encode())
+    files = manifest.read_manifest("gs://bucket/in/list.tsv")
+    assert [(file.path, file.id, file.label) for file in files] == [
+        ("gs://bucket/in/a.flac", "a.flac", "café"),
+        ("/other/b.wav", "/other/b.wav", "cow"),
+    ]
+    with pytest.raises(ValueError, match=r"gs://bucket/none.tsv cannot be read \(not found\)"):
+        manifest.read_manifest("gs://bucket/none.tsv")
