@@ -1,19 +1,22 @@
 """Builds a data set on Apache Beam, a shard an element: the same one whichever runner has it built.
 
 Beam carries the names of task files and nothing else (`shard_plan`): recordings, tasks and shards
-lie where all workers see them.
+lie where all workers see them, on a shared disk or on gs://.
 """
 
 import contextlib
 import itertools
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from etils import epath
 from tqdm import tqdm
 
-from maeast_jax import beam_runner, shard_file, shard_writer, staging
+from maeast_jax import beam_runner, fetched, paths, shard_file, shard_writer, staging
 from maeast_jax.build_report import Tally
 from maeast_jax.clips import Cut, clips_of
 from maeast_jax.decode_pool import DecodePool
@@ -22,6 +25,8 @@ from maeast_jax.shard_plan import Plan, Shard
 from maeast_jax.shard_writer import DataError, Example
 
 _POLL_SECONDS = 1.0
+_REMOTE_POLL_SECONDS = 10.0  # each look is a request, or several
+_REMEDY = "the same command goes on with the shards that are done"
 
 
 class BeamError(OSError):
@@ -34,7 +39,7 @@ class BeamInterrupted(KeyboardInterrupt):
 
 def write(
     schema: shard_file.Schema,
-    data_dir: Path,
+    data_dir: Path | epath.Path,
     by_split: Mapping[str, Sequence[AudioFile]],
     cut: Cut,
     tally: Tally,
@@ -57,6 +62,7 @@ def write(
 
     Raises:
       DataError: as there.
+      ValueError: gs:// cannot be reached.
       BeamError: the pipeline failed.
       BeamInterrupted: by Ctrl-C.
     """
@@ -65,23 +71,26 @@ def write(
         # A build may have ended since the caller looked.
         shard_writer.check_writable(schema.name, data_dir, list(by_split), overwrite)
         plan = Plan.of(schema, data_dir, by_split, cut)
-        plan.open()
-        if others := plan.others():
+        with paths.reaching(plan.folder, "written", _REMEDY):
+            plan.open()
+            others, missing = plan.others(), plan.missing()
+        if others:
             print(f"{others[0]}, of other files or flags, will be removed when this build is done")
-        missing = plan.missing()
         done = len(plan.shards) - len(missing)
         print(f"{len(plan.shards)} shards" + (f", {done} of them done before" if done else ""))
         sys.stdout.flush()
         if missing:
             _build_missing(plan, missing, options)
-        splits = _collect(plan, tally)
-        check_skipped()
-        _drop_empty(plan, splits, may_be_empty)
-        staged = plan.folder / "shards"
-        shard_file.write_metadata(staged, schema, splits, description)
-        tally.write_skipped(staged / "skipped.tsv")
-        staging.publish(staged, target)
-        plan.remove()
+        with paths.reaching(data_dir, "written", _REMEDY):
+            splits = _collect(plan, tally)
+            check_skipped()
+            _drop_empty(plan, splits, may_be_empty)
+            staged = plan.folder / "shards"
+            with staging.adding(staged) as folder:
+                shard_file.write_metadata(folder, schema, splits, description)
+                tally.write_skipped(folder / "skipped.tsv")
+            staging.publish(staged, target)
+            plan.remove()
     return target
 
 
@@ -92,23 +101,28 @@ def build_shard(task: str, pool: DecodePool) -> None:
     """Builds the shard of a task file, unless it is done.
 
     Files are decoded in the process of `pool`, so that one that kills its decoder is a skip there
-    too, and not the end of a worker that its runner starts again and again.
+    too, and not the end of a worker that its runner starts again and again. A shard that lacks
+    recordings which could not be fetched is built again by the next build, if this one fails.
     """
     shard = Shard.read(task)
     if shard.tally() is not None:
         return
     tally = Tally(Listing(shard.files, shard.schema.label_names))
+    not_fetched = False
 
     def examples() -> Iterator[Example]:
-        paths = [file.path for file in shard.files]
-        for file, decoded in zip(shard.files, pool.decode(paths), strict=True):
+        nonlocal not_fetched
+        names = [file.path for file in shard.files]
+        for file, decoded in zip(shard.files, fetched.decode(pool, names), strict=True):
+            not_fetched |= isinstance(decoded, fetched.NotFetched)
             clips = clips_of(file, decoded, shard.cut)
             tally.add(file, decoded, clips)
             yield from clips
 
     with shard.building() as path:
         ids, num_bytes = shard_file.write_shard(path, shard.schema, examples())
-    shard.finish({"counts": tally.counts(), "ids": ids, "num_bytes": num_bytes})
+    told = {"counts": tally.counts(), "ids": ids, "num_bytes": num_bytes}
+    shard.finish(told, again=not_fetched)
 
 
 # --- having it done ----------------------------------------------------------------------------
@@ -116,7 +130,7 @@ def build_shard(task: str, pool: DecodePool) -> None:
 
 def _build_missing(plan: Plan, missing: list[Shard], options) -> None:
     """Runs the pipeline; BeamError or BeamInterrupted where it does not end well."""
-    log = plan.folder / "workers.log"
+    log = _log(plan)
     try:
         with _progress(plan):
             tasks = [str(shard.task_path) for shard in missing]
@@ -131,10 +145,20 @@ def _build_missing(plan: Plan, missing: list[Shard], options) -> None:
             failure += f" (see {log})"
     if failure:
         raise BeamError(f"Beam's pipeline {failure}; {_state(plan)}")
+    if paths.is_remote(plan.folder):
+        shutil.rmtree(log.parent)
+
+
+def _log(plan: Plan) -> Path:
+    """Where workers of this machine append what they have to say, which cannot be on gs://."""
+    if not paths.is_remote(plan.folder):
+        return Path(plan.folder, "workers.log")
+    return Path(tempfile.mkdtemp(prefix="maeast_jax_beam_"), "workers.log")
 
 
 def _state(plan: Plan) -> str:
-    done = len(plan.shards) - len(plan.missing())
+    with paths.reaching(plan.folder, "read", _REMEDY):
+        done = len(plan.shards) - len(plan.missing())
     return f"{done} of {len(plan.shards)} shards are done: the same command builds the others"
 
 
@@ -146,11 +170,14 @@ def _progress(plan: Plan) -> Iterator[None]:
 
     def watch():
         left = {shard.tally_path.name: len(shard.files) for shard in plan.shards}
+        remote = paths.is_remote(plan.folder)
         last_look = False
         while not last_look:
-            last_look = ended.wait(_POLL_SECONDS)
-            done = {path.name for path in (plan.folder / "tallies").iterdir()} & left.keys()
-            bar.update(sum(left.pop(name) for name in done))
+            last_look = ended.wait(_REMOTE_POLL_SECONDS if remote else _POLL_SECONDS)
+            # What one look misses the next one sees.
+            with contextlib.suppress(Exception):
+                done = plan.tally_names() & left.keys()
+                bar.update(sum(left.pop(name) for name in done))
 
     with tqdm(total=total, unit="file") as bar:
         watcher = threading.Thread(target=watch, daemon=True)
@@ -169,10 +196,10 @@ def _collect(plan: Plan, tally: Tally) -> dict[str, tuple[list[int], int]]:
     """Adds up the tallies of all shards: split -> examples of each shard, bytes of all records."""
     ids: set[str] = set()
     splits = {}
-    for split, shards in itertools.groupby(plan.shards, key=lambda shard: shard.split):
+    tallies = zip(plan.shards, plan.tallies(), strict=True)
+    for split, shards in itertools.groupby(tallies, key=lambda pair: pair[0].split):
         lengths, num_bytes = [], 0
-        for shard in shards:
-            told = shard.tally()
+        for _, told in shards:
             for example_id in told["ids"]:
                 if example_id in ids:
                     raise DataError(

@@ -109,6 +109,8 @@ def run(work: Callable[[str, DecodePool], None], tasks: list[str], options, log:
 
         class Work(beam.DoFn):
             def setup(self):
+                # As programs have it: on other machines there is none around the worker.
+                os.environ.setdefault("EPATH_USE_TF", "false")
                 self._pool = DecodePool(1)
 
             def process(self, task):

@@ -14,6 +14,8 @@ An interrupted build leaves nothing that opens: run it again. On Apache Beam it 
 shards that are not done:
 
   python -m maeast_jax.build_dataset ... --beam_pipeline_options=direct
+
+Recordings may lie on gs://, and on Beam the data set too.
 """
 
 import dataclasses
@@ -26,7 +28,16 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax import beam_build, beam_runner, layouts, program, shard_file, shard_writer
+from maeast_jax import (
+    beam_build,
+    beam_runner,
+    fetched,
+    layouts,
+    paths,
+    program,
+    shard_file,
+    shard_writer,
+)
 from maeast_jax.build_report import Tally, next_steps
 from maeast_jax.clips import SHORTEST_TAIL_SECONDS, Cut, clips_of
 from maeast_jax.decode_pool import DecodePool, num_cores
@@ -77,7 +88,7 @@ def build(
         # What is labelled for a task is scored a clip, not a piece.
         piece_seconds = 0.0 if layout else _PIECE_SECONDS
     _check_lengths(piece_seconds, min_seconds, num_processes)
-    _check_data_dir(data_dir)
+    _check_places(data_dir, audio_dir, layout, beam_pipeline_options)
     options = None
     if beam_pipeline_options is not None:
         if num_processes is not None:
@@ -148,8 +159,8 @@ def _write(
     with DecodePool(num_processes) as pool, tqdm(total=num_files, unit="file") as bar:
 
         def examples(split: str) -> Iterator[shard_writer.Example]:
-            paths = [file.path for file in by_split[split]]
-            for file, decoded in zip(by_split[split], pool.decode(paths), strict=True):
+            names = [file.path for file in by_split[split]]
+            for file, decoded in zip(by_split[split], fetched.decode(pool, names), strict=True):
                 clips = clips_of(file, decoded, cut)
                 tally.add(file, decoded, clips)
                 check_skipped()
@@ -208,16 +219,23 @@ def _check_lengths(piece_seconds, min_seconds, num_processes):
         raise ManifestError(f"--num_processes={num_processes}, expected at least 1")
 
 
-def _check_data_dir(data_dir):
-    if "://" in str(data_dir):
+def _check_places(data_dir, audio_dir, layout, beam_pipeline_options):
+    if paths.is_remote(data_dir) and beam_pipeline_options is None:
         raise ManifestError(
-            f"--data_dir={data_dir}, expected a folder (on Beam, one that all workers mount): build"
-            " there and copy it"
+            f"--data_dir={data_dir} goes with Beam alone: add --beam_pipeline_options=direct, or"
+            " build in a folder and copy it there"
+        )
+    if layout and paths.is_remote(audio_dir):
+        raise ManifestError(
+            f"--audio_dir={audio_dir} goes without --layout, which reads a folder: copy it to a"
+            " disk, or mount the bucket"
         )
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("audio_dir", None, "Folder with audio files, at any depth.")
+    flags.DEFINE_string(
+        "audio_dir", None, "Folder with audio files, at any depth; may be gs://BUCKET/..."
+    )
     flags.DEFINE_string(
         "manifest",
         None,
@@ -229,7 +247,11 @@ def _define_flags() -> None:
         "layout", None, list(layouts.LAYOUTS), "The data set that --audio_dir is, as published."
     )
     flags.DEFINE_string("test_dir", None, "Of speech_commands_v1: its separate test archive.")
-    flags.DEFINE_string("data_dir", None, "Where data sets are kept; this one goes to a subfolder.")
+    flags.DEFINE_string(
+        "data_dir",
+        None,
+        "Where data sets are kept; this one goes to a subfolder. On Beam it may be gs://BUCKET/...",
+    )
     flags.DEFINE_string("name", None, "The data set's name, lower snake case.")
     flags.DEFINE_bool("label_from_folder", False, "A file's label is the name of its folder.")
     flags.DEFINE_float(

@@ -94,7 +94,7 @@ class Tally:
         missing = [(clip, "not in the folder") for clip, _ in self.listing.missing]
         skipped = sorted(self.unreadable + self.too_short + missing)
         lines = [f"{clip}\t{' '.join(reason.split())}" for clip, reason in skipped]
-        path.write_text("\n".join(["path\treason", *lines]) + "\n", encoding="utf-8")
+        path.write_bytes(("\n".join(["path\treason", *lines]) + "\n").encode())
 
     def check_skipped(self, max_skipped_percent: float, listing: Path) -> None:
         """DataError where too many files are unreadable, once they are in the file `listing`."""

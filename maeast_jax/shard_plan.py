@@ -1,12 +1,14 @@
 """Which files go into which shard of a data set, and which of the shards are done.
 
-All of it lies in files, in the folder NAME.partial/DIGEST beside the data set: any process that
-sees them can build a shard, and a build that is run again builds those that are missing.
+All of it lies in files, in the folder NAME.partial/DIGEST beside the data set, on a disk or on
+gs://: any process that sees them can build a shard, and a build that is run again builds those that
+are missing.
 
   tasks/SPLIT-INDEX.json    what goes into a shard
   shards/                   the shards, under their names in the data set
   tallies/SPLIT-INDEX.json  what the files of a shard gave; written last, it says that it is done
-  building/                 what is not whole yet
+  building/                 what is not whole yet; on gs://, where nothing is seen before it is
+                            whole, that waits in temporary files
 
 DIGEST is of all that the shards depend on: a build of other files or flags has another folder.
 """
@@ -22,7 +24,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from maeast_jax import paths
+from etils import epath
+
+from maeast_jax import bucket, paths
 from maeast_jax.clips import Cut
 from maeast_jax.manifest import AudioFile
 from maeast_jax.shard_file import Schema, file_name, hash_of
@@ -36,7 +40,7 @@ _VERSION = 1  # to be raised when the same task gives other bytes
 class Shard:
     """One shard; `folder` is that of the plan."""
 
-    folder: Path
+    folder: epath.Path
     split: str
     index: int
     num_shards: int
@@ -45,9 +49,9 @@ class Shard:
     files: Sequence[AudioFile]
 
     @classmethod
-    def read(cls, task: str | Path) -> "Shard":
+    def read(cls, task: str | os.PathLike) -> "Shard":
         """The shard of a task file."""
-        task = Path(task)
+        task = paths.path(task)
         fields = json.loads(task.read_text())
         return cls(
             folder=task.parents[1],
@@ -64,15 +68,15 @@ class Shard:
         return json.dumps(fields)
 
     @property
-    def task_path(self) -> Path:
+    def task_path(self) -> epath.Path:
         return self.folder / "tasks" / f"{self.split}-{self.index:05d}.json"
 
     @property
-    def tally_path(self) -> Path:
+    def tally_path(self) -> epath.Path:
         return self.folder / "tallies" / self.task_path.name
 
     @property
-    def path(self) -> Path:
+    def path(self) -> epath.Path:
         name = file_name(self.schema.name, self.split, self.index, self.num_shards)
         return self.folder / "shards" / name
 
@@ -80,7 +84,7 @@ class Shard:
         """What `finish` was given; None where the shard is not done, or not as it was then."""
         try:
             tally = json.loads(self.tally_path.read_text())
-            return tally if self.path.stat().st_size == tally["file_bytes"] else None
+            return tally if self._file_bytes() == tally["file_bytes"] else None
         except (FileNotFoundError, json.JSONDecodeError):  # after a crash, files may be cut short
             return None
 
@@ -90,54 +94,72 @@ class Shard:
 
         Runners may build a shard twice at a time; both give the same bytes.
         """
-        path = self.folder / "building" / f"{self.path.name}.{uuid.uuid4().hex}"
+        with self._placing(self.path) as path:
+            yield path
+
+    def finish(self, tally: dict, again: bool = False) -> None:
+        """The shard is there; keeps what there is to say of it.
+
+        Args:
+          again: another build of the same plan is to build it again.
+        """
+        tally = {**tally, "again": again, "file_bytes": self._file_bytes()}
+        with self._placing(self.tally_path) as path:
+            path.write_text(json.dumps(tally))
+
+    def prepare(self) -> None:
+        """Writes the task file, and forgets what was built but is to be built again."""
+        with self._placing(self.task_path) as path:
+            path.write_text(self.task())
+        if (tally := self.tally()) and tally.get("again"):
+            self.tally_path.unlink()
+
+    def _file_bytes(self) -> int:
+        return bucket.size(self.path) if paths.is_remote(self.path) else os.path.getsize(self.path)
+
+    @contextlib.contextmanager
+    def _placing(self, target: epath.Path) -> Iterator[Path]:
+        """A file to write that appears as `target` at the end, if nothing is raised."""
+        if paths.is_remote(target):
+            with bucket.writing(target.parent) as here:
+                yield here / target.name
+            return
+        path = Path(self.folder, "building", f"{target.name}.{uuid.uuid4().hex}")
         try:
             yield path
-            path.replace(self.path)
+            path.replace(target)
         finally:
             path.unlink(missing_ok=True)
-
-    def finish(self, tally: dict) -> None:
-        """The shard is there; keeps what there is to say of it."""
-        tally = {**tally, "file_bytes": self.path.stat().st_size}
-        self._write(self.tally_path, json.dumps(tally))
-
-    def write_task(self) -> None:
-        self._write(self.task_path, self.task())
-
-    def _write(self, path: Path, text: str) -> None:
-        """Writes a file that nobody sees half written."""
-        aside = self.folder / "building" / f"{path.name}.{uuid.uuid4().hex}"
-        aside.write_text(text)
-        aside.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All shards of a data set, by split and index, and the folder they are built in."""
 
-    folder: Path
+    folder: epath.Path
     shards: Sequence[Shard]
 
     @classmethod
     def of(
         cls,
         schema: Schema,
-        data_dir: Path,
+        data_dir: str | os.PathLike,
         by_split: Mapping[str, Sequence[AudioFile]],
         cut: Cut,
     ) -> "Plan":
         """Files go to shards in the order of a hash of their ids: whoever lists and builds them.
 
         The number of a split's shards follows from the size of its files.
+
+        Raises ValueError, in one line, where folders of recordings on gs:// cannot be listed.
         """
-        home = Path(os.path.abspath(data_dir)) / f"{schema.name}.partial"
+        home = paths.path(_absolute(data_dir)) / f"{schema.name}.partial"
         digest = hashlib.blake2b(f"{_VERSION}".encode(), digest_size=8)
         shards = []
         for split, files in sorted(by_split.items()):
-            files = [dataclasses.replace(f, path=os.path.abspath(f.path)) for f in files]
+            files = [dataclasses.replace(f, path=_absolute(f.path)) for f in files]
             files.sort(key=lambda file: (hash_of(file.id, b"shard"), file.id))
-            stamps = [paths.stamp(file.path) for file in files]
+            stamps = _stamps([file.path for file in files])
             num_bytes = sum(size for size, _ in stamps)
             count = min(-(-num_bytes // _SHARD_BYTES) or 1, _MOST_SHARDS, len(files))
             bounds = [len(files) * index // count for index in range(count + 1)]
@@ -154,31 +176,59 @@ class Plan:
 
     def open(self) -> None:
         """Makes the folder and clears away what killed builders have left."""
-        # A worker that outlives its build may be writing there: it fails.
-        shutil.rmtree(self.folder / "building", ignore_errors=True)
-        for name in ("tasks", "shards", "tallies", "building"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for shard in self.shards:
-            shard.write_task()
+        if not paths.is_remote(self.folder):
+            # A worker that outlives its build may be writing there: it fails.
+            shutil.rmtree(self.folder / "building", ignore_errors=True)
+            for name in ("tasks", "shards", "tallies", "building"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        bucket.each(Shard.prepare, self.shards)
 
-    def others(self) -> list[Path]:
+    def others(self) -> list[epath.Path]:
         """The folders of other plans of the same name."""
         folders = sorted(tasks.parent for tasks in self.folder.parent.glob("*/tasks"))
         return [folder for folder in folders if folder != self.folder]
 
+    def tallies(self) -> list[dict | None]:
+        """Of each shard, None where it is not done."""
+        return bucket.each(Shard.tally, self.shards)
+
     def missing(self) -> list[Shard]:
         """The shards that are not done."""
-        return [shard for shard in self.shards if shard.tally() is None]
+        tallies = self.tallies()
+        return [shard for shard, tally in zip(self.shards, tallies, strict=True) if tally is None]
+
+    def tally_names(self) -> set[str]:
+        """The names of the tallies that are there, by one look."""
+        folder = self.folder / "tallies"
+        if paths.is_remote(folder):
+            return {name.rpartition("/")[2] for name in bucket.listing(folder)}
+        return set(os.listdir(folder))
 
     def remove(self) -> None:
         """Clears away the folder and those of other plans."""
         for folder in (self.folder, *self.others()):
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.folder.parent.rmdir()
+            if paths.is_remote(folder):
+                bucket.remove(folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        if not paths.is_remote(self.folder):
+            with contextlib.suppress(OSError):
+                os.rmdir(self.folder.parent)
 
 
 def _with_tuple(file: dict) -> dict:
     """The fields of an AudioFile: JSON has no tuples."""
     label = file["label"]
     return {**file, "label": tuple(label) if isinstance(label, list) else label}
+
+
+def _absolute(name: str | os.PathLike) -> str:
+    return os.fspath(name) if paths.is_remote(name) else os.path.abspath(name)
+
+
+def _stamps(names: Sequence[str]) -> list[tuple[int, int]]:
+    """Of each file its size and what changes with it, a time or number; zeros where it is not."""
+    there = bucket.stamps(name for name in names if paths.is_remote(name))
+    return [
+        there.get(name, (0, 0)) if paths.is_remote(name) else paths.stamp(name) for name in names
+    ]

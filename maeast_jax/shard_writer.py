@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
-from maeast_jax import staging
+from maeast_jax import paths, staging
 from maeast_jax.audio import SAMPLE_RATE_HZ
 from maeast_jax.staging import DataError
 
@@ -22,13 +23,13 @@ VERSION = "1.0.0"
 Example = tuple[str, np.ndarray, str | Collection[str] | None]
 
 
-def resolve_data_dir(data_dir: str | Path | None) -> Path:
+def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path | epath.Path:
     """`data_dir` with `~` expanded; None for TFDS' own: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     if not data_dir:
         import tensorflow_datasets as tfds
 
         data_dir = tfds.core.constants.DATA_DIR
-    return Path(os.path.expanduser(data_dir))
+    return paths.path(data_dir) if paths.is_remote(data_dir) else Path(os.path.expanduser(data_dir))
 
 
 def write(
@@ -106,6 +107,14 @@ def check_writable(
             raise DataError(
                 f"split name {split!r}: expected letters, digits and _, and not the reserved 'all'"
             )
+    if paths.is_remote(data_dir):
+        paths.make_writable(data_dir, "--data_dir")
+    else:
+        _make_writable(data_dir)
+    _check_free(data_dir / name / VERSION, overwrite)
+
+
+def _make_writable(data_dir: Path) -> None:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=data_dir):
@@ -115,7 +124,6 @@ def check_writable(
             f"cannot write to data directory {data_dir} ({error.strerror}): choose another"
             " (--data_dir of build_dataset, data.dir of a configuration)"
         ) from None
-    _check_free(data_dir / name / VERSION, overwrite)
 
 
 def _check_free(target: Path, overwrite: bool) -> None:

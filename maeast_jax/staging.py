@@ -1,4 +1,7 @@
-"""A directory that is built aside, by one process at a time, and appears whole or not at all."""
+"""A directory that is built aside, by one process at a time, and appears whole or not at all.
+
+On gs:// there is no lock, and a data set is there once its last object is.
+"""
 
 import contextlib
 import fcntl
@@ -8,11 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from maeast_jax import paths
+from etils import epath
+
+from maeast_jax import bucket, paths
 
 _STAGING_PREFIX = "incomplete."
 _ASIDE_PREFIX = "replaced."
 _LOCK = "lock"
+_OPENER = "dataset_info.json"  # without which no data set opens
 
 
 class DataError(ValueError):
@@ -24,11 +30,15 @@ def locked(target: Path, wait: bool) -> Iterator[None]:
     """Makes the parent of `target` and holds the lock on its file, which ends with the process.
 
     Whoever has it finds the parent without what killed builds have left. The lock is removed
-    afterwards, and the parent where it is empty: the build failed and nothing was there.
+    afterwards, and the parent where it is empty: the build failed and nothing was there. On gs://
+    nothing is made or held.
 
     Args:
       wait: for another process that builds there; else that is a DataError.
     """
+    if paths.is_remote(target):
+        yield
+        return
     home = target.parent
     path = home / _LOCK
     while True:
@@ -58,12 +68,26 @@ def directory(target: Path) -> tempfile.TemporaryDirectory:
     )
 
 
+@contextlib.contextmanager
+def adding(staged: Path) -> Iterator[Path]:
+    """A folder of this machine to put more files of `staged` into: itself, where it is one."""
+    if paths.is_remote(staged):
+        with bucket.writing(staged) as here:
+            yield here
+    else:
+        yield staged
+
+
 def publish(staged: Path, target: Path) -> None:
     """Renames `staged` to `target`, which it replaces where there is one.
 
     Killed between the renames, neither opens, but both are complete: the next to take the lock
-    brings the old back.
+    brings the old back. On gs:// it is copied, and killed on the way the old is gone; the new is
+    still staged, to be published again.
     """
+    if paths.is_remote(target):
+        _publish_objects(staged, target)
+        return
     aside = _aside(target)
     if target.exists():
         target.rename(aside)
@@ -74,6 +98,8 @@ def publish(staged: Path, target: Path) -> None:
 
 def is_there(target: Path) -> bool:
     """Whether `target` exists, or will once the remains of a killed `publish` are cleared."""
+    if paths.is_remote(target):
+        return (target / _OPENER).exists()
     return target.exists() or _aside(target).exists()
 
 
@@ -82,6 +108,14 @@ def others(target: Path) -> list[str]:
     names = {path.name for path in target.parent.glob("*") if path.is_dir()}
     names -= {target.name, _aside(target).name}
     return sorted(name for name in names if not name.startswith(_STAGING_PREFIX))
+
+
+def _publish_objects(staged: epath.Path, target: epath.Path) -> None:
+    (target / _OPENER).unlink(missing_ok=True)
+    bucket.remove(target)
+    names = [name.removeprefix(f"{staged}/") for name in bucket.listing(staged)]
+    for part in ([name for name in names if name != _OPENER], [_OPENER]):
+        bucket.copy([str(staged / name) for name in part], [str(target / name) for name in part])
 
 
 def _aside(target: Path) -> Path:

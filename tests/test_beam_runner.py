@@ -92,16 +92,18 @@ def note(task, pool):
         raise OSError(28, "No space left on device")
     (decoded,) = pool.decode([f"{folder}/none.wav"])
     with open(task, "a") as file:
-        file.write(f"{os.getpid()} {decoded}\n")
+        file.write(f"{os.getpid()} {decoded}, {os.environ['EPATH_USE_TF']}\n")
 
 
 @pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
-def test_every_task_is_done_once_by_workers_with_pools(tmp_path, mode):
+def test_every_task_is_done_once_by_workers_with_pools(tmp_path, mode, monkeypatch):
+    monkeypatch.setenv("EPATH_USE_TF", "")  # so that it is afterwards what it was
+    monkeypatch.delenv("EPATH_USE_TF")
     options = beam_runner.parse_options(f"direct_running_mode={mode},direct_num_workers=2")
     paths = [tmp_path / str(number) for number in range(6)]
     beam_runner.run(note, [str(path) for path in paths], options, tmp_path / "log")
     told = [path.read_text().split(maxsplit=1) for path in paths]
-    assert {text for _, text in told} == {"not found\n"}
+    assert {text for _, text in told} == {"not found, false\n"}
     processes = {int(process) for process, _ in told}
     if mode == "in_memory":
         assert processes == {os.getpid()}

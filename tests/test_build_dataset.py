@@ -199,7 +199,7 @@ def test_overwriting(farm, tmp_path):
         ({"layout": "esc50", "audio_dir": None}, "no source: pass --audio_dir"),
         ({"layout": "esc50", "audio_dir": None, "manifest": "x.tsv"}, "with --audio_dir alone"),
         ({"test_dir": "x"}, "--test_dir goes with --layout=speech_commands_v1 alone"),
-        ({"data_dir": "gs://farm"}, "--data_dir=gs://farm, expected a folder"),
+        ({"data_dir": "gs://farm"}, "--data_dir=gs://farm goes with Beam alone: add"),
         ({"data_dir": "file/below"}, "cannot write to data directory file/below (Not a directory)"),
     ],
 )

@@ -138,7 +138,7 @@ def test_what_is_done_is_known_to_the_next_plan_of_the_same(tmp_path, files):
     again = plan_of(tmp_path, files)
     again.open()
     assert [shard.index for shard in again.missing()] == [0, 1, 3, 4, 5, 6, 7]
-    assert again.shards[2].tally() == {"ids": ["a"], "file_bytes": 7}
+    assert again.shards[2].tally() == {"ids": ["a"], "again": False, "file_bytes": 7}
 
 
 @pytest.mark.parametrize("damage", ["shard cut", "shard gone", "tally cut", "tally gone"])
