@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -758,3 +759,18 @@ def test_dockerfile():
     kept = [line[1:] for line in kept if line.startswith("!")]
     assert {"configs", "maeast_jax", "requirements.txt"} <= set(kept)
     assert all((ROOT / name).exists() for name in kept)
+
+
+def test_dockerfile_of_beams_workers():
+    """It starts as Beam's image does, has its version, and is given what it copies."""
+    lines = (LAUNCH / "beam.Dockerfile").read_text().splitlines()
+    steps = [line for line in lines if line and not line.startswith(("#", " "))]
+    (version,) = re.findall(r"^FROM apache/beam_python3\.12_sdk:(\d+\.\d+)\.0$", steps[0])
+    assert f"apache-beam>={version}," in (ROOT / "requirements-beam.txt").read_text()
+    assert f'    "apache-beam[gcp]=={version}.0" gcsfs' in lines
+    assert not [step for step in steps if step.startswith(("ENTRYPOINT", "CMD"))]
+    kept = (LAUNCH / "beam.Dockerfile.dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in kept if line.startswith("!")}
+    copied = {name for step in steps if step.startswith("COPY") for name in step.split()[1:-1]}
+    assert copied - {"requirements.txt"} == kept
+    assert all(list(ROOT.glob(name)) for name in kept)
