@@ -132,6 +132,11 @@ def find(path: str | os.PathLike) -> epath.Path:
         raise CheckpointError(
             f"{path} is not there; the steps saved are {', '.join(map(str, there))}"
         )
+    if not steps and (path / CONFIG).exists():
+        raise CheckpointError(
+            f"{path} holds no checkpoint: that run has saved none, or is of mode linear or knn, "
+            "on features of what its config.json names as init_from; name that"
+        )
     if not steps:
         raise CheckpointError(
             f"{path} holds no checkpoint; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, "

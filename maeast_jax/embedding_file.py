@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from maeast_jax import paths
+
 SUFFIXES = (".npz", ".parquet")
 _ROW_GROUP_BYTES = 64 << 20
 
@@ -33,8 +35,7 @@ def check(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"--output={path} exists: choose another name, or pass --overwrite")
     if not path.parent.is_dir():
         raise ValueError(f"--output={path}: {path.parent} is not a folder; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--output={path}: no permission to write in {path.parent}")
+    paths.make_writable(path.parent, "--output")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401

@@ -59,6 +59,8 @@ def export(
         checkpoint.check_new(output)
     elif not output.parent.is_dir():
         raise ValueError(f"--output={output}: {output.parent} is not a folder; make it first")
+    else:
+        paths.make_writable(output.parent, "--output")
     if output.suffix == ".pt":
         _import_torch()
     source = pretrained.read(source)
@@ -111,10 +113,14 @@ def _write_file(output: Path, file: AuthorsFile) -> None:
             tensors = {name: torch.from_numpy(np.array(t)) for name, t in file.tensors.items()}
             torch.save({"cfg": file.cfg, "model": tensors}, partial)
         else:
+            from safetensors import SafetensorError
             from safetensors.numpy import save_file
 
-            # "format" is what readers for PyTorch look for.
-            save_file(file.tensors, partial, {"format": "pt", "config": json.dumps(file.cfg)})
+            try:
+                # "format" is what readers for PyTorch look for.
+                save_file(file.tensors, partial, {"format": "pt", "config": json.dumps(file.cfg)})
+            except SafetensorError as error:
+                raise OSError(f"{output} cannot be written: {error}") from error
             # It makes files for their owner alone.
             os.umask(mask := os.umask(0o022))
             partial.chmod(0o666 & ~mask)

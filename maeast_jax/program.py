@@ -1,5 +1,6 @@
 """The edge of programs: flags in, one-line errors and exit codes out."""
 
+import difflib
 import os
 import re
 import signal
@@ -51,7 +52,12 @@ def run(
         if unread := argv[1:]:
             _fail(f"{unread[0]!r} is not a flag; fields are set as --config.field=value")
         if join is None or not _is_joined():
-            _guard(lambda: main(config.value, workdir.value), "stopped before it could save")
+            try:
+                _guard(lambda: main(config.value, workdir.value), _STOPPED_EARLY)
+            except SystemExit as end:
+                if end.code == _CTRL_C:
+                    _leave(end.code)  # what XLA still compiles would crash an interpreter that ends
+                raise
             return
         try:
             _guard(lambda: _join_and_call(join, main, config.value, workdir.value), "stopped")
@@ -70,6 +76,11 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+_CTRL_C = 128 + signal.SIGINT
+_STOPPED_EARLY = (
+    "stopped before it could save: the same command starts it again, from its newest checkpoint if "
+    "there is one"
+)
 # Ends that all processes come to together.
 _AGREED_ENDS = (128 + signal.SIGTERM, EXIT_NON_FINITE)
 
@@ -164,7 +175,11 @@ def _guard(main: Callable[[], None], interrupted: str) -> None:
     except OSError as error:
         _fail(f"{error.filename or ''} {error.strerror or error}".strip(), EXIT_SYSTEM)
     except KeyboardInterrupt:
-        _fail(interrupted, 128 + signal.SIGINT)
+        _fail(interrupted, _CTRL_C)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("maeast_jax"):
+            raise
+        _fail(f"{error}: pip install -r requirements.txt, into the environment of {sys.executable}")
     except Exception:
         traceback.print_exc()
         sys.exit(EXIT_UNKNOWN)
@@ -185,6 +200,8 @@ def _parse_run(argv: Sequence[str]) -> list[str]:
         return rest
     except OSError as error:
         _fail(f"--config: {str(error).splitlines()[-1].strip()}; see configs/")
+    except flags.IllegalFlagValueError as error:
+        _fail(_illegal(error))
     except flags.Error as error:
         _fail(" ".join(str(error).split()))
     except Exception as error:
@@ -218,9 +235,21 @@ def _place_in_file(error: Exception, file: str) -> str | None:
     return f"{file}, line {lines[-1]}" if lines else None
 
 
+def _illegal(error: flags.IllegalFlagValueError) -> str:
+    """In our words, where they are Python's of a number."""
+    text = " ".join(str(error).split())
+    found = re.match(
+        r"flag (--\S+?)=(.*): (invalid literal for int|could not convert string)", text
+    )
+    if not found:
+        return text
+    kind = "a whole number" if "int" in found[3] else "a number"
+    return f"{found[1]}={found[2]} must be {kind}"
+
+
 def _reason(error: Exception) -> str:
     """One line; ml_collections prints all fields where one is not known."""
-    text = str(error)
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
     if unknown := re.search(r'Key "(\w+)" does not exist', text):
         near = re.search(r'Did you mean "(\w+)"', text)
         return f"{unknown[1]!r} is not a field" + (f"; did you mean {near[1]!r}?" if near else "")
@@ -241,8 +270,12 @@ def _check_overrides(argv: Sequence[str]) -> None:
 def _check_field(section: ConfigDict, path: str) -> None:
     for name in path.split("."):
         if not isinstance(section, ConfigDict) or name not in section:
-            known = ", ".join(sorted(section)) if isinstance(section, ConfigDict) else "no fields"
-            _fail(f"--config.{path}: {name!r} is not a field; known here: {known}")
+            fields = sorted(section) if isinstance(section, ConfigDict) else []
+            near = "".join(
+                f"; did you mean {n!r}?" for n in difflib.get_close_matches(name, fields, 1)
+            )
+            known = ", ".join(fields) or "no fields"
+            _fail(f"--config.{path}: {name!r} is not a field{near or ';'} known here: {known}")
         section = section[name]
 
 

@@ -19,8 +19,8 @@ _LONGER = """longer, from these weights (a finished run's learning rate has come
 the same command with --workdir=NEW --config.init_from={}"""
 
 
-def describe(run: Run, abstract_params: Any, compiled_step: jax.stages.Compiled) -> str:
-    """The table printed before the first step."""
+def describe(run: Run, abstract_params: Any) -> str:
+    """The table printed before anything is compiled."""
     config, model = run.config, run.model
     time_tokens, band_tokens = model.grid(config.num_frames)
     num_tokens = time_tokens * band_tokens
@@ -42,8 +42,7 @@ def describe(run: Run, abstract_params: Any, compiled_step: jax.stages.Compiled)
             "tokens": f"{num_tokens} {model.tokens} tokens a clip of {config.num_frames / 100:g} s "
             f"({time_tokens} x {band_tokens}): {kept} kept, {num_tokens - kept} masked "
             f"({model.mask})" + (", a mask for each loss" if model.passes == 2 else ""),
-            "step": f"{config.batch_size} clips, {logs.si(work, 'FLOP')} a clip, "
-            f"{logs.si(planned_bytes(compiled_step), 'B')} planned a device",
+            "step": f"{config.batch_size} clips, {logs.si(work, 'FLOP')} a clip",
             "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
             "train": _describe_train(run),
             "eval": _describe_eval(run),

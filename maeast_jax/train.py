@@ -64,15 +64,17 @@ def _is_done(checked: Run) -> bool:
 def _train(checked: Run) -> dict[str, float]:
     config, workdir = checked.config, checked.workdir
     programs = Programs(checked)
+    print(summary.describe(checked, programs.abstract_state.params), flush=True)
     print("compiling the training step", flush=True)
     step = programs.step()
+    planned = summary.planned_bytes(step)
+    print(f"compiled: {logs.si(planned, 'B')} planned a device", flush=True)
     # All processes of a run on CPUs may share this machine.
-    host_memory.keep_freed(jax.device_count() * summary.planned_bytes(step))
+    host_memory.keep_freed(jax.device_count() * planned)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.to_dict())
     state = _first_state(checked, checkpoints, programs)
     if hosts.is_first():
         checkpoint.write_config(workdir, config.to_dict())
-    print(summary.describe(checked, programs.abstract_state.params, step), flush=True)
     is_new = not checked.start_step and checked.init_from is None
     return Loop(
         config=config,

@@ -1,6 +1,7 @@
 """The edge of programs: what goes wrong is one line."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -67,7 +68,7 @@ def test_with_verbosity_all_of_it_is_there():
         ),
         ("def get_config():\n    return 1 / 0\n", "{file}, line 2: ZeroDivisionError: division by"),
         ("import nothing_of_this_name\n", "{file}, line 1: ModuleNotFoundError: No module named"),
-        ("x = 3\n\ndef get_config(:\n", "{file}, line 3: SyntaxError: invalid syntax"),
+        ("x = 3\n\ndef get_config(:\n", "{file}, line 3: SyntaxError: invalid syntax\n"),
         ("x = 3\n", "--config={file} has no function get_config; see configs/"),
     ],
 )
@@ -87,7 +88,19 @@ def test_a_mistake_in_a_configuration_file_is_one_line_that_names_its_place(tmp_
         ([], "--config and --workdir are missing (--help lists the flags)"),
         (
             ["--config=tests/tiny.py", "--workdir=x", "--config.model.widht=3"],
-            "'widht' is not a field; known here: architecture, ",
+            "'widht' is not a field; did you mean 'width'? known here: architecture, ",
+        ),
+        (
+            ["--config=tests/tiny.py", "--workdir=x", "--config.model.q=3"],
+            "'q' is not a field; known here: architecture, ",
+        ),
+        (
+            ["--config=tests/tiny.py", "--workdir=x", "--config.batch_size=abc"],
+            "error: --config.batch_size=abc must be a whole number",
+        ),
+        (
+            ["--config=tests/tiny.py", "--workdir=x", "--config.optimizer.b1=abc"],
+            "error: --config.optimizer.b1=abc must be a number",
         ),
     ],
 )
@@ -105,6 +118,20 @@ def test_an_error_that_is_not_known_keeps_its_traceback_and_has_a_code_of_its_ow
         program._guard(fail, "interrupted")
     assert end.value.code == 70
     assert "Traceback" in (told := capsys.readouterr().err) and "core halted" in told
+
+
+def test_a_package_that_is_missing_is_one_line(capsys):
+    def fail(*_):
+        import nothing_of_this_name  # noqa: F401
+
+    with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
+        flags.FLAGS.mark_as_parsed()
+        program._guard(fail, "interrupted")
+    assert end.value.code == 2
+    assert re.fullmatch(
+        r"error: No module named 'nothing_of_this_name': pip install -r requirements.txt, .*\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_memory_that_does_not_suffice_is_one_line_of_the_system(capsys):
