@@ -119,12 +119,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.modle=3", "--config.modle: 'modle' is not a field; known here: accumulation_"),
+        (
+            "--config.modle=3",
+            "--config.modle: 'modle' is not a field; did you mean 'model'? known here: accum",
+        ),
         (
             "--config.model.layers=3",
-            "'layers' is not a field; known here: architecture, attention_",
+            "'layers' is not a field; did you mean 'layer_drop'? known here: architecture",
         ),
-        ("--config.total_steps=many", "--config.total_steps=many: invalid literal for int()"),
+        ("--config.total_steps=many", "--config.total_steps=many must be a whole number"),
         ("--config.batch_size=0", "config.batch_size=0 must be at least 1"),
         ("--config.data.train=absent", "absent"),
         ("--config=nowhere.py", "--config: [Errno 2] No such file or directory: 'nowhere.py'"),
