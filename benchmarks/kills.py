@@ -23,11 +23,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, logs, program
+from maeast_jax import checkpoint, command_line, logs
 
 _CONFIG = Path(__file__).parent / "kills_config.py"
 # Codes of those whose other process was killed: told of it, or ended by jax.
-_STARTED_AGAIN = (program.EXIT_PEER_LOST, -signal.SIGABRT)
+_STARTED_AGAIN = (command_line.EXIT_PEER_LOST, -signal.SIGABRT)
 
 
 def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:

@@ -26,13 +26,13 @@ from ml_collections import ConfigDict
 
 from maeast_jax import (
     benchmark_config,
+    command_line,
     data,
     devices,
     host_memory,
     logs,
     paths,
     plots,
-    program,
     shard_writer,
     speed_rows,
     speed_table,
@@ -147,4 +147,4 @@ def _noise() -> Iterator[shard_writer.Example]:
 
 if __name__ == "__main__":
     benchmark_config.define()
-    program.run_flags(main, required=())
+    command_line.run_flags(main, required=())

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from maeast_jax import (
     beam_build,
     beam_runner,
+    command_line,
     fetched,
     layouts,
     paths,
-    program,
     shard_file,
     shard_writer,
 )
@@ -290,4 +290,4 @@ def main(arguments: list[str]) -> int | None:
 
 if __name__ == "__main__":
     _define_flags()
-    program.run_flags(main, required=("data_dir", "name"))
+    command_line.run_flags(main, required=("data_dir", "name"))

@@ -21,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 # What starts jax is imported where it is used: each decoding process imports this file.
-from maeast_jax import audio, embedding_file, manifest, program
+from maeast_jax import audio, command_line, embedding_file, manifest
 from maeast_jax.decode_pool import DecodePool, num_cores
 
 if TYPE_CHECKING:
@@ -272,4 +272,4 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     _define_flags()
-    program.run_flags(main, required=("checkpoint", "output"))
+    command_line.run_flags(main, required=("checkpoint", "output"))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from maeast_jax import authors_file, checkpoint, config, logs, paths, pretrained, program
+from maeast_jax import authors_file, checkpoint, command_line, config, logs, paths, pretrained
 from maeast_jax.authors_file import AuthorsFile
 from maeast_jax.pretrained import FILES, Pretrained
 
@@ -206,4 +206,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    program.run_flags(main, required=("checkpoint", "output"))
+    command_line.run_flags(main, required=("checkpoint", "output"))

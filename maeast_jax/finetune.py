@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, devices, logs, metrics, probe, program, results
+from maeast_jax import checkpoint, command_line, devices, logs, metrics, probe, results
 from maeast_jax.features import Features, statistics
 from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
@@ -160,4 +160,4 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    command_line.run(main)

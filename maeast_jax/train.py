@@ -14,7 +14,7 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, devices, host_memory, hosts, logs, program, run, summary
+from maeast_jax import checkpoint, command_line, devices, host_memory, hosts, logs, run, summary
 from maeast_jax.loop import Loop
 from maeast_jax.programs import Programs
 from maeast_jax.run import Batches, Run
@@ -121,4 +121,4 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 if __name__ == "__main__":
     host_memory.share_heap()
-    program.run(main, join=hosts.initialize)
+    command_line.run(main, join=hosts.initialize)

@@ -236,10 +236,10 @@ def test_other_recordings_of_the_same_names_are_another_build(store, farm, monke
 
 
 PROGRAM = f"""
-from maeast_jax import build_dataset, program, shard_file, shard_plan
+from maeast_jax import build_dataset, command_line, shard_file, shard_plan
 shard_plan._SHARD_BYTES = {SHARD_BYTES}
 build_dataset._define_flags()
-program.run_flags(build_dataset.main, required=("data_dir", "name"))
+command_line.run_flags(build_dataset.main, required=("data_dir", "name"))
 """
 
 

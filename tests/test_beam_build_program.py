@@ -17,10 +17,10 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("apache_beam")
 
 PROGRAM = """
-from maeast_jax import build_dataset, program, shard_plan
+from maeast_jax import build_dataset, command_line, shard_plan
 shard_plan._SHARD_BYTES = 1 << 19
 build_dataset._define_flags()
-program.run_flags(build_dataset.main, required=("data_dir", "name"))
+command_line.run_flags(build_dataset.main, required=("data_dir", "name"))
 """
 
 

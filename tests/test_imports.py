@@ -35,7 +35,7 @@ LEVELS = [
         "audio",
         "synthesis",
         "torch_pickle",
-        "program",
+        "command_line",
     },
     {
         "torch_file",

@@ -9,13 +9,13 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from maeast_jax import program
+from maeast_jax import command_line
 
 # What Orbax does of a full disk: a page a thread, and then the exception itself.
 PROGRAM = """
 import threading
 from absl import logging
-from maeast_jax import program
+from maeast_jax import command_line
 
 def write():
     try:
@@ -30,7 +30,7 @@ def main(config, workdir):
     logging.warning("a warning")
     raise OSError(28, "No space left on device")
 
-program.run(main)
+command_line.run(main)
 """
 
 
@@ -115,7 +115,7 @@ def test_an_error_that_is_not_known_keeps_its_traceback_and_has_a_code_of_its_ow
 
     with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
-        program._guard(fail, "interrupted")
+        command_line._guard(fail, "interrupted")
     assert end.value.code == 70
     assert "Traceback" in (told := capsys.readouterr().err) and "core halted" in told
 
@@ -126,7 +126,7 @@ def test_a_package_that_is_missing_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
-        program._guard(fail, "interrupted")
+        command_line._guard(fail, "interrupted")
     assert end.value.code == 2
     assert re.fullmatch(
         r"error: No module named 'nothing_of_this_name': pip install -r requirements.txt, .*\n",
@@ -140,6 +140,6 @@ def test_memory_that_does_not_suffice_is_one_line_of_the_system(capsys):
 
     with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
-        program._guard(fail, "interrupted")
+        command_line._guard(fail, "interrupted")
     assert end.value.code == 1
     assert capsys.readouterr().err == "error: the devices are out of memory: lower batch_size\n"
