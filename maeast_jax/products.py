@@ -1,6 +1,7 @@
 """Matrix products in the compute type of a model."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,26 @@ def _of_16_bits(spec: str, dtype, x: jax.Array, y: jax.Array) -> jax.Array:
 
     Left to jax, a float32 result has a float32 gradient, and its product with a 16-bit factor is
     one of float32, which accelerators do at a fraction of the speed. XLA's CPU compiler
-    converts the factors of all products but those that are asked for in float32.
+    converts the factors of all products but those that are asked for in float32; where the CPU
+    cannot multiply them, it is slower at those than at converted ones.
     """
-    sums_in = jnp.float32 if _platform() == "cpu" else dtype
+    sums_in = dtype
+    if _platform() == "cpu":
+        sums_in = jnp.float32
+        if not _cpu_multiplies_bfloat16():
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     sums = jnp.einsum(spec, x, y, preferred_element_type=sums_in)
     return sums.astype(dtype)
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU says so, on x86; of others XLA's speed at it is not known."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _platform() -> str:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from maeast_jax import products
 from maeast_jax.products import Linear, add_bias, product
 
 SIZES = {"b": 2, "m": 24, "n": 32, "d": 48, "e": 40, "c": 3, "h": 4, "k": 16}
@@ -27,10 +28,17 @@ def draw(spec, dtype):
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
+@pytest.fixture(params=[True, False], ids=["multiplies", "converts"])
+def cpu_multiplies(request, monkeypatch):
+    """Whether the CPU is said to multiply bfloat16; either has to work on any."""
+    monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("result", [None, jnp.float32])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("spec", SPECS)
-def test_products_and_gradients_are_einsums(spec, dtype, result):
+def test_products_and_gradients_are_einsums(spec, dtype, result, cpu_multiplies):
     x, y, gradient = draw(spec, dtype)
     terms, out = spec.split("->")
     first, second = terms.split(",")
@@ -68,13 +76,15 @@ def lowered_dots(platform):
     return [re.sub(r"tensor<[0-9x]+x(\w+)>", r"\1", kinds) for kinds in types]
 
 
-def test_bfloat16_products_multiply_bfloat16_with_bfloat16():
+def test_bfloat16_products_multiply_bfloat16_with_bfloat16(cpu_multiplies):
     """In both directions, on any platform: a float32 gradient would make its products float32's.
 
     On accelerators they come out in 16 bits where these are asked for, from sums in float32 that
-    nothing writes to memory; XLA's CPU compiler has to be asked for the sums.
+    nothing writes to memory; XLA's CPU compiler has to be asked for the sums, and for float32
+    altogether where the CPU knows no other products.
     """
-    assert lowered_dots("cpu") == ["(bf16, bf16) -> f32"] * 3
+    factor = "bf16" if cpu_multiplies else "f32"
+    assert lowered_dots("cpu") == [f"({factor}, {factor}) -> f32"] * 3
     on_accelerators = ["(bf16, bf16) -> f32"] + ["(bf16, bf16) -> bf16"] * 2
     assert lowered_dots("gpu") == lowered_dots("tpu") == on_accelerators
 
