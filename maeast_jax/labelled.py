@@ -44,30 +44,45 @@ class Labelled:
 
     def read(self, places: np.ndarray) -> list["Clip"]:
         """The clips at `places`, in that order; DataError for a label that is no class."""
+        return [
+            Clip(
+                record["id"],
+                data.samples_of(self.clips.splits[component], record["audio"], example),
+                self._classes(component, record),
+            )
+            for component, example, record in self._records(places)
+        ]
+
+    def read_classes(self, places: np.ndarray) -> list[np.ndarray]:
+        """As `read`, without the work that the samples take."""
+        return [self._classes(component, record) for component, _, record in self._records(places)]
+
+    def _records(self, places: np.ndarray) -> list[tuple[int, int, dict]]:
+        """(data set, example, record with an id) of each, in order."""
         index = self.index[places]
         ends = np.cumsum([len(split) for split in self.clips.splits])
         which = np.searchsorted(ends, index, side="right")
         example = index - np.concatenate([[0], ends])[which]
-        found: list[Clip | None] = [None] * len(which)
+        found: list[tuple[int, int, dict] | None] = [None] * len(which)
         for component in np.unique(which):
             split = self.clips.splits[component]
             places = np.flatnonzero(which == component)
             # Ascending, so that a file is read forwards.
             places = places[np.argsort(example[places], kind="stable")]
             for place, record in zip(places, split.read(example[places]), strict=True):
-                samples = data.samples_of(split, record["audio"], example[place])
                 name = record["id"] or f"{split.name}@{split.split}#{example[place]}"
-                found[place] = Clip(name, samples, self._classes(component, name, record["label"]))
+                found[place] = component, example[place], record | {"id": name}
         return found
 
-    def _classes(self, component: int, name: str, label: int | np.ndarray) -> np.ndarray:
+    def _classes(self, component: int, record: dict) -> np.ndarray:
         """The numbers in this numbering; DataError for one that stands for no class."""
-        numbers, known = np.atleast_1d(label), self.renumbering[component]
+        numbers, known = np.atleast_1d(record["label"]), self.renumbering[component]
         if unknown := [int(n) for n in numbers if not 0 <= n < len(known)]:
             # TFDS writes -1 where the class is not known.
             raise DataError(
-                f"clip {name!r} of {self.clips.splits[component].name} has the label {unknown[0]}, "
-                f"but the classes are 0 to {len(known) - 1}; build the set without that clip"
+                f"clip {record['id']!r} of {self.clips.splits[component].name} has the label "
+                f"{unknown[0]}, but the classes are 0 to {len(known) - 1}; build the set without "
+                "that clip"
             )
         return known[numbers]
 
@@ -132,13 +147,17 @@ def _renumber(split, class_names: tuple[str, ...]) -> np.ndarray:
 
 def read_classes(labelled: Labelled) -> list[np.ndarray]:
     """The classes of every clip, in order; reads the sets once."""
-    return [clip.classes for clip in each(labelled)]
+    return [classes for places in _hundreds(labelled) for classes in labelled.read_classes(places)]
 
 
 def each(labelled: Labelled) -> Iterator[Clip]:
     """Every clip, in order, read by the hundred."""
-    for places in np.array_split(np.arange(len(labelled)), math.ceil(len(labelled) / 128)):
+    for places in _hundreds(labelled):
         yield from labelled.read(places)
+
+
+def _hundreds(labelled: Labelled) -> list[np.ndarray]:
+    return np.array_split(np.arange(len(labelled)), math.ceil(len(labelled) / 128))
 
 
 def embedded(
@@ -148,16 +167,18 @@ def embedded(
 
     `embed` maps int16 [samples] to vectors; a clip shorter than a frame of 25 ms ends in silence.
     """
-    seen: list[Clip] = []
+    ids: list[str] = []
+    classes: list[np.ndarray] = []
 
     def samples() -> Iterator[np.ndarray]:
         for clip in each(labelled):
-            seen.append(dataclasses.replace(clip, samples=clip.samples[:0]))
+            ids.append(clip.id)  # and not the clip, whose samples would all stay in memory
+            classes.append(clip.classes)
             missing = max(0, fbank.FRAME_LENGTH - len(clip.samples))
             yield np.pad(clip.samples, (0, missing))
 
     vectors = np.stack(list(embed(samples())))
-    return vectors, truth(labelled, [clip.classes for clip in seen]), [clip.id for clip in seen]
+    return vectors, truth(labelled, classes), ids
 
 
 def truth(labelled: Labelled, classes: Sequence[np.ndarray]) -> np.ndarray:
