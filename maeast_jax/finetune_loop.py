@@ -1,5 +1,6 @@
 """Trains a classifier on one training set: steps, an evaluation an epoch, checkpoints, a stop."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from maeast_jax import checkpoint, labelled, labelled_batches, logs, metrics, sh
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
 from maeast_jax.classifier import backbone_config, classifier_graph
-from maeast_jax.finetune_run import FinetuneRun, Sets
+from maeast_jax.finetune_run import FinetuneRun, Sets, fold_length
 from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.labelled import Labelled
 from maeast_jax.pace import Pace
@@ -42,11 +43,10 @@ class FoldTrainer:
         self._run, self._sets, self._folder = run, sets, folder
         config = run.config
         self._mesh = run.mesh
-        steps_per_epoch = len(sets.train) / config.batch_size
-        self._total_steps = config.total_steps or math.ceil(config.epochs * steps_per_epoch)
-        self._evaluations = evaluations(self._total_steps, config.eval_every or steps_per_epoch)
+        length = fold_length(config, sets)
+        self._total_steps, self._evaluations = length.total_steps, length.evaluations
         rate = steps.schedule(
-            run.schedule, run.optimizer.learning_rate, self._total_steps, steps_per_epoch
+            run.schedule, run.optimizer.learning_rate, length.total_steps, length.steps_per_epoch
         )
         self._optimizer = steps.adam(run.optimizer, rate)
         graph = classifier_graph(run.model, run.head, len(run.class_names))
@@ -82,11 +82,17 @@ class FoldTrainer:
         progress = logs.Progress(self._total_steps, start_step)
         try:
             with stop_signals() as stop:
-                return self._run_steps(state, start_step, checkpoints, writer, progress, stop)
+                state = self._run_steps(state, start_step, checkpoints, writer, progress, stop)
+        except BaseException:
+            # Not what became of a save under way, but what went wrong first is told.
+            with contextlib.suppress(Exception):
+                checkpoints.close()
+            raise
         finally:
             progress.close()
             writer.close()
-            checkpoints.close()
+        checkpoints.close()
+        return state
 
     def score(self, params: Any, statistics: Any, clips: Labelled) -> Scored:
         """Every clip of a set, each once, in evaluation mode."""
@@ -206,13 +212,6 @@ def check_resume(run: FinetuneRun, folder: Path) -> None:
                 "another --workdir"
             )
     configuration.tell_resumed_with(changed)
-
-
-def evaluations(total_steps: int, every: float) -> list[int]:
-    """Steps after which validation is scored: each `every` steps, rounded up, and the last."""
-    count = math.ceil(total_steps / every - 1e-9)
-    steps = [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
-    return list(dict.fromkeys(steps))  # the last epoch may end within the last step
 
 
 def _parts(state: FinetuneState) -> dict[str, Any]:

@@ -75,6 +75,29 @@ class Sets:
 
 
 @dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a fold is trained; `evaluations`: the steps after which validation is scored."""
+
+    steps_per_epoch: float
+    total_steps: int
+    evaluations: list[int]
+
+
+def fold_length(config: ConfigDict, sets: Sets) -> Length:
+    steps_per_epoch = len(sets.train) / config.batch_size
+    total_steps = config.total_steps or math.ceil(config.epochs * steps_per_epoch)
+    every = config.eval_every or steps_per_epoch
+    return Length(steps_per_epoch, total_steps, evaluations(total_steps, every))
+
+
+def evaluations(total_steps: int, every: float) -> list[int]:
+    """Each `every` steps, rounded up, and the last."""
+    count = math.ceil(total_steps / every - 1e-9)
+    steps = [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
+    return list(dict.fromkeys(steps))  # the last epoch may end within the last step
+
+
+@dataclasses.dataclass(frozen=True)
 class FinetuneRun:
     """A configuration that was checked and its data opened; nothing compiled."""
 
@@ -112,6 +135,8 @@ def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     folds = tuple(_open(config))
     mesh = None
     if config.mode == "finetune":
+        if config.select == "average":
+            _check_average(config, folds)
         mesh = _mesh(config, model, head, len(folds[0].train.class_names))
     loss = LossConfig(**settings["loss"])
     if folds[0].train.is_multi_label:
@@ -162,10 +187,17 @@ def _check_numbers(config: ConfigDict) -> None:
         raise ValueError(f"data.train_percent={config.data.train_percent} must be in (0, 100]")
     if not 0.0 < config.data.valid_percent < 100.0:
         raise ValueError(f"data.valid_percent={config.data.valid_percent} must be in (0, 100)")
-    if config.select == "average" and config.average_from > config.epochs:
-        raise ValueError(
-            f"average_from={config.average_from} must not be past epochs={config.epochs}"
-        )
+
+
+def _check_average(config: ConfigDict, folds: Sequence[Sets]) -> None:
+    for sets in folds:
+        length = fold_length(config, sets)
+        if config.average_from > len(length.evaluations):
+            raise ValueError(
+                f"average_from={config.average_from} must not be past the "
+                f"{len(length.evaluations)} evaluations of {length.total_steps} steps; lower it or "
+                "eval_every, or train for longer"
+            )
 
 
 def _normalize(mean: float, deviation: float) -> tuple[float, float] | None:

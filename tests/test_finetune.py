@@ -16,8 +16,7 @@ from maeast_jax import checkpoint, finetune_config, finetune_loop, logs, shard_w
 from maeast_jax.config import pretrain
 from maeast_jax.export import export
 from maeast_jax.finetune import finetune
-from maeast_jax.finetune_loop import evaluations
-from maeast_jax.finetune_run import check_run
+from maeast_jax.finetune_run import check_run, evaluations
 from maeast_jax.stops import Interrupted, NonFiniteError
 
 pytest.importorskip("tensorflow_datasets")
@@ -112,6 +111,20 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, data_dir, monkeypatch):
     jax.tree.map(
         np.testing.assert_array_equal, final(tmp_path / "whole"), final(tmp_path / "halves")
     )
+
+
+def test_any_mesh_trains_the_same_also_with_an_average_of_balanced_epochs(tmp_path, data_dir):
+    found = []
+    for mesh in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        config = small(data_dir, total_steps=3, eval_every=1, select="average", average_from=2)
+        config.data.balanced = True
+        config.mesh.update(mesh)
+        folder = tmp_path / f"{len(mesh)}"
+        finetune(config, folder)
+        progress = checkpoint.load_part(checkpoint.find(folder), "progress")
+        assert progress["chosen_count"] == 2 and progress["step"] == 3
+        found.append(final(folder))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *found)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -245,6 +258,7 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("data.train_percent", 0.0, r"data.train_percent=0.0 must be in \(0, 100\]"),
         ("data.folds", "fold0", "data.folds='fold0' must name two splits at least"),
         ("average_from", 0, "config.average_from=0 must be at least 1"),
+        ("average_from", 4, "average_from=4 must not be past the 3 evaluations of 9 steps; lower"),
         ("accumulation_steps", 0, "config.accumulation_steps=0 must be at least 1"),
         ("accumulation_steps", 3, r"batch_size=8 must be a multiple of 3, .*accumulation_steps"),
         ("seed", -1, "config.seed=-1 must not be negative"),
@@ -263,7 +277,7 @@ def test_evaluations_are_by_epoch_or_by_step():
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(tmp_path, data_dir, path, value, message):
-    config = small(data_dir)
+    config = small(data_dir, select="average")
     section, _, name = path.rpartition(".")
     (config[section] if section else config)[name] = value
     with pytest.raises(ValueError, match=message) as error:
