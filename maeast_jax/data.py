@@ -217,6 +217,11 @@ def prepare_tensorflow() -> None:
     tensorflow.config.set_visible_devices([], "GPU")
 
 
+def num_threads(asked: int) -> int:
+    """How many batches are loaded side by side; 0 asks for one a core, within reason."""
+    return asked or min(num_cores(), _MOST_THREADS)
+
+
 def samples_of(split: shards.Split, stored: np.ndarray, example: int) -> np.ndarray:
     """int16 [samples] at 16 kHz; raises DataError, with its name, for a clip that is none."""
     try:
@@ -253,7 +258,7 @@ def _stream(data: DataConfig, load, start: int, stop: int, shape) -> Iterator[Ba
             failures.append(error)
             raise
 
-    threads = data.threads or min(num_cores(), _MOST_THREADS)
+    threads = num_threads(data.threads)
     batches = tf.data.Dataset.range(start, stop).map(
         lambda step: tf.ensure_shape(tf.numpy_function(load_or_tell, [step], tf.int16), shape),
         num_parallel_calls=threads,

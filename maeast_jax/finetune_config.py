@@ -80,7 +80,7 @@ def finetune() -> ConfigDict:
     data.train_percent = 100.0  # of the training clips, drawn by `seed` with every class
     data.balanced = False  # draw clips by the rarity of their classes
     data.sample_rate_hz = 0
-    data.threads = 0
+    data.threads = 0  # that read batches, each a whole one; 0 is one a core, 16 at most
 
     # Of linear and knn: what a clip's features are (see `python -m maeast_jax.embed --help`).
     features = config.features = ConfigDict()

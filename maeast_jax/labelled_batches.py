@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax import fbank, windows
-from maeast_jax.decode_pool import num_cores
+from maeast_jax import data, fbank, windows
 from maeast_jax.labelled import Clip, Labelled
 
 Batch = dict[str, np.ndarray]
@@ -131,7 +130,7 @@ def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int) -> Batch:
 
 def _ahead(load: Callable[[int], object], steps: range, threads: int) -> Iterator:
     """`load` of each step, in order, a few of them ahead in threads."""
-    threads = threads or num_cores()
+    threads = data.num_threads(threads)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         pending = []
         rest = iter(steps)
