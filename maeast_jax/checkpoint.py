@@ -64,7 +64,7 @@ class Checkpoints:
         A step that is saved already is left as it is: the state is a function of the step.
         """
         if step != self.latest_step():
-            with _disk_may_be_full():
+            with _storage_may_fail():
                 self._checkpointer.save_checkpointables_async(
                     step, parts, force=True, custom_metadata={"config": self._config}
                 )
@@ -75,26 +75,32 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until all that was asked for is on the disk."""
-        with _disk_may_be_full():
+        with _storage_may_fail():
             self._checkpointer.wait()
 
     def close(self) -> None:
-        with _disk_may_be_full():
+        with _storage_may_fail():
             self._checkpointer.close()
 
 
 @contextmanager
-def _disk_may_be_full() -> Iterator[None]:
-    """Raises OSError for what Orbax, which writes through tensorstore, raises as ValueError."""
+def _storage_may_fail() -> Iterator[None]:
+    """Raises OSError where there is no space, RuntimeError for what else storage refused.
+
+    Orbax writes through tensorstore, which raises ValueError for both: elsewhere a mistake of the
+    user's, after which no launcher starts again.
+    """
     try:
         yield
     except ValueError as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            "no space left to save a checkpoint: free some, and start the same command again",
-        ) from error
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                raise OSError(
+                    number,
+                    "no space left to save a checkpoint: free some, and start the same command "
+                    "again",
+                ) from error
+        raise RuntimeError("a checkpoint could not be saved") from error
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 
 import jax
@@ -131,16 +132,25 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["save", "wait", "close"])
-def test_a_full_disk_is_an_error_of_the_system_that_says_so(tmp_path, monkeypatch, call):
-    def full(*_, **__):
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing x: No space left on device")
+def test_what_tensorstore_says_of_storage_is_told_apart(tmp_path, monkeypatch, call):
+    def refused(*_, **__):
+        raise ValueError(said)
+
+    def attempt():
+        checkpoints.save(1, parts(1)) if call == "save" else getattr(checkpoints, call)()
 
     checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
     name = {"save": "save_checkpointables_async"}.get(call, call)
-    monkeypatch.setattr(checkpoints._checkpointer, name, full)
-    with pytest.raises(OSError, match="no space left to save a checkpoint") as error:
-        checkpoints.save(1, parts(1)) if call == "save" else getattr(checkpoints, call)()
-    assert error.value.errno == errno.ENOSPC
+    monkeypatch.setattr(checkpoints._checkpointer, name, refused)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        said = f"RESOURCE_EXHAUSTED: Error writing x: {os.strerror(number)}"
+        with pytest.raises(OSError, match="no space left to save a checkpoint") as error:
+            attempt()
+        assert error.value.errno == number
+    said = "UNAVAILABLE: HTTP response code: 503"
+    with pytest.raises(RuntimeError, match="could not be saved") as error:  # no mistake of a user's
+        attempt()
+    assert said in str(error.value.__cause__)
 
 
 def test_saves_ask_nothing_of_the_service_by_which_processes_agree_to_stop(tmp_path, monkeypatch):
