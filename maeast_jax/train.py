@@ -19,7 +19,7 @@ from maeast_jax.loop import Loop
 from maeast_jax.programs import Programs
 from maeast_jax.run import Batches, Run
 from maeast_jax.train_step import TrainState, checkpoint_parts, state_from_parts
-from maeast_jax.workdir import held
+from maeast_jax.workdir import held, newest_step
 
 _REMEDY = (
     "lower batch_size, raise accumulation_steps, set model.remat=full with model.unroll=false, or "
@@ -46,6 +46,9 @@ def train(
         hosts.agree("the configuration", checked.config.to_dict())
         hosts.agree("the data sets", run.describe_data(checked))
         with held(checked.workdir):
+            if (newest_step(workdir) or 0) != checked.start_step:
+                # While this process looked, the run before was still saving; it has ended since.
+                checked = run.check_run(config, workdir, batches)
             if hosts.from_first(_is_done(checked)):
                 print(f"{workdir} has done its {config.total_steps} steps already", flush=True)
                 return logs.last_row(checked.workdir, "eval")
