@@ -169,6 +169,8 @@ def _guard(main: Callable[[], None], interrupted: str) -> None:
     except PeerLostError as error:
         _fail(error, EXIT_PEER_LOST)
     except ValueError as error:
+        if flags.FLAGS["verbosity"].present:
+            traceback.print_exc()  # of one that is a bug, and no mistake of the user's
         _fail(error)
     except MemoryError as error:
         _fail(error, EXIT_SYSTEM)

@@ -103,12 +103,12 @@ def farewell(workdir: str | os.PathLike) -> str:
     with_loss = [row for row in rows if "loss" in row]
     if with_loss:
         first, last = with_loss[0], with_loss[-1]
-        lines["held-out loss"] = f"{first['loss']:.3f} -> {last['loss']:.3f}"
+        lines["held-out loss"] = _change(first["loss"], last["loss"], ".3f")
         lines["info_nce"] = (
-            f"{first['info_nce']:.3f} -> {last['info_nce']:.3f} (a blind guess among {masked} "
+            f"{_change(first['info_nce'], last['info_nce'], '.3f')} (a blind guess among {masked} "
             f"masked patches: {math.log(masked):.3f}), right in {last['info_nce_accuracy']:.1%}"
         )
-        lines["mse"] = f"{first['mse']:.4f} -> {last['mse']:.4f}"
+        lines["mse"] = _change(first["mse"], last["mse"], ".4f")
         drawn = [
             name for name in (RECONSTRUCTIONS, CURVES) if (paths.path(workdir) / name).exists()
         ]
@@ -116,7 +116,12 @@ def farewell(workdir: str | os.PathLike) -> str:
     for name in ("knn_accuracy", "knn_map"):
         values = [row[name] for row in rows if name in row]
         if values:
-            lines[name] = f"{values[0]:.1%} -> {values[-1]:.1%}"
+            lines[name] = _change(values[0], values[-1], ".1%")
     then = _LONGER.format(workdir) if config["data"]["train"] else _OWN_RECORDINGS
     lines["next"] = f"{_EMBED.format(workdir)}\n{then}"
     return logs.announce(lines)
+
+
+def _change(first: float | None, last: float | None, form: str) -> str:
+    """What was not finite is None in metrics.jsonl."""
+    return " -> ".join("not finite" if x is None else format(x, form) for x in (first, last))
