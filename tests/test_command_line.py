@@ -91,6 +91,14 @@ def test_a_mistake_in_a_configuration_file_is_one_line_that_names_its_place(tmp_
             "'widht' is not a field; did you mean 'width'? known here: architecture, ",
         ),
         (
+            ["--config=nowhere.py", "--workdir=x"],
+            "error: --config: [Errno 2] No such file or directory: 'nowhere.py'; see configs/",
+        ),
+        (
+            ["--config=tests/tiny.py", "--workdir=x", "total_steps=3"],
+            "error: 'total_steps=3' is not a flag; fields are set as --config.field=value",
+        ),
+        (
             ["--config=tests/tiny.py", "--workdir=x", "--config.model.q=3"],
             "'q' is not a field; known here: architecture, ",
         ),

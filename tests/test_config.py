@@ -35,7 +35,7 @@ def shrink(config, steps=1):
     config.num_frames = 64
     config.log_every = config.eval_every = config.checkpoint_every = steps
     config.eval.max_clips = 8
-    config.eval.pictures = 1
+    config.eval.pictures = 0
     decoder_layers = min(2, config.model.decoder_layers)
     config.model.update(
         encoder_layers=2,

@@ -26,7 +26,7 @@ from maeast_jax.train import train
 from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent
-STEPS = 12
+STEPS = 20
 SYNTHETIC = ("--config.data.source=synthetic", "--config.data.train=", "--config.data.eval=")
 
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +51,13 @@ def start(workdir, data_dir, processes, devices, *overrides):
         )
         for i in range(processes)
     ]  # fmt: skip
+
+
+# Noise in place of a data set, where no curve is compared: starts in half the time.
+SYNTHETIC = (
+    "--config.data.source=synthetic", "--config.data.train=", "--config.data.eval=",
+    "--config.eval.knn=", "--config.eval.max_clips=4", "--config.eval.pictures=0",
+)  # fmt: skip
 
 
 def ends(started, timeout=300):
@@ -126,13 +132,13 @@ def test_sigterm_saves_one_step_on_both_and_one_goes_on(tmp_path, data_dir, alon
     assert_same_curve(tmp_path, alone)
 
 
-def test_sigterm_stops_a_run_that_was_resumed_and_saves_at_every_step(tmp_path, data_dir):
-    always = ("--config.checkpoint_every=1", "--config.eval_every=100000")
-    assert [code for code, *_ in ends(start(tmp_path, data_dir, 2, 1, *always))] == [0, 0]
-    started = start(tmp_path, data_dir, 2, 1, *always, "--config.total_steps=100000")
+def test_sigterm_stops_a_run_that_was_resumed_and_saves_at_every_step(tmp_path):
+    always = (*SYNTHETIC, "--config.checkpoint_every=1", "--config.eval_every=100000")
+    assert [code for code, *_ in ends(start(tmp_path, "", 2, 1, *always))] == [0, 0]
+    started = start(tmp_path, "", 2, 1, *always, "--config.total_steps=100000")
     reported(started[0], 10)
     started[1].send_signal(signal.SIGTERM)
-    first, second = ends(started, timeout=60)
+    first, second = ends(started)
     assert (first[0], second[0]) == (143, 143), first[2] + second[2]
     newest = checkpoint.saved_steps(tmp_path)[-1]
     assert f"stopped by SIGTERM at step {newest}, which is saved" in second[2]
@@ -143,16 +149,15 @@ def test_sigterm_stops_a_run_that_was_resumed_and_saves_at_every_step(tmp_path, 
     ("end", "checkpoint_every"), [(signal.SIGKILL, 100), (signal.SIGSTOP, 100), (signal.SIGKILL, 1)]
 )
 def test_a_process_that_is_lost_takes_the_other_down_in_time(
-    tmp_path, data_dir, victim, end, checkpoint_every
+    tmp_path, victim, end, checkpoint_every
 ):
     """One that dies breaks a connection, in the middle of a save too; one that stands is silent."""
     fields = ("--config.total_steps=100000", f"--config.checkpoint_every={checkpoint_every}")
-    started = start(tmp_path, data_dir, 2, 1, *fields)
+    started = start(tmp_path, "", 2, 1, *SYNTHETIC, *fields)
     reported(started[0], 1 if checkpoint_every > 1 else 7)
     started[victim].send_signal(end)
-    since = time.monotonic()
-    _, told = started[1 - victim].communicate(timeout=3 * hosts.HEARTBEAT_SECONDS)
-    assert time.monotonic() - since < 2 * hosts.HEARTBEAT_SECONDS
+    # As long again for the process itself to end.
+    _, told = started[1 - victim].communicate(timeout=2 * hosts.HEARTBEAT_SECONDS)
     assert started[1 - victim].returncode in (75, -signal.SIGABRT)
     assert "another process of this run is gone" in told or "another task died" in told
     started[victim].kill()
@@ -180,14 +185,14 @@ def test_the_launcher_brings_back_a_run_of_which_a_process_was_killed(tmp_path, 
     assert_same_curve(tmp_path / "run", alone)
 
 
-def test_processes_that_differ_are_told_so(tmp_path, data_dir):
+def test_processes_that_differ_are_told_so(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "maeast_jax.train", f"--config=tests/tiny.py:{data_dir}",
+            [sys.executable, "-m", "maeast_jax.train", "--config=tests/tiny.py",
              f"--workdir={tmp_path}", f"--config.seed={i}", f"--coordinator=127.0.0.1:{port}",
-             "--num_processes=2", f"--process_id={i}"],
+             "--num_processes=2", f"--process_id={i}", *SYNTHETIC],
             cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(2)

@@ -146,9 +146,9 @@ def test_interval_of_accuracy_is_binomial_and_the_same_again():
 def test_interval_of_accuracy_is_quick():
     rng = np.random.default_rng(6)
     scores, labels = rng.random((2_000, 20)), rng.integers(20, size=2_000)
-    start = time.perf_counter()
+    start = time.process_time()
     metrics.evaluate(scores, labels, names(20), resamples=2_000)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 5.0  # a resample at a time takes a minute
 
 
 def test_interval_of_map_covers_the_mean_over_test_sets():
