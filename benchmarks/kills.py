@@ -6,7 +6,7 @@ processes one, drawn at random, and the others must end by themselves, with a co
 start again on. After every kill the newest checkpoint must load whole and be no older than the
 newest before the kill; then the run goes on. At the end its parameters, optimiser and losses must
 be those of a run that nobody killed, bit for bit. Prints a line a kill: what it left half written,
-and how the others ended.
+and how the others ended. DIR is removed first and made anew: name a folder of its own.
 """
 
 import argparse

@@ -7,9 +7,9 @@
       --config.data.train=mine --config.data.valid=mine
 
 Add --config.data.test=mine@test where there is a split that nothing was chosen on, and
---config.mode=linear or knn for frozen features, which takes seconds. The learning rate and the lack
-of dropout are for models as small as configs/pretrain_small.py; for the paper's, with 12 layers of
-768, set optimizer.learning_rate=1e-4 and model.dropout=0.1.
+--config.mode=linear or knn, in another --workdir, for frozen features, which takes seconds. The
+learning rate and the lack of dropout are for models as small as configs/pretrain_small.py; for the
+paper's, with 12 layers of 768, set optimizer.learning_rate=1e-4 and model.dropout=0.1.
 """
 
 from maeast_jax import finetune_config

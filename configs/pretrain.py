@@ -1,7 +1,9 @@
 """MAE-AST as the paper pretrains it: patches, chunk masks, 12 + 2 layers of 768.
 
 python -m maeast_jax.train --config=configs/pretrain.py --workdir=runs/pretrain \
-    --config.data.dir=data --config.data.train=audioset,librispeech --config.data.eval=audioset
+    --config.data.dir=data --config.data.eval=audioset@test \
+    --config.data.train=audioset@train+unbalanced,\
+librispeech@train_clean100+train_clean360+train_other500
 
 Source: Baade, Peng, Harwath 2022, sections 2 and 3; the authors' pretraining configuration. Every
 field with its default and meaning is in maeast_jax/config.py; the defaults are this recipe.

@@ -1,7 +1,9 @@
 """SSAST, the baseline that MAE-AST is measured against: every token through all 12 layers.
 
 python -m maeast_jax.train --config=configs/ssast.py --workdir=runs/ssast \
-    --config.data.dir=data --config.data.train=audioset,librispeech --config.data.eval=audioset
+    --config.data.dir=data --config.data.eval=audioset@test \
+    --config.data.train=audioset@train+unbalanced,\
+librispeech@train_clean100+train_clean360+train_other500
 
 Source: Gong, Lai, Chung, Glass 2022, with the tokens, masks, losses and optimiser of
 configs/pretrain.py, so that the two differ in the network alone; `--config.model.passes=2` is

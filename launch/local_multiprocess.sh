@@ -3,7 +3,7 @@
 #
 #   launch/local_multiprocess.sh [OPTIONS] -- PROGRAM ARGUMENTS...
 #   launch/local_multiprocess.sh --processes=2 --devices_per_process=1 -- \
-#       python -m maeast_jax.train --config=configs/pretrain_demo.py --workdir=runs/demo
+#       python -m maeast_jax.train --config=configs/pretrain_demo.py --workdir=runs/two_processes
 #
 # --processes=2            how many; each gets --coordinator, --num_processes and --process_id
 # --port=N                 of the coordinator; without it a free one, a fresh one at each start

@@ -3,7 +3,8 @@
 #
 #   launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- PROGRAM ARGUMENTS...]
 #   launch/tpu_vm.sh resume --name=mae --zone=us-east5-b --type=v6e-16 --spot --queued -- \
-#       python -m maeast_jax.train --config=configs/pretrain.py --workdir=gs://bucket/run
+#       python -m maeast_jax.train --config=configs/pretrain.py --workdir=gs://bucket/run \
+#       --config.data.dir=gs://bucket/data --config.data.train=mine --config.data.eval=mine
 #
 # create   asks for the TPU                      needs --type
 # wait     until it is ready
