@@ -5,6 +5,7 @@ what kind of bucket it is, and how it is without a lock or with a slow network.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from maeast_jax.train import train
 from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent
-STEPS = 20
+STEPS = 14
 SYNTHETIC = ("--config.data.source=synthetic", "--config.data.train=", "--config.data.eval=")
 
 
@@ -75,8 +76,8 @@ def trained(store, tmp_path_factory):
     assert code == -signal.SIGKILL, said
     code, out, said = run(store, "gs://bucket/run")
     assert code == 0, said
-    assert "5 -> 12, resumed" in out or "10 -> 12, resumed" in out, out
-    assert "gs://bucket/run/checkpoints/12" in out
+    assert re.search(rf"(5|10) -> {STEPS}, resumed", out), out
+    assert f"gs://bucket/run/checkpoints/{STEPS}" in out
     return local
 
 
@@ -103,7 +104,7 @@ def test_two_processes_share_a_bucket(store, trained):
     assert code in (75, -signal.SIGABRT), told
     for code, _, told in ends(start()):
         assert code == 0, told
-    assert checkpoint.saved_steps("gs://bucket/two") == [10, 12]
+    assert checkpoint.saved_steps("gs://bucket/two") == [10, STEPS]
     curves = [
         [(row["step"], row["split"], row["loss"]) for row in logs.read_metrics(workdir)]
         for workdir in ("gs://bucket/two", trained)
@@ -113,7 +114,7 @@ def test_two_processes_share_a_bucket(store, trained):
 
 
 def test_a_killed_run_in_a_bucket_ends_as_one_on_a_disk(store, trained):
-    assert checkpoint.saved_steps("gs://bucket/run") == [10, 12]
+    assert checkpoint.saved_steps("gs://bucket/run") == [10, STEPS]
     ends = [
         [checkpoint.load_part(checkpoint.find(workdir), n) for n in ("weights", "progress")]
         for workdir in ("gs://bucket/run", trained)
@@ -144,11 +145,11 @@ def test_a_finished_run_in_a_bucket_is_left_alone(trained):
 
 
 def test_models_load_from_a_bucket(trained):
-    for path in ("gs://bucket/run", "gs://bucket/run/checkpoints/12"):
+    for path in ("gs://bucket/run", f"gs://bucket/run/checkpoints/{STEPS}"):
         found = maeast_jax.load(path).encode(*(waves := clips()))
         wanted = maeast_jax.load(trained).encode(*waves)
         np.testing.assert_array_equal(found.hidden_states, wanted.hidden_states)
-    assert pretrained.read("gs://bucket/run").path == "gs://bucket/run/checkpoints/12"
+    assert pretrained.read("gs://bucket/run").path == f"gs://bucket/run/checkpoints/{STEPS}"
 
 
 def clips():
