@@ -13,7 +13,8 @@ from maeast_jax import checkpoint, labelled, labelled_batches, logs, metrics, sh
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
 from maeast_jax.classifier import backbone_config, classifier_graph
-from maeast_jax.finetune_run import FinetuneRun, Sets, fold_length
+from maeast_jax.finetune_length import fold_length
+from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.labelled import Labelled
 from maeast_jax.pace import Pace
@@ -43,7 +44,7 @@ class FoldTrainer:
         self._run, self._sets, self._folder = run, sets, folder
         config = run.config
         self._mesh = run.mesh
-        length = fold_length(config, sets)
+        length = fold_length(config, len(sets.train))
         self._total_steps, self._evaluations = length.total_steps, length.evaluations
         rate = steps.schedule(
             run.schedule, run.optimizer.learning_rate, length.total_steps, length.steps_per_epoch

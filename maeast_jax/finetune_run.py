@@ -22,6 +22,7 @@ from maeast_jax.classifier import (
     layer_number,
 )
 from maeast_jax.embedder import POOLS
+from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
 from maeast_jax.labelled import Labelled
 from maeast_jax.model import split_model
@@ -72,29 +73,6 @@ class Sets:
     train: Labelled
     valid: Labelled
     tests: tuple[Labelled, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Length:
-    """How long a fold is trained; `evaluations`: the steps after which validation is scored."""
-
-    steps_per_epoch: float
-    total_steps: int
-    evaluations: list[int]
-
-
-def fold_length(config: ConfigDict, sets: Sets) -> Length:
-    steps_per_epoch = len(sets.train) / config.batch_size
-    total_steps = config.total_steps or math.ceil(config.epochs * steps_per_epoch)
-    every = config.eval_every or steps_per_epoch
-    return Length(steps_per_epoch, total_steps, evaluations(total_steps, every))
-
-
-def evaluations(total_steps: int, every: float) -> list[int]:
-    """Each `every` steps, rounded up, and the last."""
-    count = math.ceil(total_steps / every - 1e-9)
-    steps = [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
-    return list(dict.fromkeys(steps))  # the last epoch may end within the last step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +169,7 @@ def _check_numbers(config: ConfigDict) -> None:
 
 def _check_average(config: ConfigDict, folds: Sequence[Sets]) -> None:
     for sets in folds:
-        length = fold_length(config, sets)
+        length = fold_length(config, len(sets.train))
         if config.average_from > len(length.evaluations):
             raise ValueError(
                 f"average_from={config.average_from} must not be past the "

@@ -58,6 +58,20 @@ def test_with_verbosity_all_of_it_is_there():
     assert done.returncode == 1 and "a page of Orbax's" in done.stderr
 
 
+@pytest.mark.parametrize("verbosity", [None, "0"])
+def test_a_mistake_has_a_traceback_with_verbosity_alone(capsys, verbosity):
+    def fail():
+        raise ValueError("shapes differ")
+
+    with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
+        flags.FLAGS.mark_as_parsed()
+        flags.FLAGS["verbosity"].present = int(verbosity is not None)
+        command_line._guard(fail, "interrupted")
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.endswith("error: shapes differ\n")
+    assert ("Traceback" in told) == (verbosity is not None)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -16,7 +16,8 @@ from maeast_jax import checkpoint, finetune_config, finetune_loop, logs, shard_w
 from maeast_jax.config import pretrain
 from maeast_jax.export import export
 from maeast_jax.finetune import finetune
-from maeast_jax.finetune_run import check_run, evaluations
+from maeast_jax.finetune_length import evaluations
+from maeast_jax.finetune_run import check_run
 from maeast_jax.stops import Interrupted, NonFiniteError
 
 pytest.importorskip("tensorflow_datasets")

@@ -24,6 +24,7 @@ LEVELS = [
         "host_memory",
         "products",
         "stops",
+        "finetune_length",
     },
     {
         "bucket",

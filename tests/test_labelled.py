@@ -1,8 +1,10 @@
 """Labelled clips: which stand in a step, what is read of them, and how they are padded."""
 
 import dataclasses
+import gc
 import itertools
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -230,3 +232,38 @@ def test_what_reading_raises_comes_out(data_dir, monkeypatch):
                 max_frames=4,
             )
         )  # fmt: skip
+
+
+def test_what_is_embedded_is_let_go_of(data_dir, monkeypatch):
+    """Views of a batch's samples would keep all of a set in memory."""
+    alive = []
+    read = labelled.Labelled.read
+
+    class Samples(np.ndarray):
+        pass
+
+    def watched(self, places):
+        found = []
+        for clip in read(self, places):
+            samples = clip.samples.view(Samples)
+            alive.append(weakref.ref(samples))
+            found.append(dataclasses.replace(clip, samples=samples))
+        return found
+
+    def embed(stream):
+        for samples in stream:
+            yield np.array([samples.size], np.float32)
+
+    monkeypatch.setattr(labelled.Labelled, "read", watched)
+    found = open_one(data_dir)
+    vectors, truth, ids = labelled.embedded(found, embed)
+    gc.collect()
+    assert len(vectors) == len(truth) == len(ids) == len(found) == len(alive)
+    assert not [reference for reference in alive if reference() is not None]
+
+
+def test_classes_are_read_without_the_samples(data_dir, monkeypatch):
+    found = open_one(data_dir)
+    wanted = [clip.classes for clip in labelled.each(found)]
+    monkeypatch.setattr(labelled.data, "samples_of", None)
+    np.testing.assert_array_equal(labelled.read_classes(found), wanted)

@@ -128,3 +128,13 @@ def test_mixtures_that_do_not_parse_are_one_line(text):
 
 def test_a_description_has_sizes_and_shares():
     assert "sized@train: 7 clips x 75.0%" in clips(7, 5, weights=(3.0, 1.0)).describe()
+
+
+def test_orders_are_drawn_once_an_epoch_however_many_sets_are_mixed(monkeypatch):
+    drawn = []
+    sequence = np.random.SeedSequence
+    monkeypatch.setattr(np.random, "SeedSequence", lambda key: drawn.append(key) or sequence(key))
+    many = clips(*[1_000] * 12, weights=(1.0,) * 12)
+    for step in range(20):
+        address(np.arange(step * 64, step * 64 + 64), many, seed=987)
+    assert len(drawn) == len(set(drawn)) == 13  # of the slots, and of each set

@@ -17,7 +17,7 @@ import tiny
 from recordings import clips_of_noise
 from test_config import shrink
 
-from maeast_jax import checkpoint, logs, shard_writer
+from maeast_jax import checkpoint, logs, shard_writer, summary
 from maeast_jax import config as configuration
 from maeast_jax import run as run_module
 from maeast_jax import train as train_module
@@ -261,6 +261,15 @@ def test_a_finished_run_is_left_alone_and_returns_its_evaluation(finished, monke
     evaluation = train(short_config(), finished)
     assert evaluation == logs.last_row(finished, "eval") and evaluation["loss"] > 0
     assert "has done its 4 steps already" in capsys.readouterr().out
+
+
+def test_a_held_out_loss_that_is_not_finite_is_told_at_the_end(tmp_path, finished):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    rows = [json.loads(line) for line in (tmp_path / logs.METRICS_FILE).read_text().splitlines()]
+    rows[-1]["loss"] = None
+    assert rows[-1]["split"] == "eval"
+    (tmp_path / logs.METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "-> not finite" in summary.farewell(tmp_path)
 
 
 def test_a_second_process_in_the_same_workdir_is_refused(tmp_path, monkeypatch):
