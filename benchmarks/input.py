@@ -74,11 +74,11 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
     def address(step: int) -> tuple[np.ndarray, ...]:
         return mixture.address(step * options.batch + np.arange(options.batch), clips, 0)
 
-    def examples(step: int) -> list[int]:
-        return np.sort(address(step)[2]).tolist()
+    def examples(step: int) -> np.ndarray:
+        return address(step)[2]
 
     def records(step: int) -> list[bytes]:
-        return split.records.data_source.__getitems__(examples(step))
+        return split.records.read_bytes(examples(step))
 
     def crop(step: int) -> np.ndarray:
         return data.read(clips, *address(step), 0, num_samples)

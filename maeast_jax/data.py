@@ -191,9 +191,7 @@ def read(
     audio_BxS = np.empty((len(which), num_samples), np.int16)
     for component in np.unique(which):
         split = clips.splits[component]
-        # Ascending, so that a file is read forwards.
         places = np.flatnonzero(which == component)
-        places = places[np.argsort(example[places], kind="stable")]
         for place, record in zip(places, split.read(example[places]), strict=True):
             samples = samples_of(split, record["audio"], example[place])
             key = (seed, component, epoch[place], example[place])

@@ -67,8 +67,6 @@ class Labelled:
         for component in np.unique(which):
             split = self.clips.splits[component]
             places = np.flatnonzero(which == component)
-            # Ascending, so that a file is read forwards.
-            places = places[np.argsort(example[places], kind="stable")]
             for place, record in zip(places, split.read(example[places]), strict=True):
                 name = record["id"] or f"{split.name}@{split.split}#{example[place]}"
                 found[place] = component, example[place], record | {"id": name}

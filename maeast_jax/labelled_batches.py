@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax import data, fbank, windows
+from maeast_jax import data, fbank, mixture, windows
 from maeast_jax.labelled import Clip, Labelled
 
 Batch = dict[str, np.ndarray]
@@ -50,7 +50,7 @@ class _Key:
 def _order(seed: int, epoch: int, size: int, key: _Key | None) -> np.ndarray:
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 3, epoch))))
     if key is None:
-        return random.permutation(size)
+        return mixture.permutation(random, size)
     return random.choice(size, size, p=key.chances)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from maeast_jax import paths
+from maeast_jax.records import Records
 from maeast_jax.shard_writer import DataError, resolve_data_dir
 
 __all__ = ["DataError", "NotPreparedError", "Split", "open_split"]
@@ -33,7 +34,7 @@ class Split:
     Attributes:
       name: of the data set, with config and version, as TFDS writes it.
       split: what was asked for, e.g. "train[:90%]".
-      records: TFDS' data source.
+      records: what it holds, as TFDS decodes it.
       audio_feature: the audio's name in a record.
       sample_rate_hz: of all its audio.
       label_names: the classes in the order of their numbers, None without labels.
@@ -44,7 +45,7 @@ class Split:
 
     name: str
     split: str
-    records: Sequence[dict]
+    records: Records
     audio_feature: str
     sample_rate_hz: int
     label_names: tuple[str, ...] | None
@@ -56,12 +57,10 @@ class Split:
         return len(self.records)
 
     def read(self, indices: Sequence[int]) -> list[dict]:
-        """Reads records in the order of `indices`, in one call; safe from several threads.
+        """Records in the order of `indices`, a dict each; safe from several threads.
 
-        Returns:
-          A dict each: `audio`, the array as it is stored, of any type and rate; `label`, the
-          number of its class, in multi-label sets int64 [classes that hold], or None; `id`, str or
-          None.
+        `audio` is the array as it is stored, of any type and rate; `label` the number of its class,
+        in multi-label sets int64 [classes that hold], or None; `id` str or None.
         """
         return [
             {
@@ -69,7 +68,7 @@ class Split:
                 "label": self._label(record),
                 "id": record["id"].decode() if self.has_id else None,
             }
-            for record in self.records.__getitems__([int(index) for index in indices])
+            for record in self.records.read(indices)
         ]
 
     def _label(self, record: dict) -> int | np.ndarray | None:
@@ -112,19 +111,21 @@ def open_split(
     features = dict(info.features.items())
     audio_feature = _audio_feature(info.full_name, features, tfds)
     label_names, is_multi_label = _classes(features, tfds)
-    wanted = {audio_feature, "label", "labels", "id"}
+    decoders = _skip_others(features, {audio_feature, "label", "labels", "id"}, tfds)
+    info.set_file_format("array_record", override=True, override_if_initialized=True)
+    files = info.splits[split].file_instructions
     return Split(
         name=info.full_name,
         split=split,
-        records=builder.as_data_source(
-            split, decoders=_skip_others(features, wanted, tfds), file_format="array_record"
+        records=Records(
+            files, lambda record: info.features.deserialize_example_np(record, decoders=decoders)
         ),
         audio_feature=audio_feature,
         sample_rate_hz=_sample_rate_hz(info, audio_feature, sample_rate_hz),
         label_names=label_names,
         has_id=isinstance(features.get("id"), tfds.features.Text),
         is_multi_label=is_multi_label,
-        files=tuple(part.filename for part in info.splits[split].file_instructions),
+        files=tuple(file.filename for file in files),
     )
 
 

@@ -20,6 +20,7 @@ LEVELS = [
         "authors",
         "config",
         "paths",
+        "records",
         "dropout",
         "host_memory",
         "products",

@@ -90,7 +90,7 @@ def test_sets_that_do_not_serve_are_one_line(data_dir, text, options, message):
 
 
 class Records(list):
-    def __getitems__(self, places):
+    def read(self, places):
         return [self[place] for place in places]
 
 
@@ -98,7 +98,7 @@ class Records(list):
 def test_a_label_that_is_no_class_is_an_error_that_names_its_clip(data_dir, label):
     animals = open_one(data_dir)
     (split,) = animals.clips.splits
-    records = Records(split.records.__getitems__(range(len(split))))
+    records = Records(split.records.read(range(len(split))))
     records[4]["label"] = label
     clips = Clips((dataclasses.replace(split, records=records),), None)
     name = records[4]["id"].decode()

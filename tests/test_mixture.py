@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from maeast_jax import mixture
-from maeast_jax.mixture import MIXTURE_SLOTS, Clips, Component, address, parse_mixture
+from maeast_jax.mixture import (
+    FEW_CLIPS,
+    MIXTURE_SLOTS,
+    NEIGHBOURS,
+    Clips,
+    Component,
+    address,
+    parse_mixture,
+)
 
 
 class Sized:
@@ -54,6 +62,42 @@ def test_an_epochs_order_is_random(size):
     assert abs(beside - expected) < 5 * np.sqrt(expected / epochs)
     distinct = len({tuple(order) for order in orders.tolist()})
     assert distinct == 2 if size == 2 else distinct == epochs
+
+
+def runs(example):
+    """How many reads of neighbours a batch is."""
+    return 1 + np.count_nonzero(np.diff(np.sort(example)) != 1)
+
+
+def test_many_clips_come_with_their_neighbours_and_with_others_the_next_time():
+    size, batch_size = FEW_CLIPS + 3, 32
+    _, _, example = address(np.arange(3 * size), clips(size), 0)
+    epochs = example.reshape(3, size)
+    places = []
+    for order in epochs:
+        np.testing.assert_array_equal(np.sort(order), np.arange(size))
+        batches = order[: size // batch_size * batch_size].reshape(-1, batch_size)
+        most = batch_size // NEIGHBOURS + 2  # a block at its beginning and its end may be cut
+        assert max(map(runs, batches)) <= most
+        starts = order[np.flatnonzero(np.diff(order) != 1) + 1]
+        # As random as an order of single clips: no more often ascending than descending.
+        assert abs(np.mean(np.diff(starts) > 0) - 0.5) < 0.05
+        places.append(np.argsort(order))
+    together = [
+        np.flatnonzero(place[:-1] // batch_size == place[1:] // batch_size) for place in places
+    ]
+    parted = np.setdiff1d(np.arange(size - 1), together[0])
+    assert 0.05 < len(parted) / size < 0.4
+    assert any(len(np.intersect1d(parted, others)) > 0.8 * len(parted) for others in together[1:])
+
+
+def test_a_weighted_mixture_keeps_neighbours_together_too():
+    weighted = clips(FEW_CLIPS, 7, 2 * FEW_CLIPS, weights=(1.0, 1.0, 2.0))
+    for step in range(50):
+        which, _, example = address(step * 128 + np.arange(128), weighted, 0)
+        for number in (0, 2):
+            mine = example[which == number]
+            assert runs(mine) <= len(mine) / NEIGHBOURS + 2
 
 
 def test_any_start_gives_the_same_addresses_and_far_ones_too():

@@ -253,7 +253,7 @@ def test_a_tfds_audio_feature_among_others(tmp_path):
     assert read["audio"].tolist() == [1, -2, 3]
     assert (read["label"], read["id"]) == (None, None)
     # The picture would otherwise be decoded, only to be dropped.
-    assert isinstance(split.records[0]["picture"], bytes)
+    assert isinstance(split.records.read([0])[0]["picture"], bytes)
 
 
 def test_speech_commands_of_tfds_own_catalogue(tmp_path, monkeypatch):
