@@ -39,7 +39,7 @@ clone=$(cd "$(dirname "$0")/.." && pwd)
 verbs='create wait install start follow status resume fetch stop delete'
 verb=${1:---help}
 [[ $verb != --help ]] || { help "$0" && exit 0; }
-[[ " $verbs " == *" $verb "* ]] || fail "$verb is not a command; there are: $verbs"
+[[ " $verbs " == *" $verb "* ]] || fail "$verb is not a command; there are: $verbs (flags come after it)"
 shift
 
 name='' zone='' project='' type='' version='' spot='' queued='' to=runs dry_run=''

@@ -65,7 +65,7 @@ def _run(base: ConfigDict, cases: list[Case], values: dict) -> int | None:
     lines = {
         "rows": "\n".join(map(str, cases)),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
-        "time": f"{values['seconds']:g} s a row once it is compiled"
+        "time": f"{values['seconds']:g} s a row, and what its compilation takes"
         + ("" if values["input"] == "none" else ", as long for its input, and for both together"),
     }
     if values["find"]:

@@ -144,9 +144,11 @@ def find(path: str | os.PathLike) -> epath.Path:
             "on features of what its config.json names as init_from; name that"
         )
     if not steps:
+        is_there = paths.is_remote(path) or path.exists()
+        reason = "holds no checkpoint" if is_there else "does not exist"
         raise CheckpointError(
-            f"{path} holds no checkpoint; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, "
-            "or a .pt or .safetensors file"
+            f"{path} {reason}; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, or a .pt or "
+            ".safetensors file"
         )
     return path / CHECKPOINTS / str(steps[-1])
 

@@ -52,12 +52,7 @@ def run(
         if unread := argv[1:]:
             _fail(f"{unread[0]!r} is not a flag; fields are set as --config.field=value")
         if join is None or not _is_joined():
-            try:
-                _guard(lambda: main(config.value, workdir.value), _STOPPED_EARLY)
-            except SystemExit as end:
-                if end.code == _CTRL_C:
-                    _leave(end.code)  # what XLA still compiles would crash an interpreter that ends
-                raise
+            _guard_alone(lambda: main(config.value, workdir.value), _STOPPED_EARLY)
             return
         try:
             _guard(lambda: _join_and_call(join, main, config.value, workdir.value), "stopped")
@@ -132,7 +127,7 @@ def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) 
         return left
 
     def call(argv: Sequence[str]) -> None:
-        _guard(lambda: sys.exit(main(list(argv[1:]))), "interrupted, nothing was written")
+        _guard_alone(lambda: sys.exit(main(list(argv[1:]))), "interrupted, nothing was written")
 
     _start(call, parse)
 
@@ -150,6 +145,16 @@ def _start(call: Callable, parse: Callable) -> None:
         # absl ends with 1 after --help.
         asked = any(word.lstrip("-").startswith("help") for word in sys.argv[1:])
         raise SystemExit(0 if end.code == 1 and asked else end.code) from None
+
+
+def _guard_alone(main: Callable[[], None], interrupted: str) -> None:
+    """As `_guard`, of a process that no other one waits for."""
+    try:
+        _guard(main, interrupted)
+    except SystemExit as end:
+        if end.code == _CTRL_C:
+            _leave(end.code)  # what XLA still compiles would crash an interpreter that ends
+        raise
 
 
 def _guard(main: Callable[[], None], interrupted: str) -> None:
@@ -201,7 +206,8 @@ def _parse_run(argv: Sequence[str]) -> list[str]:
         flags.FLAGS.config.keys()  # a file that did not load is an error only when looked into
         return rest
     except OSError as error:
-        _fail(f"--config: {str(error).splitlines()[-1].strip()}; see configs/")
+        reason = error.strerror or str(error).splitlines()[-1].strip()
+        _fail(f"--config={_config_file(argv)}: {reason}; see configs/")
     except flags.IllegalFlagValueError as error:
         _fail(_illegal(error))
     except flags.Error as error:

@@ -13,11 +13,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, command_line, devices, logs, metrics, probe, results
 from maeast_jax.features import Features, statistics
+from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
 from maeast_jax.metrics import Evaluation
@@ -145,9 +145,10 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
     if config.mode == "finetune":
         head = dataclasses.asdict(run.head)
         lines["head"] = ", ".join(f"{name} {value}" for name, value in head.items())
+        length = fold_length(config, len(sets.train))
         lines["steps"] = (
-            f"{config.epochs} epochs of {np.ceil(len(sets.train) / config.batch_size):.0f} steps, "
-            f"{config.batch_size} clips each; tested: {config.select}"
+            f"{length.total_steps:,} of {config.batch_size} clips, "
+            f"{length.total_steps / length.steps_per_epoch:.3g} epochs; tested: {config.select}"
         )
     else:
         lines["features"] = ", ".join(f"{k} {v}" for k, v in config.features.to_dict().items())

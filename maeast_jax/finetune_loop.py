@@ -79,6 +79,7 @@ class FoldTrainer:
         state, start_step = self._first_state(checkpoints, normalize), 0
         if (latest := checkpoints.latest_step()) is not None:
             state, start_step = self._restore(checkpoints, latest, state), latest
+            print(f"resumed at step {latest:,} of {self._total_steps:,}", flush=True)
         writer = logs.MetricsWriter(self._folder, start_step)
         progress = logs.Progress(self._total_steps, start_step)
         try:

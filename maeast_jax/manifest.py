@@ -211,7 +211,8 @@ def read_lines(
             data = path.read_bytes()
         text = io.TextIOWrapper(io.BytesIO(data), encoding).read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"cannot read {name}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ManifestError(f"cannot read {name}: {reason}") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ManifestError(f"{path} is empty: list the audio files in it")

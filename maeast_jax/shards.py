@@ -152,7 +152,7 @@ def _find(name_or_directory: str | os.PathLike, data_dir: epath.Path) -> epath.P
         return _pick(versions, None, text)
     name = text if match else "NAME"
     raise NotPreparedError(
-        f"no data set {text!r} in {data_dir}, which holds {_listing(data_dir)}: name one of them,"
+        f"no data set {text!r} in {data_dir}, which {_listing(data_dir)}: name one of them,"
         f" set data.dir, build it from audio files (python -m maeast_jax.build_dataset"
         f" --audio_dir=DIR --data_dir={data_dir} --name=NAME), or prepare it from TFDS' catalogue:"
         f" {_prepare_command(name, data_dir)}"
@@ -183,7 +183,9 @@ def _listing(data_dir: epath.Path) -> str:
         for config in home.glob("*")
         if not _versions(home) and _versions(config)
     ]
-    return ", ".join(sorted(names)) or "no data set"
+    if names:
+        return f"holds {', '.join(sorted(names))}"
+    return "holds no data set" if data_dir.exists() else "does not exist"
 
 
 # --- whether it serves -----------------------------------------------------------------------
@@ -236,7 +238,7 @@ def _check_split(info, split: str) -> None:
     try:
         count = info.splits[split].num_examples
     except ValueError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].split(". Should be")[0].rstrip(".")  # it lists them too
         raise DataError(
             f"split {split!r} of {info.full_name}: {reason}; its splits are {there or 'none'}"
         ) from None

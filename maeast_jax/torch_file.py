@@ -85,7 +85,10 @@ def _read_archive(archive: zipfile.ZipFile, file_bytes: int, keys: Collection[st
         )
     folders = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(folders) != 1:
-        raise TorchFileError(f"it holds {len(folders)} files data.pkl, expected torch.save's one")
+        raise TorchFileError(
+            f"it holds {len(folders)} files data.pkl, expected the one of torch.save; name a .pt or"
+            " .safetensors checkpoint, or a run's workdir"
+        )
     # Members can overlap and views repeat values: a small file must not fill the memory.
     budget = Budget(file_bytes)
     values = _Values(archive, folders[0], budget)

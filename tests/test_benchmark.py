@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -235,6 +236,18 @@ def test_ctrl_c_leaves_the_rows_and_its_exit_code(start, fake, monkeypatch, tmp_
     assert captured.out.count("| mae_ast |") == 1
     assert captured.err.endswith("interrupted after 1 rows\n")
     assert not picture.exists()
+
+
+def test_ctrl_c_while_compiling_is_no_crash():
+    """XLA's threads go on compiling; an interpreter that took them down would crash in them."""
+    program = [sys.executable, "-m", "maeast_jax.benchmark", "--model=mae_ast", "--batch=2"]
+    with subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        told = next(line for line in process.stderr if line.strip().startswith("time"))
+        time.sleep(5)  # the base model's step takes three times as long, and more
+        process.send_signal(signal.SIGINT)
+        left = process.stderr.read()
+        assert process.wait() == 128 + signal.SIGINT, told + left
+    assert left.endswith("interrupted after 0 rows\n")
 
 
 def test_what_is_there_is_replaced_when_asked_and_the_picture_is_of_the_rows(

@@ -106,7 +106,7 @@ def test_a_mistake_in_a_configuration_file_is_one_line_that_names_its_place(tmp_
         ),
         (
             ["--config=nowhere.py", "--workdir=x"],
-            "error: --config: [Errno 2] No such file or directory: 'nowhere.py'; see configs/",
+            "error: --config=nowhere.py: No such file or directory; see configs/",
         ),
         (
             ["--config=tests/tiny.py", "--workdir=x", "total_steps=3"],

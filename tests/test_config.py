@@ -159,7 +159,7 @@ def change(path, value):
         ("data.source", "s3", r"data.source='s3' is unknown; known: tfds, synthetic"),
         ("data.fbank", "phone", r"data.fbank='phone' is unknown; known: device, host"),
         ("optimizer.warmup_steps", 600_000, r"warmup_steps=600000 must be below total"),
-        ("init_from", "nowhere", r"nowhere holds no checkpoint; name a run's workdir"),
+        ("init_from", "nowhere", r"nowhere does not exist; name a run's workdir"),
         ("data.train", "missing_set", r"missing_set.*build_dataset"),
         ("data.train", "a*0.5,b", r"gives weights to some data sets only"),
     ],

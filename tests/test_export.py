@@ -130,7 +130,7 @@ def test_torch_reads_a_pt_as_data_alone_and_safetensors_has_its_configuration(wo
         ({"output": "weights.PT"}, "weights.PT: use .pt or .safetensors"),
         ({"output": "d", "max_token_length": 9}, r"--max_token_length=9 is for .pt and .safetens"),
         ({"output": "x.safetensors", "max_token_length": 0}, r"--max_token_length=0 .* at least 1"),
-        ({"output": "x.safetensors", "source": "none"}, "none holds no checkpoint"),
+        ({"output": "x.safetensors", "source": "none"}, "none does not exist"),
         ({"output": "x.safetensors", "source": "none.pt"}, "none.pt is not there; check the path"),
     ],
     ids=str,

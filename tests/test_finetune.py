@@ -54,7 +54,7 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path, data_dir, capsys):
     assert evaluation.num_examples == 11 and evaluation.value > 0.8
     said = capsys.readouterr().out
     for fact in ("3 layers of 64, patch tokens", "3: high, low, noise", "tones: 24 clips",
-                 "tones@test: 11 clips", "accuracy"):  # fmt: skip
+                 "tones@test: 11 clips", "9 of 8 clips, 3 epochs", "accuracy"):  # fmt: skip
         assert fact in said
     folder = tmp_path / "tones_test"
     with (folder / "predictions.tsv").open() as file:
@@ -157,7 +157,9 @@ def test_a_run_of_another_model_is_not_gone_on_with(tmp_path, data_dir, capsys):
         finetune(config, tmp_path)
     config.head.kind, config.epochs = "ssast", 2
     finetune(config, tmp_path)
-    assert "resuming with other settings than before: epochs 1 -> 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming with other settings than before: epochs 1 -> 2" in said
+    assert "resumed at step 3 of 6" in said
 
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])
@@ -251,7 +253,7 @@ def test_evaluations_are_by_epoch_or_by_step():
     [
         ("mode", "train", "config.mode='train' is unknown; known: finetune, linear, knn"),
         ("select", "first", "config.select='first' is unknown; known: best, last, average"),
-        ("init_from", "nowhere", "nowhere holds no checkpoint"),
+        ("init_from", "nowhere", "nowhere does not exist"),
         ("head.layer", "7", "head.layer=7 is not one of the model's 3"),
         ("data.train", "", "data.train is empty: name a labelled data set"),
         ("data.train", "nothing", "no data set 'nothing'"),

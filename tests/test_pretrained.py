@@ -103,7 +103,7 @@ def test_an_encoder_alone_encodes_the_same_and_does_not_pretrain(workdir):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("nowhere", checkpoint.CheckpointError, "nowhere holds no checkpoint"),
+        ("nowhere", checkpoint.CheckpointError, "nowhere does not exist"),
         ("file.pt", torch_file.TorchFileError, "file.pt"),
         ("file.safetensors", ValueError, "file.safetensors is not a whole"),
     ],

@@ -169,7 +169,10 @@ def test_not_there_says_what_is_and_how_to_make_it(data_dir, tmp_path):
     assert f"maeast_jax.build_dataset --audio_dir=DIR --data_dir={data_dir} --name=NAME" in message
     assert "file_format='array_record').download_and_prepare()" in message
     message = error_of("birds", "train", tmp_path / "none", kind=shards.NotPreparedError)
-    assert "which holds no data set" in message
+    assert "which does not exist: " in message
+    (tmp_path / "none").mkdir()
+    message = error_of("birds", "train", tmp_path / "none", kind=shards.NotPreparedError)
+    assert "which holds no data set: " in message
     error_of(tmp_path / "none" / "birds", "train", kind=shards.NotPreparedError)
 
 
