@@ -206,7 +206,8 @@ def _parse_run(argv: Sequence[str]) -> list[str]:
         flags.FLAGS.config.keys()  # a file that did not load is an error only when looked into
         return rest
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[-1].strip()
+        # ml_collections wraps what the system says, in words alone.
+        reason = re.sub(r"\[Errno \d+\] (.+): .*", r"\1", str(error).splitlines()[-1].strip())
         _fail(f"--config={_config_file(argv)}: {reason}; see configs/")
     except flags.IllegalFlagValueError as error:
         _fail(_illegal(error))
