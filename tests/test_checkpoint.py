@@ -75,8 +75,9 @@ def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(saved, tm
     assert checkpoint.find(saved / "checkpoints").name == "15"
     with pytest.raises(checkpoint.CheckpointError, match=r"11 is not there; .* saved are 10, 15"):
         checkpoint.find(saved / "checkpoints" / "11")
+    (saved / "empty").mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint; name a run's"):
-        checkpoint.find(tmp_path)
+        checkpoint.find(saved / "empty")
     with pytest.raises(checkpoint.CheckpointError, match="nowhere does not exist; name a run's"):
         checkpoint.find(tmp_path / "nowhere")
 

@@ -155,7 +155,7 @@ def test_speech_commands_v2(tmp_path):
     assert listing.label_names == tuple(sorted(layouts.WORDS))
     assert listing.missing == [("zero/bb_nohash_0.wav", "valid"), ("zero/cc_nohash_0.wav", "test")]
     (tmp_path / "testing_list.txt").unlink()
-    assert "testing_list.txt, which --layout=speech_commands_* needs: [Errno 2]" in error_of(
+    assert "testing_list.txt, which --layout=speech_commands_* needs: No such file" in error_of(
         "speech_commands_v2", tmp_path
     )
     for path in (tmp_path / "zero").iterdir():
