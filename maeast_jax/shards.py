@@ -183,9 +183,8 @@ def _listing(data_dir: epath.Path) -> str:
         for config in home.glob("*")
         if not _versions(home) and _versions(config)
     ]
-    if names:
-        return f"holds {', '.join(sorted(names))}"
-    return "holds no data set" if data_dir.exists() else "does not exist"
+    found = ", ".join(sorted(names)) or "no data set"
+    return f"holds {found}" if data_dir.exists() else "does not exist"
 
 
 # --- whether it serves -----------------------------------------------------------------------
