@@ -134,7 +134,7 @@ def build_ours(
 
     jax.config.update("jax_platforms", device)
     jax.config.update("jax_enable_compilation_cache", False)
-    from maeast_jax import host_memory
+    from maeast_jax.runtime import memory as host_memory
 
     if keeps_freed:
         host_memory.share_heap()

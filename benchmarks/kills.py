@@ -23,7 +23,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, command_line, logs
+from maeast_jax import checkpoint, logs
+from maeast_jax.runtime import cli as command_line
 
 _CONFIG = Path(__file__).parent / "kills_config.py"
 # Codes of those whose other process was killed: told of it, or ended by jax.

@@ -26,17 +26,17 @@ from ml_collections import ConfigDict
 
 from maeast_jax import (
     benchmark_config,
-    command_line,
     data,
     devices,
-    host_memory,
     logs,
-    paths,
     plots,
     shard_writer,
     speed_rows,
     speed_table,
 )
+from maeast_jax.runtime import cli as command_line
+from maeast_jax.runtime import memory as host_memory
+from maeast_jax.runtime import storage as paths
 from maeast_jax.speed_rows import Case, Row
 
 # A temporary data set: ten seconds each, which training's crops of 10.24 s loop.

@@ -8,7 +8,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import paths, speed_rows
+from maeast_jax import speed_rows
+from maeast_jax.runtime import storage as paths
 from maeast_jax.speed_rows import Case
 
 _INPUTS = ("none", "device", "host")

@@ -28,16 +28,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax import (
-    beam_build,
-    beam_runner,
-    command_line,
-    fetched,
-    layouts,
-    paths,
-    shard_file,
-    shard_writer,
-)
+from maeast_jax import beam_build, beam_runner, fetched, layouts, shard_file, shard_writer
 from maeast_jax.build_report import Tally, next_steps
 from maeast_jax.clips import SHORTEST_TAIL_SECONDS, Cut, clips_of
 from maeast_jax.decode_pool import DecodePool, num_cores
@@ -49,6 +40,8 @@ from maeast_jax.manifest import (
     list_folder,
     read_manifest,
 )
+from maeast_jax.runtime import cli as command_line
+from maeast_jax.runtime import storage as paths
 
 _PIECE_SECONDS = 30.0
 

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from maeast_jax import paths
+from maeast_jax.runtime import storage as paths
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"

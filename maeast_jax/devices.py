@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maeast_jax import host_memory, sharding
 from maeast_jax.model_config import COMPUTE_DTYPES
 from maeast_jax.products import product
+from maeast_jax.runtime import memory as host_memory
+from maeast_jax.runtime import sharding
 
 # Sides of the square matrices whose products tell the rate: it is the best of them.
 MATRIX_SIDES = (1024, 2048, 4096, 8192)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from maeast_jax import paths
+from maeast_jax.runtime import storage as paths
 
 SUFFIXES = (".npz", ".parquet")
 _ROW_GROUP_BYTES = 64 << 20

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from maeast_jax import authors_file, checkpoint, command_line, config, logs, paths, pretrained
+from maeast_jax import authors_file, checkpoint, config, logs, pretrained
 from maeast_jax.authors_file import AuthorsFile
 from maeast_jax.pretrained import FILES, Pretrained
+from maeast_jax.runtime import cli as command_line
+from maeast_jax.runtime import storage as paths
 
 # Names that a user means a file by; anything else is a folder's.
 _OTHER_FILES = (".pth", ".ckpt", ".bin", ".npz", ".onnx", ".tar", ".h5", ".msgpack", ".gz", ".zip")

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from maeast_jax import fbank, labelled, paths, windows
+from maeast_jax import fbank, labelled, windows
 from maeast_jax.embedder import Embedder
 from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.labelled import Labelled
 from maeast_jax.model import MaeAst
 from maeast_jax.model_config import ModelConfig
+from maeast_jax.runtime import storage as paths
 from maeast_jax.train_step import stream_key
 
 _FOLDER = "features"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maeast_jax import bucket, paths
 from maeast_jax.decode_pool import DecodePool
+from maeast_jax.runtime import bucket
+from maeast_jax.runtime import storage as paths
 
 _AHEAD = 8
 

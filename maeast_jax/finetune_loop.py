@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, labelled, labelled_batches, logs, metrics, sharding
+from maeast_jax import checkpoint, labelled, labelled_batches, logs, metrics
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
 from maeast_jax.classifier import backbone_config, classifier_graph
@@ -18,7 +18,8 @@ from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.labelled import Labelled
 from maeast_jax.pace import Pace
-from maeast_jax.stops import Interrupted, NonFiniteError, stop_signals
+from maeast_jax.runtime import sharding
+from maeast_jax.runtime.stops import Interrupted, NonFiniteError, stop_signals
 from maeast_jax.train_step import Metrics
 
 

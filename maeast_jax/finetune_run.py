@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import data, finetune_config, labelled, mixture, paths, pretrained, sharding
+from maeast_jax import data, finetune_config, labelled, mixture, pretrained
 from maeast_jax.augment import AugmentConfig
 from maeast_jax.classifier import (
     LAST,
@@ -28,6 +28,8 @@ from maeast_jax.labelled import Labelled
 from maeast_jax.model import split_model
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.pretrained import Pretrained
+from maeast_jax.runtime import sharding
+from maeast_jax.runtime import storage as paths
 
 MODES = ("finetune", "linear", "knn")
 SOURCES = ("encoder", "fbank")

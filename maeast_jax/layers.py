@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax import sharding
 from maeast_jax.activations import gelu
 from maeast_jax.dropout import dropout
 from maeast_jax.layer_norm import LayerNorm
 from maeast_jax.products import Linear, add_bias, product
+from maeast_jax.runtime import sharding
 
 # BERT's initial values, which the authors use throughout both transformers.
 normal_init = nnx.initializers.normal(0.02)

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from maeast_jax import paths
+from maeast_jax.runtime import storage as paths
 
 _SPLITS = ("train", "eval")
 METRICS_FILE = "metrics.jsonl"

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import hosts, logs, paths, plots
+from maeast_jax import logs, plots
 from maeast_jax.checkpoint import Checkpoints
 from maeast_jax.pace import Pace
-from maeast_jax.stops import Interrupted, NonFiniteError, PeerLostError
+from maeast_jax.runtime import distributed as hosts
+from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime.stops import Interrupted, NonFiniteError, PeerLostError
 from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
 
 Batch = dict[str, np.ndarray]

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from etils import epath
 
-from maeast_jax import bucket, paths
 from maeast_jax.audio import AUDIO_SUFFIXES
+from maeast_jax.runtime import bucket
+from maeast_jax.runtime import storage as paths
 
 
 class ManifestError(ValueError):

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from maeast_jax import demo_audio, paths, shard_writer, shards
+from maeast_jax import demo_audio, shard_writer, shards
+from maeast_jax.runtime import storage as paths
 
 # Slots of the weighted mixture's repeating pattern: weights are met to one in this many.
 MIXTURE_SLOTS = 10_000

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from maeast_jax import paths
+from maeast_jax.runtime import storage as paths
 
 MASKED_GREY = (160, 160, 160)  # what `reconstructions` paints where there is no value
 _SPLIT_STYLES = {

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax import authors_config, authors_file, checkpoint, paths
+from maeast_jax import authors_config, authors_file, checkpoint
 from maeast_jax import config as configuration
 from maeast_jax.encoder import SpectrogramEncoder
 from maeast_jax.model import model_graph
 from maeast_jax.model_config import ModelConfig
+from maeast_jax.runtime import storage as paths
 
 # The paper's clips: what a checkpoint that does not say was trained on.
 _NUM_FRAMES = 1024

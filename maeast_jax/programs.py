@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import jax
 
-from maeast_jax import data, hosts, run, sharding
+from maeast_jax import data, run
 from maeast_jax.run import Run
+from maeast_jax.runtime import distributed as hosts
+from maeast_jax.runtime import sharding
 from maeast_jax.train_step import (
     TrainState,
     init_state,

@@ -14,13 +14,15 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, data, fbank, logs, masking, paths, pretrained, sharding
+from maeast_jax import checkpoint, data, fbank, logs, masking, pretrained
 from maeast_jax import config as configuration
 from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.mixture import Clips
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.pretrained import Pretrained
+from maeast_jax.runtime import sharding
+from maeast_jax.runtime import storage as paths
 from maeast_jax.train_step import LossConfig
 from maeast_jax.workdir import newest_step
 

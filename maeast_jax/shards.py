@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from maeast_jax import paths
 from maeast_jax.records import Records
+from maeast_jax.runtime import storage as paths
 from maeast_jax.shard_writer import DataError, resolve_data_dir
 
 __all__ = ["DataError", "NotPreparedError", "Split", "open_split"]

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import devices, flops, host_memory, run, summary
+from maeast_jax import devices, flops, run, summary
 from maeast_jax.loop import STEPS_IN_FLIGHT
 from maeast_jax.programs import Programs
 from maeast_jax.run import Run
-from maeast_jax.stops import NonFiniteError
+from maeast_jax.runtime import memory as host_memory
+from maeast_jax.runtime.stops import NonFiniteError
 
 Clock = Callable[[], float]
 # What a row's time is shared among, and how many of them a median is taken over at least.

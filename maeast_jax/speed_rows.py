@@ -11,8 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import devices, run, sharding, speed
+from maeast_jax import devices, run, speed
 from maeast_jax.run import Run
+from maeast_jax.runtime import sharding
 
 Row = dict[str, Any]
 # Name of a model -> model.architecture, model.passes.

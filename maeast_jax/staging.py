@@ -13,7 +13,8 @@ from pathlib import Path
 
 from etils import epath
 
-from maeast_jax import bucket, paths
+from maeast_jax.runtime import bucket
+from maeast_jax.runtime import storage as paths
 
 _STAGING_PREFIX = "incomplete."
 _ASIDE_PREFIX = "replaced."

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
-from maeast_jax import checkpoint, data, flops, logs, masking, paths
+from maeast_jax import checkpoint, data, flops, logs, masking
 from maeast_jax.loop import CURVES, RECONSTRUCTIONS
 from maeast_jax.model_config import ModelConfig
 from maeast_jax.run import Run
+from maeast_jax.runtime import storage as paths
 
 _EMBED = """embeddings of audio files:
 python -m maeast_jax.embed FOLDER --checkpoint={} --output=embeddings.npz"""

@@ -14,10 +14,13 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, command_line, devices, host_memory, hosts, logs, run, summary
+from maeast_jax import checkpoint, devices, logs, run, summary
 from maeast_jax.loop import Loop
 from maeast_jax.programs import Programs
 from maeast_jax.run import Batches, Run
+from maeast_jax.runtime import cli as command_line
+from maeast_jax.runtime import distributed as hosts
+from maeast_jax.runtime import memory as host_memory
 from maeast_jax.train_step import TrainState, checkpoint_parts, state_from_parts
 from maeast_jax.workdir import held, newest_step
 

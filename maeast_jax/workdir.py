@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from maeast_jax import checkpoint, hosts, paths
+from maeast_jax import checkpoint
+from maeast_jax.runtime import distributed as hosts
+from maeast_jax.runtime import storage as paths
 
 # A network file system may show a host what a folder held a minute ago (NFS: acdirmax, 60 s), and
 # keeps the lock of a host that died until its lease ends (NFSv4: 90 s).

@@ -3,7 +3,8 @@
 import fake_gcs
 import pytest
 
-from maeast_jax import bucket, paths
+from maeast_jax.runtime import bucket
+from maeast_jax.runtime import storage as paths
 
 
 @pytest.fixture(scope="module")

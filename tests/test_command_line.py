@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from maeast_jax import command_line
+from maeast_jax.runtime import cli as command_line
 
 # What Orbax does of a full disk: a page a thread, and then the exception itself.
 PROGRAM = """

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maeast_jax import devices, host_memory, sharding
+from maeast_jax import devices
+from maeast_jax.runtime import memory as host_memory
+from maeast_jax.runtime import sharding
 
 
 def test_programs_that_are_compiled_are_counted_and_those_that_only_run_are_not():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import exchanged
-from maeast_jax import sharding
+from maeast_jax.runtime import sharding
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from recordings import noise, write_wav
 
-from maeast_jax import bucket, fetched
+from maeast_jax import fetched
 from maeast_jax.decode_pool import DecodePool
+from maeast_jax.runtime import bucket
 
 
 class Pool:

@@ -18,7 +18,7 @@ from maeast_jax.export import export
 from maeast_jax.finetune import finetune
 from maeast_jax.finetune_length import evaluations
 from maeast_jax.finetune_run import check_run
-from maeast_jax.stops import Interrupted, NonFiniteError
+from maeast_jax.runtime.stops import Interrupted, NonFiniteError
 
 pytest.importorskip("tensorflow_datasets")
 

@@ -21,8 +21,9 @@ from test_hosts import ends, free_port
 from test_pace import Clock
 
 import maeast_jax
-from maeast_jax import checkpoint, logs, paths, plots, pretrained, shard_writer, shards
+from maeast_jax import checkpoint, logs, plots, pretrained, shard_writer, shards
 from maeast_jax.mixture import open_demo
+from maeast_jax.runtime import storage as paths
 from maeast_jax.train import train
 from maeast_jax.workdir import held
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maeast_jax import host_memory
+from maeast_jax.runtime import memory as host_memory
 
 PROGRAM = """
 import resource, sys

@@ -11,7 +11,7 @@ import pytest
 from maeast_jax import config as configuration
 from maeast_jax import logs
 from maeast_jax.loop import Loop
-from maeast_jax.stops import Interrupted, NonFiniteError
+from maeast_jax.runtime.stops import Interrupted, NonFiniteError
 from maeast_jax.train_step import TrainState
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from maeast_jax import paths
+from maeast_jax.runtime import storage as paths
 
 
 def test_addresses_stay_whole_and_home_is_expanded(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from maeast_jax import devices, flops, run, speed, summary
-from maeast_jax.stops import NonFiniteError
+from maeast_jax.runtime.stops import NonFiniteError
 
 
 class Clock:

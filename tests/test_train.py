@@ -22,7 +22,7 @@ from maeast_jax import config as configuration
 from maeast_jax import run as run_module
 from maeast_jax import train as train_module
 from maeast_jax.loop import Loop
-from maeast_jax.stops import Interrupted, NonFiniteError
+from maeast_jax.runtime.stops import Interrupted, NonFiniteError
 from maeast_jax.train import train
 from maeast_jax.train_step import checkpoint_parts
 from maeast_jax.workdir import held

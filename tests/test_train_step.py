@@ -11,9 +11,10 @@ import optax
 import pytest
 from test_model import TINY, assert_close
 
-from maeast_jax import authors, fbank, masking, sharding
+from maeast_jax import authors, fbank, masking
 from maeast_jax.dropout import hashed_bits
 from maeast_jax.optimizer import OptimizerConfig, adamw
+from maeast_jax.runtime import sharding
 from maeast_jax.train_step import (
     LossConfig,
     TrainState,

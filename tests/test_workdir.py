@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from test_hosts import ends, free_port
 
-from maeast_jax import checkpoint, hosts, paths, workdir
+from maeast_jax import checkpoint, workdir
+from maeast_jax.runtime import distributed as hosts
+from maeast_jax.runtime import storage as paths
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from etils import epath
 
-from maeast_jax import paths
+from maeast_jax.runtime import storage as paths
 
 _THREADS = 32  # that wait for answers
 

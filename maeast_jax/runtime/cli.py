@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from maeast_jax.stops import Interrupted, NonFiniteError, PeerLostError
+from maeast_jax.runtime.stops import Interrupted, NonFiniteError, PeerLostError
 
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
