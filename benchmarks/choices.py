@@ -20,12 +20,13 @@ import optax
 from flax import nnx
 
 from benchmarks import beside
-from maeast_jax import masking, optimizer
-from maeast_jax.activations import gelu
-from maeast_jax.dropout import hashed_bits
-from maeast_jax.layer_norm import EPSILON, LayerNorm
-from maeast_jax.layers import take_tokens
-from maeast_jax.products import add_bias, product
+from maeast_jax import optimizer
+from maeast_jax.model import masking
+from maeast_jax.model.activations import gelu
+from maeast_jax.model.dropout import hashed_bits
+from maeast_jax.model.layer_norm import EPSILON, LayerNorm
+from maeast_jax.model.ops import add_bias, product
+from maeast_jax.model.transformer import take_tokens
 from maeast_jax.runtime import memory as host_memory
 
 _RATE = 0.1

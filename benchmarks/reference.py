@@ -104,7 +104,8 @@ def make_checkpoint(
     """
     import torch
 
-    from maeast_jax import fbank, patches  # not at the top: s3prl's process measures no jax
+    from maeast_jax import fbank
+    from maeast_jax.model import tokens as patches
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

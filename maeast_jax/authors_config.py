@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from maeast_jax import fbank, patches
-from maeast_jax.model_config import ModelConfig
+from maeast_jax import fbank
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import ModelConfig
 
 Cfg = dict[str, dict[str, Any]]
 

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import authors, authors_config, fbank, patches, torch_file
+from maeast_jax import authors, authors_config, fbank, torch_file
 from maeast_jax.authors_config import AuthorsFileError
-from maeast_jax.model import abstract_model, split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import abstract_model, split_model
 
 # 164 s of patches or of frames; the longest clip of VoxCeleb1 has 145 s.
 MAX_TOKEN_LENGTH = 8192

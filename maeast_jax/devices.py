@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maeast_jax.model_config import COMPUTE_DTYPES
-from maeast_jax.products import product
+from maeast_jax.model.config import COMPUTE_DTYPES
+from maeast_jax.model.ops import product
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.runtime import sharding
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from maeast_jax import fbank, windows
 from maeast_jax.batching import Batch, Bucket, Row, Stream
-from maeast_jax.encoder import SpectrogramEncoder
+from maeast_jax.model.encoder import SpectrogramEncoder
 from maeast_jax.windows import Window
 
 POOLS = ("mean", "time", "moments", "none")

@@ -14,8 +14,8 @@ from maeast_jax import fbank, labelled, windows
 from maeast_jax.embedder import Embedder
 from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.labelled import Labelled
-from maeast_jax.model import MaeAst
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import MaeAst
 from maeast_jax.runtime import storage as paths
 from maeast_jax.train_step import stream_key
 

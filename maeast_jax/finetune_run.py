@@ -13,7 +13,11 @@ from ml_collections import ConfigDict
 from maeast_jax import config as configuration
 from maeast_jax import data, finetune_config, labelled, mixture, pretrained
 from maeast_jax.augment import AugmentConfig
-from maeast_jax.classifier import (
+from maeast_jax.embedder import POOLS
+from maeast_jax.finetune_length import fold_length
+from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
+from maeast_jax.labelled import Labelled
+from maeast_jax.model.classifier import (
     LAST,
     HeadConfig,
     abstract_classifier,
@@ -21,12 +25,8 @@ from maeast_jax.classifier import (
     layer_from_0,
     layer_number,
 )
-from maeast_jax.embedder import POOLS
-from maeast_jax.finetune_length import fold_length
-from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
-from maeast_jax.labelled import Labelled
-from maeast_jax.model import split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import split_model
 from maeast_jax.pretrained import Pretrained
 from maeast_jax.runtime import sharding
 from maeast_jax.runtime import storage as paths

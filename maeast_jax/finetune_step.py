@@ -15,9 +15,9 @@ from flax import nnx
 
 from maeast_jax import augment, fbank
 from maeast_jax.augment import AugmentConfig
-from maeast_jax.classifier import Classifier, HeadConfig
-from maeast_jax.model import split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.classifier import Classifier, HeadConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import split_model
 from maeast_jax.optimizer import check_ranges, promoting
 from maeast_jax.train_step import Metrics, accumulate, stream_key
 

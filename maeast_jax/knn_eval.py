@@ -13,8 +13,8 @@ from flax import nnx
 from maeast_jax import labelled, probe
 from maeast_jax.embedder import Embedder
 from maeast_jax.labelled import Labelled
-from maeast_jax.model import model_graph
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import model_graph
 
 NEIGHBOURS = 10
 

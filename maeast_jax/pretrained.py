@@ -13,9 +13,9 @@ from flax import nnx
 
 from maeast_jax import authors_config, authors_file, checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.encoder import SpectrogramEncoder
-from maeast_jax.model import model_graph
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.encoder import SpectrogramEncoder
+from maeast_jax.model.mae_ast import model_graph
 from maeast_jax.runtime import storage as paths
 
 # The paper's clips: what a checkpoint that does not say was trained on.

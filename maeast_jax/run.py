@@ -14,11 +14,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, data, fbank, logs, masking, pretrained
+from maeast_jax import checkpoint, data, fbank, logs, pretrained
 from maeast_jax import config as configuration
 from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.mixture import Clips
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import masking
+from maeast_jax.model.config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.pretrained import Pretrained
 from maeast_jax.runtime import sharding

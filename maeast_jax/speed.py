@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import devices, flops, run, summary
+from maeast_jax import devices, run, summary
 from maeast_jax.loop import STEPS_IN_FLIGHT
+from maeast_jax.model import flops
 from maeast_jax.programs import Programs
 from maeast_jax.run import Run
 from maeast_jax.runtime import memory as host_memory

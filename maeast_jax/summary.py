@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from maeast_jax import checkpoint, data, flops, logs, masking
+from maeast_jax import checkpoint, data, logs
 from maeast_jax.loop import CURVES, RECONSTRUCTIONS
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import flops, masking
+from maeast_jax.model.config import ModelConfig
 from maeast_jax.run import Run
 from maeast_jax.runtime import storage as paths
 

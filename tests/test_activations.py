@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from maeast_jax.activations import gelu
+from maeast_jax.model.activations import gelu
 
 X = np.concatenate([np.linspace(-12, 12, 4801), [0.0, -0.0, 1e-8, -1e-8, 40.0, -40.0]])
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from maeast_jax import authors
-from maeast_jax.model import abstract_model, split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import abstract_model, split_model
 
 # What takes part in no result, and so has no place in our parameters.
 IDLE = {"encoder_mask_emb", "layer_norm.weight", "layer_norm.bias"}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax import authors_config, authors_file, patches
+from maeast_jax import authors_config, authors_file
 from maeast_jax.authors_config import AuthorsFileError
 from maeast_jax.authors_file import AuthorsFile
-from maeast_jax.model import MaeAst, split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import MaeAst, split_model
 
 CONFIG = ModelConfig(
     encoder_layers=2, decoder_layers=1, width=16, heads=2, mlp_width=32, decoder_width=16

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax import classifier as classifiers
 from maeast_jax import fbank, pretrained
-from maeast_jax.classifier import Classifier, Head, HeadConfig
 from maeast_jax.embedder import Embedder
-from maeast_jax.model import split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import classifier as classifiers
+from maeast_jax.model.classifier import Classifier, Head, HeadConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import split_model
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = ModelConfig(

@@ -8,10 +8,10 @@ import pytest
 from maeast_jax import config as configuration
 from maeast_jax import finetune_config, finetune_step
 from maeast_jax.augment import AugmentConfig
-from maeast_jax.classifier import HeadConfig
 from maeast_jax.data import DataConfig
 from maeast_jax.finetune_run import FeaturesConfig
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.classifier import HeadConfig
+from maeast_jax.model.config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig
 from maeast_jax.run import check_run
 from maeast_jax.train import train

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maeast_jax.dropout import _hash, dropout, hashed_bits
+from maeast_jax.model.dropout import _hash, dropout, hashed_bits
 
 SHAPE = (256, 4096)
 

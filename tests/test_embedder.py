@@ -10,8 +10,8 @@ from flax import nnx
 
 from maeast_jax import embedder, fbank, pretrained
 from maeast_jax.embedder import Embedder
-from maeast_jax.model import MaeAst
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import MaeAst
 
 GOLDEN = Path(__file__).parent / "golden"
 WINDOW = 64

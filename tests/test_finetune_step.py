@@ -10,8 +10,8 @@ import pytest
 
 from maeast_jax import finetune_step as steps
 from maeast_jax.augment import AugmentConfig
-from maeast_jax.classifier import HeadConfig, classifier_graph
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.classifier import HeadConfig, classifier_graph
+from maeast_jax.model.config import ModelConfig
 
 MODEL = ModelConfig(
     encoder_layers=2, decoder_layers=0, width=16, heads=2, mlp_width=32, decoder_width=16,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maeast_jax import flops
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import flops
+from maeast_jax.model.config import ModelConfig
 from maeast_jax.train_step import LossConfig, init_state, make_eval_step
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax.layer_norm import EPSILON, LayerNorm
+from maeast_jax.model.layer_norm import EPSILON, LayerNorm
 
 SHAPE = (2, 5, 48)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maeast_jax import masking
-from maeast_jax.layers import put_tokens, take_tokens
+from maeast_jax.model import masking
+from maeast_jax.model.transformer import put_tokens, take_tokens
 
 KEPT, MASKED = masking.mask_tokens(jax.random.key(0), 16, (12, 8), 0.75, "chunk")
 TOKENS = jax.random.normal(jax.random.key(1), (16, 96, 5))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maeast_jax import masking
+from maeast_jax.model import masking
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

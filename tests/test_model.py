@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax import authors, layers
-from maeast_jax.model import MaeAst, model_graph, split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax import authors
+from maeast_jax.model import transformer as layers
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import MaeAst, model_graph, split_model
 
 TINY = ModelConfig(
     encoder_layers=3,

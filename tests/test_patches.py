@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maeast_jax import patches
+from maeast_jax.model import tokens as patches
 
 
 @pytest.mark.parametrize("shape", patches.PATCH_SHAPES.values())

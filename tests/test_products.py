@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from maeast_jax import products
-from maeast_jax.products import Linear, add_bias, product
+from maeast_jax.model import ops as products
+from maeast_jax.model.ops import Linear, add_bias, product
 
 SIZES = {"b": 2, "m": 24, "n": 32, "d": 48, "e": 40, "c": 3, "h": 4, "k": 16}
 # Every product of the model, and of its backward pass.

@@ -7,11 +7,12 @@ import soundfile
 from flax import nnx
 from test_config import shrink
 
-from maeast_jax import checkpoint, demo_audio, fbank, patches, pretrained
+from maeast_jax import checkpoint, demo_audio, fbank, pretrained
 from maeast_jax import config as configuration
 from maeast_jax.export import export
-from maeast_jax.model import MaeAst, split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import MaeAst, split_model
 
 torch = pytest.importorskip("torch")
 

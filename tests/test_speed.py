@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from maeast_jax import devices, flops, run, speed, summary
+from maeast_jax import devices, run, speed, summary
+from maeast_jax.model import flops
 from maeast_jax.runtime.stops import NonFiniteError
 
 

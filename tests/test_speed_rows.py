@@ -8,7 +8,7 @@ import tiny
 
 from maeast_jax import config as configuration
 from maeast_jax import devices, speed, speed_rows
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model.config import ModelConfig
 from maeast_jax.speed_rows import Case
 
 

@@ -11,11 +11,13 @@ from flax import nnx
 from test_config import FOLDER, load, shrink
 from test_model import random_places
 
-from maeast_jax import checkpoint, logs, masking, patches, pretrained
+from maeast_jax import checkpoint, logs, pretrained
 from maeast_jax import config as configuration
 from maeast_jax.export import export
-from maeast_jax.model import build
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import masking
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.mae_ast import build
 from maeast_jax.train import train
 from maeast_jax.train_step import LossConfig, init_state, make_eval_step, make_train_step
 

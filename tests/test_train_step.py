@@ -11,8 +11,9 @@ import optax
 import pytest
 from test_model import TINY, assert_close
 
-from maeast_jax import authors, fbank, masking
-from maeast_jax.dropout import hashed_bits
+from maeast_jax import authors, fbank
+from maeast_jax.model import masking
+from maeast_jax.model.dropout import hashed_bits
 from maeast_jax.optimizer import OptimizerConfig, adamw
 from maeast_jax.runtime import sharding
 from maeast_jax.train_step import (

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax import fbank, patches
-from maeast_jax.dropout import dropout
-from maeast_jax.input_norm import InputNorm
-from maeast_jax.layers import Transformer, split_key, torch_linear
-from maeast_jax.model_config import COMPUTE_DTYPES, ModelConfig
+from maeast_jax import fbank
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
+from maeast_jax.model.dropout import dropout
+from maeast_jax.model.input_norm import InputNorm
+from maeast_jax.model.transformer import Transformer, split_key, torch_linear
 
 
 class Encoding(NamedTuple):

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maeast_jax import patches
-from maeast_jax.encoder import Predictions, SpectrogramEncoder, mask_token
-from maeast_jax.layers import put_tokens, split_key
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.encoder import Predictions, SpectrogramEncoder, mask_token
+from maeast_jax.model.transformer import put_tokens, split_key
 
 
 class Ssast(SpectrogramEncoder):

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maeast_jax import patches
-from maeast_jax.encoder import Predictions, SpectrogramEncoder, mask_token
-from maeast_jax.layers import put_tokens, split_key, take_tokens, torch_linear
-from maeast_jax.model_config import COMPUTE_DTYPES, ModelConfig
-from maeast_jax.ssast import Ssast
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
+from maeast_jax.model.encoder import Predictions, SpectrogramEncoder, mask_token
+from maeast_jax.model.ssast import Ssast
+from maeast_jax.model.transformer import put_tokens, split_key, take_tokens, torch_linear
 
 
 class MaeAst(SpectrogramEncoder):

@@ -4,8 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from maeast_jax import fbank, masking, patches
-from maeast_jax.layers import REMAT_POLICIES
+from maeast_jax import fbank
+from maeast_jax.model import masking
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.transformer import REMAT_POLICIES
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ARCHITECTURES = ("mae_ast", "ssast")

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax.activations import gelu
-from maeast_jax.dropout import dropout
-from maeast_jax.layer_norm import LayerNorm
-from maeast_jax.products import Linear, add_bias, product
+from maeast_jax.model.activations import gelu
+from maeast_jax.model.dropout import dropout
+from maeast_jax.model.layer_norm import LayerNorm
+from maeast_jax.model.ops import Linear, add_bias, product
 from maeast_jax.runtime import sharding
 
 # BERT's initial values, which the authors use throughout both transformers.

@@ -1,7 +1,7 @@
 """Floating point operations counted on paper: two a multiply-add of each matrix product."""
 
-from maeast_jax import masking
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import masking
+from maeast_jax.model.config import ModelConfig
 
 
 def pretrain_forward(config: ModelConfig, num_frames: int) -> int:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maeast_jax import fbank, patches
-from maeast_jax.layer_norm import LayerNorm
-from maeast_jax.layers import torch_linear
-from maeast_jax.model import MaeAst, split_model
-from maeast_jax.model_config import ModelConfig
+from maeast_jax import fbank
+from maeast_jax.model import tokens as patches
+from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.layer_norm import LayerNorm
+from maeast_jax.model.mae_ast import MaeAst, split_model
+from maeast_jax.model.transformer import torch_linear
 
 KINDS = ("ssast", "superb")
 POOLS = ("mean", "time")

@@ -1,0 +1,1 @@
+"""The network, from log-mel energies to predictions."""
