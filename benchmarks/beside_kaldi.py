@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import beside, reference
-from maeast_jax import audio, manifest  # no jax: one of the processes is torchaudio's
+from maeast_jax import manifest
+from maeast_jax.data import audio
 
 NUM_SAMPLES = 160_000  # ten seconds
 SIDES = ("torchaudio", "fbank_tf", "fbank")

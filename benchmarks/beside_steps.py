@@ -139,7 +139,8 @@ def build_ours(
     if keeps_freed:
         host_memory.share_heap()
     from maeast_jax import config as configuration
-    from maeast_jax import data, run, summary
+    from maeast_jax import run, summary
+    from maeast_jax.data import pipeline as data
     from maeast_jax.model import masking
     from maeast_jax.programs import Programs
 

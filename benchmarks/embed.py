@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import reference
-from maeast_jax import audio, manifest  # no jax: one of the two processes is s3prl's
+from maeast_jax import manifest
+from maeast_jax.data import audio
 
 _POLL_SECONDS = 0.2
 

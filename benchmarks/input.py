@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from maeast_jax import data, fbank, mixture, shard_writer
-from maeast_jax.decode_pool import num_cores
+from maeast_jax import fbank
+from maeast_jax.data import mixture
+from maeast_jax.data import pipeline as data
+from maeast_jax.data import writer as shard_writer
+from maeast_jax.data.decode_pool import num_cores
 
 _NAME = "ten_seconds_of_noise"
 _CLIPS = 400

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from maeast_jax import fbank, labelled, pretrained, probe
+from maeast_jax import fbank, pretrained, probe
+from maeast_jax.data import labelled
 from maeast_jax.embedder import Embedder
 from maeast_jax.features import fbank_moments
 

@@ -28,10 +28,11 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax import beam_build, beam_runner, fetched, layouts, shard_file, shard_writer
+from maeast_jax import beam_build, beam_runner, fetched, layouts, shard_file
 from maeast_jax.build_report import Tally, next_steps
 from maeast_jax.clips import SHORTEST_TAIL_SECONDS, Cut, clips_of
-from maeast_jax.decode_pool import DecodePool, num_cores
+from maeast_jax.data import writer as shard_writer
+from maeast_jax.data.decode_pool import DecodePool, num_cores
 from maeast_jax.manifest import (
     AudioFile,
     Listing,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maeast_jax.audio import SAMPLE_RATE_HZ
+from maeast_jax.data.audio import SAMPLE_RATE_HZ
+from maeast_jax.data.writer import DataError, Example
 from maeast_jax.manifest import AudioFile, Listing
-from maeast_jax.shard_writer import DataError, Example
 
 # Of each layout its file in configs/, the splits that this names, and in which fields.
 _FINETUNE = {

@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from maeast_jax.audio import SAMPLE_RATE_HZ
+from maeast_jax.data.audio import SAMPLE_RATE_HZ
+from maeast_jax.data.writer import Example
 from maeast_jax.manifest import AudioFile
-from maeast_jax.shard_writer import Example
 
 SHORTEST_TAIL_SECONDS = 1.0
 

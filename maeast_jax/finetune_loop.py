@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, labelled, labelled_batches, logs, metrics
+from maeast_jax import checkpoint, logs, metrics
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
+from maeast_jax.data import labelled, labelled_batches
+from maeast_jax.data.labelled import Labelled
 from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState
-from maeast_jax.labelled import Labelled
 from maeast_jax.model.classifier import backbone_config, classifier_graph
 from maeast_jax.pace import Pace
 from maeast_jax.runtime import sharding

@@ -11,12 +11,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import data, finetune_config, labelled, mixture, pretrained
+from maeast_jax import finetune_config, pretrained
 from maeast_jax.augment import AugmentConfig
+from maeast_jax.data import labelled, mixture
+from maeast_jax.data import pipeline as data
+from maeast_jax.data.labelled import Labelled
 from maeast_jax.embedder import POOLS
 from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
-from maeast_jax.labelled import Labelled
 from maeast_jax.model.classifier import (
     LAST,
     HeadConfig,

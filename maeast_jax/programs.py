@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import jax
 
-from maeast_jax import data, run
+from maeast_jax import run
+from maeast_jax.data import pipeline as data
 from maeast_jax.run import Run
 from maeast_jax.runtime import distributed as hosts
 from maeast_jax.runtime import sharding

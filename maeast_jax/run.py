@@ -14,10 +14,11 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, data, fbank, logs, pretrained
+from maeast_jax import checkpoint, fbank, logs, pretrained
 from maeast_jax import config as configuration
+from maeast_jax.data import pipeline as data
+from maeast_jax.data.mixture import Clips
 from maeast_jax.knn_eval import KnnEval, open_knn
-from maeast_jax.mixture import Clips
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from maeast_jax import shard_writer
-from maeast_jax.shard_writer import Example
+from maeast_jax.data import writer as shard_writer
+from maeast_jax.data.writer import Example
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from maeast_jax import checkpoint, data, logs
+from maeast_jax import checkpoint, logs
+from maeast_jax.data import pipeline as data
 from maeast_jax.loop import CURVES, RECONSTRUCTIONS
 from maeast_jax.model import flops, masking
 from maeast_jax.model.config import ModelConfig

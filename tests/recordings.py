@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import soundfile
 
-from maeast_jax import shards
+from maeast_jax.data import dataset as shards
 
 
 def noise(seconds, seed):

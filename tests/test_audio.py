@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import soxr
 
-from maeast_jax import audio
+from maeast_jax.data import audio
 
 
 def sine(seconds, rate_hz, hz=440.0, level=0.5):

@@ -11,7 +11,8 @@ import pytest
 import soundfile
 from recordings import digests, noise
 
-from maeast_jax import build_dataset, shards
+from maeast_jax import build_dataset
+from maeast_jax.data import dataset as shards
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("apache_beam")

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from maeast_jax import beam_runner, manifest
-from maeast_jax.decode_pool import num_cores
+from maeast_jax.data.decode_pool import num_cores
 
 pytest.importorskip("apache_beam")
 

@@ -11,8 +11,9 @@ import pytest
 import soundfile
 from recordings import noise, records, write_wav
 
-from maeast_jax import build_dataset, shards
+from maeast_jax import build_dataset
 from maeast_jax.build_dataset import build
+from maeast_jax.data import dataset as shards
 
 pytest.importorskip("tensorflow_datasets")
 

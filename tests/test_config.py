@@ -8,7 +8,7 @@ import pytest
 from maeast_jax import config as configuration
 from maeast_jax import finetune_config, finetune_step
 from maeast_jax.augment import AugmentConfig
-from maeast_jax.data import DataConfig
+from maeast_jax.data.pipeline import DataConfig
 from maeast_jax.finetune_run import FeaturesConfig
 from maeast_jax.model.classifier import HeadConfig
 from maeast_jax.model.config import ModelConfig

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 
-from maeast_jax import data, demo_audio, fbank, shard_writer, shards
-from maeast_jax.data import DataConfig
-from maeast_jax.mixture import Clips
+from maeast_jax import fbank
+from maeast_jax.data import dataset as shards
+from maeast_jax.data import demo_corpus as demo_audio
+from maeast_jax.data import pipeline as data
+from maeast_jax.data import writer as shard_writer
+from maeast_jax.data.mixture import Clips
+from maeast_jax.data.pipeline import DataConfig
 
 FRAMES = 16
 SAMPLES = fbank.num_samples(FRAMES)

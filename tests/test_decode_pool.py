@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from maeast_jax import audio, decode_pool
+from maeast_jax.data import audio, decode_pool
 
 DIED = "its decoder died (crashed, or out of memory)"
 decode = decode_pool._decode

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from maeast_jax import demo_audio
+from maeast_jax.data import demo_corpus as demo_audio
 
 CLIPS_A_FAMILY = 24
 

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 from recordings import noise, write_wav
 
-from maeast_jax import audio, manifest, pretrained
+from maeast_jax import manifest, pretrained
+from maeast_jax.data import audio
 from maeast_jax.embed import embed
 from maeast_jax.embedder import Embedder
 

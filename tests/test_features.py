@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from recordings import TONES, tones
 
-from maeast_jax import finetune_config, shard_writer
+from maeast_jax import finetune_config
+from maeast_jax.data import writer as shard_writer
 from maeast_jax.features import Features
 from maeast_jax.finetune_run import check_run
 

@@ -12,8 +12,9 @@ import pytest
 from recordings import TONES, tones
 
 import maeast_jax
-from maeast_jax import checkpoint, finetune_config, finetune_loop, logs, shard_writer
+from maeast_jax import checkpoint, finetune_config, finetune_loop, logs
 from maeast_jax.config import pretrain
+from maeast_jax.data import writer as shard_writer
 from maeast_jax.export import export
 from maeast_jax.finetune import finetune
 from maeast_jax.finetune_length import evaluations

@@ -21,8 +21,10 @@ from test_hosts import ends, free_port
 from test_pace import Clock
 
 import maeast_jax
-from maeast_jax import checkpoint, logs, plots, pretrained, shard_writer, shards
-from maeast_jax.mixture import open_demo
+from maeast_jax import checkpoint, logs, plots, pretrained
+from maeast_jax.data import dataset as shards
+from maeast_jax.data import writer as shard_writer
+from maeast_jax.data.mixture import open_demo
 from maeast_jax.runtime import storage as paths
 from maeast_jax.train import train
 from maeast_jax.workdir import held

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from recordings import clips_of_noise
 
-from maeast_jax import checkpoint, logs, shard_writer
+from maeast_jax import checkpoint, logs
+from maeast_jax.data import writer as shard_writer
 from maeast_jax.runtime import distributed as hosts
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,10 @@ import weakref
 import numpy as np
 import pytest
 
-from maeast_jax import labelled, labelled_batches, shard_writer
-from maeast_jax.mixture import Clips
-from maeast_jax.shards import DataError
+from maeast_jax.data import labelled, labelled_batches
+from maeast_jax.data import writer as shard_writer
+from maeast_jax.data.dataset import DataError
+from maeast_jax.data.mixture import Clips
 
 pytest.importorskip("tensorflow_datasets")
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from recordings import noise, write_wav
 
-from maeast_jax import layouts, manifest, shards
+from maeast_jax import layouts, manifest
 from maeast_jax.build_dataset import build
+from maeast_jax.data import dataset as shards
 
 
 def touch(root, *names):

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from maeast_jax import mixture
-from maeast_jax.mixture import (
+from maeast_jax.data import mixture
+from maeast_jax.data.mixture import (
     FEW_CLIPS,
     MIXTURE_SLOTS,
     NEIGHBOURS,

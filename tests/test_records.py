@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maeast_jax.records import Records
+from maeast_jax.data.records import Records
 
 array_record = pytest.importorskip("array_record.python.array_record_module")
 

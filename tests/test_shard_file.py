@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from maeast_jax import shard_file, shard_writer, shards
+from maeast_jax import shard_file
+from maeast_jax.data import dataset as shards
+from maeast_jax.data import writer as shard_writer
 from maeast_jax.shard_file import Schema
 
 pytest.importorskip("tensorflow_datasets")

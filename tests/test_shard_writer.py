@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maeast_jax import shard_writer, shards
+from maeast_jax.data import dataset as shards
+from maeast_jax.data import writer as shard_writer
 
 pytest.importorskip("tensorflow_datasets")
 

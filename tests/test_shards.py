@@ -5,7 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from maeast_jax import shard_writer, shards
+from maeast_jax.data import dataset as shards
+from maeast_jax.data import writer as shard_writer
 
 tfds = pytest.importorskip("tensorflow_datasets")
 

@@ -17,10 +17,11 @@ import tiny
 from recordings import clips_of_noise
 from test_config import shrink
 
-from maeast_jax import checkpoint, logs, shard_writer, summary
+from maeast_jax import checkpoint, logs, summary
 from maeast_jax import config as configuration
 from maeast_jax import run as run_module
 from maeast_jax import train as train_module
+from maeast_jax.data import writer as shard_writer
 from maeast_jax.loop import Loop
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError
 from maeast_jax.train import train

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from maeast_jax import demo_audio, shard_writer, shards
+from maeast_jax.data import dataset as shards
+from maeast_jax.data import demo_corpus as demo_audio
+from maeast_jax.data import writer as shard_writer
 from maeast_jax.runtime import storage as paths
 
 # Slots of the weighted mixture's repeating pattern: weights are met to one in this many.

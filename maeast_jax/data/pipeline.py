@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax import audio, fbank, shards
-from maeast_jax.decode_pool import num_cores
-from maeast_jax.mixture import Clips, address, open_clips, open_demo
+from maeast_jax import fbank
+from maeast_jax.data import audio
+from maeast_jax.data import dataset as shards
+from maeast_jax.data.decode_pool import num_cores
+from maeast_jax.data.mixture import Clips, address, open_clips, open_demo
 
 Batch = dict[str, np.ndarray]
 SOURCES = ("tfds", "synthetic")

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax import data, fbank, mixture
-from maeast_jax.mixture import Clips
-from maeast_jax.shards import DataError
+from maeast_jax import fbank
+from maeast_jax.data import mixture
+from maeast_jax.data import pipeline as data
+from maeast_jax.data.dataset import DataError
+from maeast_jax.data.mixture import Clips
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

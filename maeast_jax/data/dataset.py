@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from maeast_jax.records import Records
+from maeast_jax.data.records import Records
+from maeast_jax.data.writer import DataError, resolve_data_dir
 from maeast_jax.runtime import storage as paths
-from maeast_jax.shard_writer import DataError, resolve_data_dir
 
 __all__ = ["DataError", "NotPreparedError", "Split", "open_split"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from maeast_jax import staging
-from maeast_jax.audio import SAMPLE_RATE_HZ
+from maeast_jax.data import staging
+from maeast_jax.data.audio import SAMPLE_RATE_HZ
+from maeast_jax.data.staging import DataError
 from maeast_jax.runtime import storage as paths
-from maeast_jax.staging import DataError
 
 VERSION = "1.0.0"
 

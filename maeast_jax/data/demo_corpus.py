@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from maeast_jax.synthesis import (
+from maeast_jax.data.synthesis import (
     CLIP_SAMPLES,
     CLIP_SECONDS,
     SAMPLE_RATE_HZ,

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from maeast_jax import audio
+from maeast_jax.data import audio
 
 _DIED = "its decoder died (crashed, or out of memory)"
 _MOST_DEATHS = 10  # in a row; so many files of a kind may be broken, but a machine's memory is less
