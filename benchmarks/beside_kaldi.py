@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import beside, reference
-from maeast_jax import manifest
 from maeast_jax.data import audio
+from maeast_jax.ingest import sources as manifest
 
 NUM_SAMPLES = 160_000  # ten seconds
 SIDES = ("torchaudio", "fbank_tf", "fbank")

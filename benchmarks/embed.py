@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import reference
-from maeast_jax import manifest
 from maeast_jax.data import audio
+from maeast_jax.ingest import sources as manifest
 
 _POLL_SECONDS = 0.2
 

@@ -28,12 +28,13 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax import beam_build, beam_runner, fetched, layouts, shard_file
-from maeast_jax.build_report import Tally, next_steps
-from maeast_jax.clips import SHORTEST_TAIL_SECONDS, Cut, clips_of
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.data.decode_pool import DecodePool, num_cores
-from maeast_jax.manifest import (
+from maeast_jax.ingest import beam as beam_build
+from maeast_jax.ingest import beam_runner, fetched, layouts, shard_file
+from maeast_jax.ingest.examples import SHORTEST_TAIL_SECONDS, Cut, clips_of
+from maeast_jax.ingest.report import Tally, next_steps
+from maeast_jax.ingest.sources import (
     AudioFile,
     Listing,
     ManifestError,

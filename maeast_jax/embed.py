@@ -21,9 +21,10 @@ from absl import flags
 from tqdm import tqdm
 
 # What starts jax is imported where it is used: each decoding process imports this file.
-from maeast_jax import embedding_file, manifest
+from maeast_jax import embedding_file
 from maeast_jax.data import audio
 from maeast_jax.data.decode_pool import DecodePool, num_cores
+from maeast_jax.ingest import sources as manifest
 from maeast_jax.runtime import cli as command_line
 
 if TYPE_CHECKING:

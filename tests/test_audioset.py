@@ -1,9 +1,10 @@
 import pytest
 from recordings import write_wav
 
-from maeast_jax import audioset, layouts, manifest
 from maeast_jax.build_dataset import build
 from maeast_jax.data import dataset as shards
+from maeast_jax.ingest import audioset, layouts
+from maeast_jax.ingest import sources as manifest
 
 CLASSES = """index,mid,display_name
 0,/m/09x0r,"Speech"

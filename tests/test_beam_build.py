@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from recordings import digests, records, write_wav
 
-from maeast_jax import beam_build, beam_runner, manifest, shard_file, shard_plan
 from maeast_jax.build_dataset import build
-from maeast_jax.clips import Cut
 from maeast_jax.data import dataset as shards
 from maeast_jax.data import decode_pool, staging
+from maeast_jax.ingest import beam as beam_build
+from maeast_jax.ingest import beam_runner, shard_file, shard_plan
+from maeast_jax.ingest import sources as manifest
+from maeast_jax.ingest.examples import Cut
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("apache_beam")

@@ -14,9 +14,10 @@ import pytest
 from recordings import digests, records, write_wav
 from test_beam_build_program import wait_for_group
 
-from maeast_jax import beam_build, beam_runner, shard_file, shard_plan
 from maeast_jax.build_dataset import build
 from maeast_jax.data import dataset as shards
+from maeast_jax.ingest import beam as beam_build
+from maeast_jax.ingest import beam_runner, shard_file, shard_plan
 from maeast_jax.runtime import bucket
 
 pytest.importorskip("tensorflow_datasets")

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from maeast_jax import beam_runner, manifest
 from maeast_jax.data.decode_pool import num_cores
+from maeast_jax.ingest import beam_runner
+from maeast_jax.ingest import sources as manifest
 
 pytest.importorskip("apache_beam")
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from recordings import digests, noise, records, write_wav
 
-from maeast_jax import manifest
 from maeast_jax.build_dataset import build
 from maeast_jax.data import dataset as shards
 from maeast_jax.data import decode_pool
+from maeast_jax.ingest import sources as manifest
 
 pytest.importorskip("tensorflow_datasets")
 decode = decode_pool._decode

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maeast_jax import build_report, layouts
-from maeast_jax.build_report import Tally
-from maeast_jax.manifest import AudioFile, Listing
+from maeast_jax.ingest import layouts
+from maeast_jax.ingest import report as build_report
+from maeast_jax.ingest.report import Tally
+from maeast_jax.ingest.sources import AudioFile, Listing
 
 CONFIGS = Path(build_report.__file__).parents[1] / "configs"
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from maeast_jax import clips
-from maeast_jax.clips import Cut, clips_of
-from maeast_jax.manifest import AudioFile
+from maeast_jax.ingest import examples as clips
+from maeast_jax.ingest.examples import Cut, clips_of
+from maeast_jax.ingest.sources import AudioFile
 
 SAMPLES = np.arange(5 * 16_000, dtype=np.int32)
 

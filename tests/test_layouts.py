@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from recordings import noise, write_wav
 
-from maeast_jax import layouts, manifest
 from maeast_jax.build_dataset import build
 from maeast_jax.data import dataset as shards
+from maeast_jax.ingest import layouts
+from maeast_jax.ingest import sources as manifest
 
 
 def touch(root, *names):

@@ -3,7 +3,7 @@ import os
 import fake_gcs
 import pytest
 
-from maeast_jax import manifest
+from maeast_jax.ingest import sources as manifest
 
 
 def touch(root, *names):

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from maeast_jax import shard_file
 from maeast_jax.data import dataset as shards
 from maeast_jax.data import writer as shard_writer
-from maeast_jax.shard_file import Schema
+from maeast_jax.ingest import shard_file
+from maeast_jax.ingest.shard_file import Schema
 
 pytest.importorskip("tensorflow_datasets")
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from maeast_jax import shard_plan
-from maeast_jax.clips import Cut
-from maeast_jax.manifest import AudioFile
-from maeast_jax.shard_file import Schema
-from maeast_jax.shard_plan import Plan, Shard
+from maeast_jax.ingest import shard_plan
+from maeast_jax.ingest.examples import Cut
+from maeast_jax.ingest.shard_file import Schema
+from maeast_jax.ingest.shard_plan import Plan, Shard
+from maeast_jax.ingest.sources import AudioFile
 
 SCHEMA = Schema("farm", ["cow", "crow"], False)
 CUT = Cut(30.0, 0.0)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maeast_jax.data.decode_pool import DecodePool, num_cores
-from maeast_jax.manifest import ManifestError
+from maeast_jax.ingest.sources import ManifestError
 
 _DIRECT = "DirectRunner"
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from maeast_jax.data.audio import SAMPLE_RATE_HZ
 from maeast_jax.data.writer import Example
-from maeast_jax.manifest import AudioFile
+from maeast_jax.ingest.sources import AudioFile
 
 SHORTEST_TAIL_SECONDS = 1.0
 

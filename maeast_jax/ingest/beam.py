@@ -16,16 +16,16 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
-from maeast_jax import beam_runner, fetched, shard_file
-from maeast_jax.build_report import Tally
-from maeast_jax.clips import Cut, clips_of
 from maeast_jax.data import staging
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.data.decode_pool import DecodePool
 from maeast_jax.data.writer import DataError, Example
-from maeast_jax.manifest import AudioFile, Listing
+from maeast_jax.ingest import beam_runner, fetched, shard_file
+from maeast_jax.ingest.examples import Cut, clips_of
+from maeast_jax.ingest.report import Tally
+from maeast_jax.ingest.shard_plan import Plan, Shard
+from maeast_jax.ingest.sources import AudioFile, Listing
 from maeast_jax.runtime import storage as paths
-from maeast_jax.shard_plan import Plan, Shard
 
 _POLL_SECONDS = 1.0
 _REMOTE_POLL_SECONDS = 10.0  # each look is a request, or several

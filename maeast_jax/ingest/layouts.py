@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from maeast_jax.audioset import list_audioset
-from maeast_jax.manifest import (
+from maeast_jax.ingest.audioset import list_audioset
+from maeast_jax.ingest.sources import (
     AudioFile,
     Listing,
     ManifestError,

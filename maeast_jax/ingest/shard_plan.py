@@ -26,11 +26,11 @@ from pathlib import Path
 
 from etils import epath
 
-from maeast_jax.clips import Cut
-from maeast_jax.manifest import AudioFile
+from maeast_jax.ingest.examples import Cut
+from maeast_jax.ingest.shard_file import Schema, file_name, hash_of
+from maeast_jax.ingest.sources import AudioFile
 from maeast_jax.runtime import bucket
 from maeast_jax.runtime import storage as paths
-from maeast_jax.shard_file import Schema, file_name, hash_of
 
 _SHARD_BYTES = 16 << 20  # of source files: minutes of recordings to hours, seconds of work
 _MOST_SHARDS = 1024  # of a split

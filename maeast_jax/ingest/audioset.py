@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from maeast_jax.manifest import AudioFile, Listing, ManifestError, audio_paths, printable
+from maeast_jax.ingest.sources import AudioFile, Listing, ManifestError, audio_paths, printable
 
 _CLASSES = "class_labels_indices.csv"
 _SEGMENTS = {

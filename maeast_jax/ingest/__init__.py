@@ -1,0 +1,1 @@
+"""Recordings of any format become data sets."""
