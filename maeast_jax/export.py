@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from maeast_jax import authors_file, checkpoint, config, logs, pretrained
-from maeast_jax.authors_file import AuthorsFile
+from maeast_jax import checkpoint, config, logs, pretrained
+from maeast_jax.interop import fairseq as authors_file
+from maeast_jax.interop.fairseq import AuthorsFile
 from maeast_jax.pretrained import FILES, Pretrained
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.runtime import storage as paths

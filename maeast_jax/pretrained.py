@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax import authors_config, authors_file, checkpoint
+from maeast_jax import checkpoint
 from maeast_jax import config as configuration
+from maeast_jax.interop import authors_config
+from maeast_jax.interop import fairseq as authors_file
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.encoder import SpectrogramEncoder
 from maeast_jax.model.mae_ast import model_graph

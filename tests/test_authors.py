@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from maeast_jax import authors
+from maeast_jax.interop import parameters as authors
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import abstract_model, split_model
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax import authors_config, authors_file
-from maeast_jax.authors_config import AuthorsFileError
-from maeast_jax.authors_file import AuthorsFile
+from maeast_jax.interop import authors_config
+from maeast_jax.interop import fairseq as authors_file
+from maeast_jax.interop.authors_config import AuthorsFileError
+from maeast_jax.interop.fairseq import AuthorsFile
 from maeast_jax.model import tokens as patches
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst, split_model

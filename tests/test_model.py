@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax import authors
+from maeast_jax.interop import parameters as authors
 from maeast_jax.model import transformer as layers
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst, model_graph, split_model

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from maeast_jax import torch_file
+from maeast_jax.interop import torch_file
 
 torch = pytest.importorskip("torch")
 GOLDEN = pathlib.Path(__file__).parent / "golden"

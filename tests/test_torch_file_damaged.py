@@ -4,7 +4,7 @@ import zipfile
 import pytest
 from test_torch_file import GOLDEN, configuration, refused, write
 
-from maeast_jax import torch_file
+from maeast_jax.interop import torch_file
 
 torch = pytest.importorskip("torch")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_torch_file import Color, peak_bytes, refused, write
 
-from maeast_jax import torch_file
+from maeast_jax.interop import torch_file
 
 torch = pytest.importorskip("torch")
 

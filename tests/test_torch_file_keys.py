@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_torch_file import Color, equal, peak_bytes, refused
 
-from maeast_jax import torch_file
+from maeast_jax.interop import torch_file
 
 torch = pytest.importorskip("torch")
 

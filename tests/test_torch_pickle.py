@@ -3,7 +3,7 @@ import pickle
 import pytest
 from test_torch_file import peak_bytes
 
-from maeast_jax import torch_pickle
+from maeast_jax.interop import torch_pickle
 
 
 def test_a_graph_holds_calls_as_nodes():

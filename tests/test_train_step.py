@@ -11,7 +11,8 @@ import optax
 import pytest
 from test_model import TINY, assert_close
 
-from maeast_jax import authors, fbank
+from maeast_jax import fbank
+from maeast_jax.interop import parameters as authors
 from maeast_jax.model import masking
 from maeast_jax.model.dropout import hashed_bits
 from maeast_jax.optimizer import OptimizerConfig, adamw

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import authors, authors_config, fbank, torch_file
-from maeast_jax.authors_config import AuthorsFileError
+from maeast_jax import fbank
+from maeast_jax.interop import authors_config, torch_file
+from maeast_jax.interop import parameters as authors
+from maeast_jax.interop.authors_config import AuthorsFileError
 from maeast_jax.model import tokens as patches
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import abstract_model, split_model

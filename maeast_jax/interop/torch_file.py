@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from maeast_jax.torch_pickle import Budget, Node, TorchFileError, parse
+from maeast_jax.interop.torch_pickle import Budget, Node, TorchFileError, parse
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # a number that opens files of torch < 1.6
 _DEEPEST = 100  # containers in one another; configurations have a few
