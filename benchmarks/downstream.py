@@ -19,8 +19,9 @@ import statistics
 import time
 from pathlib import Path
 
-from maeast_jax import finetune_config, pretrained
+from maeast_jax import finetune_config
 from maeast_jax.finetune import finetune
+from maeast_jax.inference import pretrained
 
 METHODS = (
     "fbank", "initial_linear", "initial_knn", "frozen_linear", "frozen_knn", "scratch", "tuned",

@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> str:
-    from maeast_jax import pretrained
+    from maeast_jax.inference import pretrained
 
     checkpoint = options.checkpoint or str(
         reference.make_checkpoint(folder / "base.pt", tokens=options.tokens)

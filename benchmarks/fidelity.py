@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import reference
-from maeast_jax import fbank, pretrained
+from maeast_jax import fbank
 from maeast_jax.data import audio
 from maeast_jax.data import demo_corpus as demo_audio
+from maeast_jax.inference import pretrained
 
 LONGEST_SAMPLES = 10 * fbank.SAMPLE_RATE_HZ
 # Samples of the embedded clips: 28 to 248 frames, most of them no multiple of a token's.

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from maeast_jax import fbank, pretrained, probe
+from maeast_jax import fbank, probe
 from maeast_jax.data import labelled
-from maeast_jax.embedder import Embedder
 from maeast_jax.features import fbank_moments
+from maeast_jax.inference import pretrained
+from maeast_jax.inference.embedder import Embedder
 
 WAYS = (("time", 1), ("time", 4), ("moments", 1), ("moments", 4))
 

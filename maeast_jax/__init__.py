@@ -1,6 +1,6 @@
 """MAE-AST (Baade, Peng, Harwath 2022) in JAX: a deep encoder sees only the unmasked tokens.
 
-`load(CKPT)` is maeast_jax.pretrained.load; submodules are imported as they are first named, so that
+`load(CKPT)` is maeast_jax.inference.pretrained.load; submodules are imported as they are first named, so that
 what decodes audio in processes of its own does not start jax in each.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return importlib.import_module("maeast_jax.pretrained").load
+        return importlib.import_module("maeast_jax.inference.pretrained").load
     try:
         return importlib.import_module(f"maeast_jax.{name}")
     except ModuleNotFoundError as error:

@@ -4,7 +4,7 @@
 
 FILE is an audio or video file of any format and length, or a folder of such at any depth. One that
 cannot be read is reported, the others are embedded, and the exit code is 4. The output appears once
-it is whole; maeast_jax/embedding_file.py says what it holds, and the last line how to read it.
+it is whole; maeast_jax/inference/embedding_file.py says what it holds, and the last line how to read it.
 """
 
 import dataclasses
@@ -20,15 +20,16 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-# What starts jax is imported where it is used: each decoding process imports this file.
-from maeast_jax import embedding_file
 from maeast_jax.data import audio
 from maeast_jax.data.decode_pool import DecodePool, num_cores
+
+# What starts jax is imported where it is used: each decoding process imports this file.
+from maeast_jax.inference import embedding_file
 from maeast_jax.ingest import sources as manifest
 from maeast_jax.runtime import cli as command_line
 
 if TYPE_CHECKING:
-    from maeast_jax.embedder import Embedder
+    from maeast_jax.inference.embedder import Embedder
 
 EXIT_INCOMPLETE = 4
 
@@ -80,8 +81,9 @@ def embed(
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
     num_processes = min(num_processes or num_cores(), len(files))
 
-    from maeast_jax import devices, logs, pretrained
-    from maeast_jax.embedder import Embedder
+    from maeast_jax import devices, logs
+    from maeast_jax.inference import pretrained
+    from maeast_jax.inference.embedder import Embedder
 
     source = pretrained.read(checkpoint)
     window_frames, stride_frames = _window(

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from maeast_jax import checkpoint, config, logs, pretrained
+from maeast_jax import checkpoint, config, logs
+from maeast_jax.inference import pretrained
+from maeast_jax.inference.pretrained import FILES, Pretrained
 from maeast_jax.interop import fairseq as authors_file
 from maeast_jax.interop.fairseq import AuthorsFile
-from maeast_jax.pretrained import FILES, Pretrained
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.runtime import storage as paths
 

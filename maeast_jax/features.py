@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from maeast_jax import fbank, windows
+from maeast_jax import fbank
 from maeast_jax.data import labelled
 from maeast_jax.data.labelled import Labelled
-from maeast_jax.embedder import Embedder
 from maeast_jax.finetune_run import FinetuneRun, Sets
+from maeast_jax.inference import windows
+from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst
 from maeast_jax.runtime import storage as paths

@@ -11,14 +11,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import finetune_config, pretrained
+from maeast_jax import finetune_config
 from maeast_jax.augment import AugmentConfig
 from maeast_jax.data import labelled, mixture
 from maeast_jax.data import pipeline as data
 from maeast_jax.data.labelled import Labelled
-from maeast_jax.embedder import POOLS
 from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
+from maeast_jax.inference import pretrained
+from maeast_jax.inference.embedder import POOLS
+from maeast_jax.inference.pretrained import Pretrained
 from maeast_jax.model.classifier import (
     LAST,
     HeadConfig,
@@ -29,7 +31,6 @@ from maeast_jax.model.classifier import (
 )
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import split_model
-from maeast_jax.pretrained import Pretrained
 from maeast_jax.runtime import sharding
 from maeast_jax.runtime import storage as paths
 

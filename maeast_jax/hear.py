@@ -10,7 +10,8 @@ import os
 
 import numpy as np
 
-from maeast_jax import embedder, fbank, pretrained
+from maeast_jax import fbank
+from maeast_jax.inference import embedder, pretrained
 
 
 def load_model(

@@ -13,7 +13,7 @@ from flax import nnx
 from maeast_jax import probe
 from maeast_jax.data import labelled
 from maeast_jax.data.labelled import Labelled
-from maeast_jax.embedder import Embedder
+from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import model_graph
 

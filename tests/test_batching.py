@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maeast_jax.batching import Bucket, Row, Stream, pack
+from maeast_jax.inference.batching import Bucket, Row, Stream, pack
 
 SMALL, LARGE, LARGE_FLOAT = Bucket(4, 4, "int16"), Bucket(8, 2, "int16"), Bucket(8, 2, "float32")
 

@@ -14,10 +14,10 @@ import pytest
 import soundfile
 from recordings import noise, write_wav
 
-from maeast_jax import pretrained
 from maeast_jax.data import audio
 from maeast_jax.embed import embed
-from maeast_jax.embedder import Embedder
+from maeast_jax.inference import pretrained
+from maeast_jax.inference.embedder import Embedder
 from maeast_jax.ingest import sources as manifest
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax import embedder, fbank, pretrained
-from maeast_jax.embedder import Embedder
+from maeast_jax import fbank
+from maeast_jax.inference import embedder, pretrained
+from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maeast_jax import embedding_file
+from maeast_jax.inference import embedding_file
 
 SIZES = {"layers": 3, "size": 8}
 AXES = [("size",), ("layers", "size"), ("steps", "size"), ("layers", "steps", "size")]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from test_config import shrink
 
-from maeast_jax import checkpoint, pretrained
+from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax.export import export
+from maeast_jax.inference import pretrained
 from maeast_jax.interop import fairseq as authors_file
 from maeast_jax.model import tokens as patches
 from maeast_jax.train import train

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maeast_jax import embedder, fbank, hear, pretrained
+from maeast_jax import fbank, hear
 from maeast_jax.export import export
+from maeast_jax.inference import embedder, pretrained
 from maeast_jax.interop import fairseq as authors_file
 from maeast_jax.model import tokens as patches
 

@@ -12,8 +12,9 @@ from flax import nnx
 from test_config import shrink
 
 import maeast_jax
-from maeast_jax import checkpoint, pretrained
+from maeast_jax import checkpoint
 from maeast_jax import config as configuration
+from maeast_jax.inference import pretrained
 from maeast_jax.interop import torch_file
 from maeast_jax.model.mae_ast import MaeAst, split_model
 from maeast_jax.train import train

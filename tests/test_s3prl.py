@@ -7,10 +7,11 @@ import soundfile
 from flax import nnx
 from test_config import shrink
 
-from maeast_jax import checkpoint, fbank, pretrained
+from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
 from maeast_jax.data import demo_corpus as demo_audio
 from maeast_jax.export import export
+from maeast_jax.inference import pretrained
 from maeast_jax.model import tokens as patches
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst, split_model

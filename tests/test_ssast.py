@@ -11,9 +11,10 @@ from flax import nnx
 from test_config import FOLDER, load, shrink
 from test_model import random_places
 
-from maeast_jax import checkpoint, logs, pretrained
+from maeast_jax import checkpoint, logs
 from maeast_jax import config as configuration
 from maeast_jax.export import export
+from maeast_jax.inference import pretrained
 from maeast_jax.model import masking
 from maeast_jax.model import tokens as patches
 from maeast_jax.model.config import ModelConfig

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from maeast_jax import windows
-from maeast_jax.windows import Window
+from maeast_jax.inference import windows
+from maeast_jax.inference.windows import Window
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax import fbank, windows
+from maeast_jax import fbank
 from maeast_jax.data import mixture
 from maeast_jax.data import pipeline as data
 from maeast_jax.data.labelled import Clip, Labelled
+from maeast_jax.inference import windows
 
 Batch = dict[str, np.ndarray]
 _BATCHES_AHEAD = 4  # and one a thread at least

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax import fbank, windows
-from maeast_jax.batching import Batch, Bucket, Row, Stream
+from maeast_jax import fbank
+from maeast_jax.inference import windows
+from maeast_jax.inference.batching import Batch, Bucket, Row, Stream
+from maeast_jax.inference.windows import Window
 from maeast_jax.model.encoder import SpectrogramEncoder
-from maeast_jax.windows import Window
 
 POOLS = ("mean", "time", "moments", "none")
 ALL_LAYERS = "all"

@@ -1,0 +1,1 @@
+"""A model from any checkpoint, and embeddings from it."""
