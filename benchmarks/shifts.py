@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from maeast_jax import fbank, probe
+from maeast_jax import fbank
 from maeast_jax.data import labelled
+from maeast_jax.evaluation import probe
 from maeast_jax.features import fbank_moments
 from maeast_jax.inference import pretrained
 from maeast_jax.inference.embedder import Embedder

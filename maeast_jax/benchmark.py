@@ -24,9 +24,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from maeast_jax import benchmark_config, devices, logs, plots, speed_rows, speed_table
+from maeast_jax import benchmark_config, devices, logs, speed_rows, speed_table
 from maeast_jax.data import pipeline as data
 from maeast_jax.data import writer as shard_writer
+from maeast_jax.evaluation import plots
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.runtime import storage as paths

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, devices, logs, metrics, probe, results
+from maeast_jax import checkpoint, devices, logs
+from maeast_jax.evaluation import metrics, probe, results
+from maeast_jax.evaluation.metrics import Evaluation
 from maeast_jax.features import Features, statistics
 from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
 from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
-from maeast_jax.metrics import Evaluation
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.workdir import held
 

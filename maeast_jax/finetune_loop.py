@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, logs, metrics
+from maeast_jax import checkpoint, logs
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
 from maeast_jax.data import labelled, labelled_batches
 from maeast_jax.data.labelled import Labelled
+from maeast_jax.evaluation import metrics
 from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState

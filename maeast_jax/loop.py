@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import logs, plots
+from maeast_jax import logs
 from maeast_jax.checkpoint import Checkpoints
+from maeast_jax.evaluation import plots
 from maeast_jax.pace import Pace
 from maeast_jax.runtime import distributed as hosts
 from maeast_jax.runtime import storage as paths

@@ -18,9 +18,9 @@ from maeast_jax import checkpoint, fbank, logs
 from maeast_jax import config as configuration
 from maeast_jax.data import pipeline as data
 from maeast_jax.data.mixture import Clips
+from maeast_jax.evaluation.knn_eval import KnnEval, open_knn
 from maeast_jax.inference import pretrained
 from maeast_jax.inference.pretrained import Pretrained
-from maeast_jax.knn_eval import KnnEval, open_knn
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.optimizer import OptimizerConfig, adamw, schedule

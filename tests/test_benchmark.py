@@ -15,7 +15,8 @@ import tiny
 from absl import flags
 from test_speed_rows import PROMISED
 
-from maeast_jax import benchmark, benchmark_config, devices, plots, run, speed, speed_rows
+from maeast_jax import benchmark, benchmark_config, devices, run, speed, speed_rows
+from maeast_jax.evaluation import plots
 from maeast_jax.runtime import memory as host_memory
 
 ROOT = Path(__file__).parent.parent

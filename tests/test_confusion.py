@@ -4,7 +4,7 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from maeast_jax import confusion
+from maeast_jax.evaluation import confusion
 
 
 @pytest.fixture

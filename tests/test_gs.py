@@ -21,10 +21,11 @@ from test_hosts import ends, free_port
 from test_pace import Clock
 
 import maeast_jax
-from maeast_jax import checkpoint, logs, plots
+from maeast_jax import checkpoint, logs
 from maeast_jax.data import dataset as shards
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.data.mixture import open_demo
+from maeast_jax.evaluation import plots
 from maeast_jax.inference import pretrained
 from maeast_jax.runtime import storage as paths
 from maeast_jax.train import train

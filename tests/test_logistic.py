@@ -6,7 +6,7 @@ import pytest
 from scipy import special
 from sklearn.linear_model import LogisticRegression
 
-from maeast_jax import logistic
+from maeast_jax.evaluation import logistic
 
 
 def examples(n=60, num_features=8, num_classes=3):

@@ -10,7 +10,7 @@ import pytest
 import sklearn.metrics
 from scipy.stats import norm
 
-from maeast_jax import metrics
+from maeast_jax.evaluation import metrics
 
 
 def names(count):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from maeast_jax import plots
+from maeast_jax.evaluation import plots
 
 GREY = np.array(plots.MASKED_GREY)
 TRAIN_BLUE, EVAL_RED = np.array([0x4C, 0x78, 0xA8]), np.array([0xE4, 0x57, 0x56])

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from maeast_jax import probe
+from maeast_jax.evaluation import probe
 
 PROBES = [probe.linear, probe.knn]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from maeast_jax import metrics, results
+from maeast_jax.evaluation import metrics, results
 
 NAMES = ["cat", "dog", 'a "quoted"\tname', "never"]
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maeast_jax import logistic, metrics
+from maeast_jax.evaluation import logistic, metrics
 
 STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 COMPONENTS = (0, 64, 128, 256)

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from maeast_jax import confusion, metrics, plots
-from maeast_jax.metrics import Evaluation
+from maeast_jax.evaluation import confusion, metrics, plots
+from maeast_jax.evaluation.metrics import Evaluation
 
 PREDICTIONS_FILE = "predictions.tsv"
 RESULTS_FILE = "results.json"

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from maeast_jax import probe
 from maeast_jax.data import labelled
 from maeast_jax.data.labelled import Labelled
+from maeast_jax.evaluation import probe
 from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import model_graph
