@@ -20,7 +20,6 @@ import optax
 from flax import nnx
 
 from benchmarks import beside
-from maeast_jax import optimizer
 from maeast_jax.model import masking
 from maeast_jax.model.activations import gelu
 from maeast_jax.model.dropout import hashed_bits
@@ -28,6 +27,7 @@ from maeast_jax.model.layer_norm import EPSILON, LayerNorm
 from maeast_jax.model.ops import add_bias, product
 from maeast_jax.model.transformer import take_tokens
 from maeast_jax.runtime import memory as host_memory
+from maeast_jax.training import optimizer
 
 _RATE = 0.1
 _SAMPLES = 10

@@ -23,8 +23,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, logs
+from maeast_jax import checkpoint
 from maeast_jax.runtime import cli as command_line
+from maeast_jax.training import metrics_writer as logs
 
 _CONFIG = Path(__file__).parent / "kills_config.py"
 # Codes of those whose other process was killed: told of it, or ended by jax.

@@ -13,8 +13,9 @@ import tempfile
 import jax
 
 from benchmarks import exchanged
-from maeast_jax import run, summary
-from maeast_jax.programs import Programs
+from maeast_jax.training import pretraining as run
+from maeast_jax.training import summary
+from maeast_jax.training.programs import Programs
 
 MESHES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2))
 

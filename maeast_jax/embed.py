@@ -81,9 +81,10 @@ def embed(
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
     num_processes = min(num_processes or num_cores(), len(files))
 
-    from maeast_jax import devices, logs
+    from maeast_jax import devices
     from maeast_jax.inference import pretrained
     from maeast_jax.inference.embedder import Embedder
+    from maeast_jax.training import metrics_writer as logs
 
     source = pretrained.read(checkpoint)
     window_frames, stride_frames = _window(

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from maeast_jax import checkpoint, config, logs
+from maeast_jax import checkpoint, config
 from maeast_jax.inference import pretrained
 from maeast_jax.inference.pretrained import FILES, Pretrained
 from maeast_jax.interop import fairseq as authors_file
 from maeast_jax.interop.fairseq import AuthorsFile
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.runtime import storage as paths
+from maeast_jax.training import metrics_writer as logs
 
 # Names that a user means a file by; anything else is a folder's.
 _OTHER_FILES = (".pth", ".ckpt", ".bin", ".npz", ".onnx", ".tar", ".h5", ".msgpack", ".gz", ".zip")

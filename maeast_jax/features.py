@@ -19,7 +19,7 @@ from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst
 from maeast_jax.runtime import storage as paths
-from maeast_jax.train_step import stream_key
+from maeast_jax.training.steps import stream_key
 
 _FOLDER = "features"
 _STATISTICS_CLIPS = 512

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import checkpoint, logs
+from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax import finetune_step as steps
 from maeast_jax.data import labelled, labelled_batches
@@ -19,10 +19,11 @@ from maeast_jax.finetune_length import fold_length
 from maeast_jax.finetune_run import FinetuneRun, Sets
 from maeast_jax.finetune_step import FinetuneState
 from maeast_jax.model.classifier import backbone_config, classifier_graph
-from maeast_jax.pace import Pace
 from maeast_jax.runtime import sharding
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError, stop_signals
-from maeast_jax.train_step import Metrics
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training.pace import Pace
+from maeast_jax.training.steps import Metrics
 
 
 @dataclasses.dataclass(frozen=True)

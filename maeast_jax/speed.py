@@ -14,13 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import devices, run, summary
-from maeast_jax.loop import STEPS_IN_FLIGHT
+from maeast_jax import devices
 from maeast_jax.model import flops
-from maeast_jax.programs import Programs
-from maeast_jax.run import Run
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.runtime.stops import NonFiniteError
+from maeast_jax.training import pretraining as run
+from maeast_jax.training import summary
+from maeast_jax.training.loop import STEPS_IN_FLIGHT
+from maeast_jax.training.pretraining import Run
+from maeast_jax.training.programs import Programs
 
 Clock = Callable[[], float]
 # What a row's time is shared among, and how many of them a median is taken over at least.

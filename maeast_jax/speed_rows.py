@@ -11,9 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import devices, run, speed
-from maeast_jax.run import Run
+from maeast_jax import devices, speed
 from maeast_jax.runtime import sharding
+from maeast_jax.training import pretraining as run
+from maeast_jax.training.pretraining import Run
 
 Row = dict[str, Any]
 # Name of a model -> model.architecture, model.passes.

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from maeast_jax.logs import si
 from maeast_jax.speed_rows import Row
+from maeast_jax.training.metrics_writer import si
 
 # What two rows share that are compared, and what a search leaves open.
 _SETTING = ("num_frames", "tokens", "encoder_layers", "dtype", "input", "devices", "device")

@@ -14,14 +14,17 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, devices, logs, run, summary
-from maeast_jax.loop import Loop
-from maeast_jax.programs import Programs
-from maeast_jax.run import Batches, Run
+from maeast_jax import checkpoint, devices
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.runtime import distributed as hosts
 from maeast_jax.runtime import memory as host_memory
-from maeast_jax.train_step import TrainState, checkpoint_parts, state_from_parts
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training import pretraining as run
+from maeast_jax.training import summary
+from maeast_jax.training.loop import Loop
+from maeast_jax.training.pretraining import Batches, Run
+from maeast_jax.training.programs import Programs
+from maeast_jax.training.steps import TrainState, checkpoint_parts, state_from_parts
 from maeast_jax.workdir import held, newest_step
 
 _REMEDY = (

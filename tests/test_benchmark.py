@@ -15,9 +15,10 @@ import tiny
 from absl import flags
 from test_speed_rows import PROMISED
 
-from maeast_jax import benchmark, benchmark_config, devices, run, speed, speed_rows
+from maeast_jax import benchmark, benchmark_config, devices, speed, speed_rows
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import memory as host_memory
+from maeast_jax.training import pretraining as run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=tests/tiny.py"

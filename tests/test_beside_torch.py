@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from maeast_jax import losses
-from maeast_jax.train_step import LossConfig
+from maeast_jax.training import losses
+from maeast_jax.training.steps import LossConfig
 
 torch = pytest.importorskip("torch")
 

@@ -12,10 +12,10 @@ from maeast_jax.data.pipeline import DataConfig
 from maeast_jax.finetune_run import FeaturesConfig
 from maeast_jax.model.classifier import HeadConfig
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.optimizer import OptimizerConfig
-from maeast_jax.run import check_run
 from maeast_jax.train import train
-from maeast_jax.train_step import LossConfig
+from maeast_jax.training.optimizer import OptimizerConfig
+from maeast_jax.training.pretraining import check_run
+from maeast_jax.training.steps import LossConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = [*sorted(FOLDER.glob("pretrain*.py")), FOLDER / "ssast.py"]

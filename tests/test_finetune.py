@@ -12,7 +12,7 @@ import pytest
 from recordings import TONES, tones
 
 import maeast_jax
-from maeast_jax import checkpoint, finetune_config, finetune_loop, logs
+from maeast_jax import checkpoint, finetune_config, finetune_loop
 from maeast_jax.config import pretrain
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.export import export
@@ -20,6 +20,7 @@ from maeast_jax.finetune import finetune
 from maeast_jax.finetune_length import evaluations
 from maeast_jax.finetune_run import check_run
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError
+from maeast_jax.training import metrics_writer as logs
 
 pytest.importorskip("tensorflow_datasets")
 

@@ -7,7 +7,7 @@ import pytest
 
 from maeast_jax.model import flops
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.train_step import LossConfig, init_state, make_eval_step
+from maeast_jax.training.steps import LossConfig, init_state, make_eval_step
 
 
 def test_the_papers_model_costs_what_its_arithmetic_says():

@@ -21,7 +21,7 @@ from test_hosts import ends, free_port
 from test_pace import Clock
 
 import maeast_jax
-from maeast_jax import checkpoint, logs
+from maeast_jax import checkpoint
 from maeast_jax.data import dataset as shards
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.data.mixture import open_demo
@@ -29,6 +29,7 @@ from maeast_jax.evaluation import plots
 from maeast_jax.inference import pretrained
 from maeast_jax.runtime import storage as paths
 from maeast_jax.train import train
+from maeast_jax.training import metrics_writer as logs
 from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from recordings import clips_of_noise
 
-from maeast_jax import checkpoint, logs
+from maeast_jax import checkpoint
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.runtime import distributed as hosts
+from maeast_jax.training import metrics_writer as logs
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,6 @@ import tiny
 from flax import nnx
 from recordings import TONES, tones
 
-from maeast_jax import logs
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.data.dataset import DataError
 from maeast_jax.evaluation import knn_eval
@@ -13,6 +12,7 @@ from maeast_jax.inference import embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst, split_model
 from maeast_jax.train import train
+from maeast_jax.training import metrics_writer as logs
 
 pytest.importorskip("tensorflow_datasets")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from maeast_jax import logs
+from maeast_jax.training import metrics_writer as logs
 
 
 class Terminal(io.StringIO):

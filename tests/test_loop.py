@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from maeast_jax import config as configuration
-from maeast_jax import logs
-from maeast_jax.loop import Loop
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError
-from maeast_jax.train_step import TrainState
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training.loop import Loop
+from maeast_jax.training.steps import TrainState
 
 
 class Saved:

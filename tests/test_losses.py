@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maeast_jax import losses
+from maeast_jax.training import losses
 
 
 def test_losses_are_the_authors(golden):

@@ -3,7 +3,7 @@ import numpy as np
 import optax
 import pytest
 
-from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
+from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule
 
 
 def test_schedule_rises_from_the_first_update_and_ends_at_zero():

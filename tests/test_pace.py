@@ -1,4 +1,4 @@
-from maeast_jax.pace import Pace
+from maeast_jax.training.pace import Pace
 
 
 class Clock:

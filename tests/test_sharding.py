@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.runtime import sharding
-from maeast_jax.train_step import init_state
+from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule
+from maeast_jax.training.steps import init_state
 
 WIDE = {"encoder_layers": 2, "width": 48, "heads": 6, "mlp_width": 96, "decoder_width": 24}
 

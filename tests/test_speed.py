@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from maeast_jax import devices, run, speed, summary
+from maeast_jax import devices, speed
 from maeast_jax.model import flops
 from maeast_jax.runtime.stops import NonFiniteError
+from maeast_jax.training import pretraining as run
+from maeast_jax.training import summary
 
 
 class Clock:

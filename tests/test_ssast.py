@@ -11,7 +11,7 @@ from flax import nnx
 from test_config import FOLDER, load, shrink
 from test_model import random_places
 
-from maeast_jax import checkpoint, logs
+from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax.export import export
 from maeast_jax.inference import pretrained
@@ -20,7 +20,8 @@ from maeast_jax.model import tokens as patches
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import build
 from maeast_jax.train import train
-from maeast_jax.train_step import LossConfig, init_state, make_eval_step, make_train_step
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training.steps import LossConfig, init_state, make_eval_step, make_train_step
 
 TINY = ModelConfig(
     architecture="ssast", encoder_layers=2, decoder_layers=0, width=32, heads=2, mlp_width=64,

@@ -17,15 +17,17 @@ import tiny
 from recordings import clips_of_noise
 from test_config import shrink
 
-from maeast_jax import checkpoint, logs, summary
+from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax import run as run_module
 from maeast_jax import train as train_module
 from maeast_jax.data import writer as shard_writer
-from maeast_jax.loop import Loop
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError
 from maeast_jax.train import train
-from maeast_jax.train_step import checkpoint_parts
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training import pretraining as run_module
+from maeast_jax.training import summary
+from maeast_jax.training.loop import Loop
+from maeast_jax.training.steps import checkpoint_parts
 from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,9 @@ from maeast_jax import fbank
 from maeast_jax.interop import parameters as authors
 from maeast_jax.model import masking
 from maeast_jax.model.dropout import hashed_bits
-from maeast_jax.optimizer import OptimizerConfig, adamw
 from maeast_jax.runtime import sharding
-from maeast_jax.train_step import (
+from maeast_jax.training.optimizer import OptimizerConfig, adamw
+from maeast_jax.training.steps import (
     LossConfig,
     TrainState,
     checkpoint_parts,

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 
-from maeast_jax import checkpoint, logs
+from maeast_jax import checkpoint
 from maeast_jax.data import pipeline as data
-from maeast_jax.loop import CURVES, RECONSTRUCTIONS
 from maeast_jax.model import flops, masking
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.run import Run
 from maeast_jax.runtime import storage as paths
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training.loop import CURVES, RECONSTRUCTIONS
+from maeast_jax.training.pretraining import Run
 
 _EMBED = """embeddings of audio files:
 python -m maeast_jax.embed FOLDER --checkpoint={} --output=embeddings.npz"""

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from maeast_jax import fbank, losses
+from maeast_jax import fbank
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import build, model_graph, split_model
 from maeast_jax.model.tokens import unpatchify
 from maeast_jax.model.transformer import put_tokens, split_key, take_tokens
+from maeast_jax.training import losses
 
 Batch = dict[str, jax.Array]
 # Sums over examples and their count; a mean is taken only where it is read.

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maeast_jax import logs
 from maeast_jax.checkpoint import Checkpoints
 from maeast_jax.evaluation import plots
-from maeast_jax.pace import Pace
 from maeast_jax.runtime import distributed as hosts
 from maeast_jax.runtime import storage as paths
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError, PeerLostError
-from maeast_jax.train_step import Metrics, TrainState, checkpoint_parts
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training.pace import Pace
+from maeast_jax.training.steps import Metrics, TrainState, checkpoint_parts
 
 Batch = dict[str, np.ndarray]
 # Steps handed to the device ahead of the one it works on: enough to keep it busy, few enough

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, fbank, logs
+from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
 from maeast_jax.data import pipeline as data
 from maeast_jax.data.mixture import Clips
@@ -23,10 +23,11 @@ from maeast_jax.inference import pretrained
 from maeast_jax.inference.pretrained import Pretrained
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.runtime import sharding
 from maeast_jax.runtime import storage as paths
-from maeast_jax.train_step import LossConfig
+from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule
+from maeast_jax.training.steps import LossConfig
 from maeast_jax.workdir import newest_step
 
 Batch = dict[str, np.ndarray]

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import jax
 
-from maeast_jax import run
 from maeast_jax.data import pipeline as data
-from maeast_jax.run import Run
 from maeast_jax.runtime import distributed as hosts
 from maeast_jax.runtime import sharding
-from maeast_jax.train_step import (
+from maeast_jax.training import pretraining as run
+from maeast_jax.training.pretraining import Run
+from maeast_jax.training.steps import (
     TrainState,
     init_state,
     make_calibrate,

@@ -1,0 +1,1 @@
+"""Training steps, the loop, and pretraining."""
