@@ -13,7 +13,7 @@ import numpy as np
 from maeast_jax import fbank
 from maeast_jax.data import labelled
 from maeast_jax.evaluation import probe
-from maeast_jax.features import fbank_moments
+from maeast_jax.finetuning.features import fbank_moments
 from maeast_jax.inference import pretrained
 from maeast_jax.inference.embedder import Embedder
 

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from maeast_jax import checkpoint, devices
 from maeast_jax.evaluation import metrics, probe, results
 from maeast_jax.evaluation.metrics import Evaluation
-from maeast_jax.features import Features, statistics
-from maeast_jax.finetune_length import fold_length
-from maeast_jax.finetune_loop import FoldTrainer, Scored, check_resume
-from maeast_jax.finetune_run import FinetuneRun, Sets, check_run
+from maeast_jax.finetuning.features import Features, statistics
+from maeast_jax.finetuning.length import fold_length
+from maeast_jax.finetuning.run import FinetuneRun, Sets, check_run
+from maeast_jax.finetuning.trainer import FoldTrainer, Scored, check_resume
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.training import metrics_writer as logs
 from maeast_jax.workdir import held

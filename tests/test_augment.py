@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maeast_jax import augment
-from maeast_jax.augment import AugmentConfig
+from maeast_jax.finetuning import augment
+from maeast_jax.finetuning.augment import AugmentConfig
 
 MIXUP = AugmentConfig(mixup=0.7)
 MASKS = AugmentConfig(frequency_mask=6, time_mask=10)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from maeast_jax import config as configuration
-from maeast_jax import finetune_config, finetune_step
-from maeast_jax.augment import AugmentConfig
+from maeast_jax import finetune_config
 from maeast_jax.data.pipeline import DataConfig
-from maeast_jax.finetune_run import FeaturesConfig
+from maeast_jax.finetuning import step as finetune_step
+from maeast_jax.finetuning.augment import AugmentConfig
+from maeast_jax.finetuning.run import FeaturesConfig
 from maeast_jax.model.classifier import HeadConfig
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.train import train

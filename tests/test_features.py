@@ -9,8 +9,8 @@ from recordings import TONES, tones
 
 from maeast_jax import finetune_config
 from maeast_jax.data import writer as shard_writer
-from maeast_jax.features import Features
-from maeast_jax.finetune_run import check_run
+from maeast_jax.finetuning.features import Features
+from maeast_jax.finetuning.run import check_run
 
 pytest.importorskip("tensorflow_datasets")
 

@@ -12,13 +12,14 @@ import pytest
 from recordings import TONES, tones
 
 import maeast_jax
-from maeast_jax import checkpoint, finetune_config, finetune_loop
+from maeast_jax import checkpoint, finetune_config
 from maeast_jax.config import pretrain
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.export import export
 from maeast_jax.finetune import finetune
-from maeast_jax.finetune_length import evaluations
-from maeast_jax.finetune_run import check_run
+from maeast_jax.finetuning import trainer as finetune_loop
+from maeast_jax.finetuning.length import evaluations
+from maeast_jax.finetuning.run import check_run
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError
 from maeast_jax.training import metrics_writer as logs
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from maeast_jax import finetune_step as steps
-from maeast_jax.augment import AugmentConfig
+from maeast_jax.finetuning import step as steps
+from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.model.classifier import HeadConfig, classifier_graph
 from maeast_jax.model.config import ModelConfig
 

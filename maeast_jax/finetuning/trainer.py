@@ -11,13 +11,13 @@ import numpy as np
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax import finetune_step as steps
 from maeast_jax.data import labelled, labelled_batches
 from maeast_jax.data.labelled import Labelled
 from maeast_jax.evaluation import metrics
-from maeast_jax.finetune_length import fold_length
-from maeast_jax.finetune_run import FinetuneRun, Sets
-from maeast_jax.finetune_step import FinetuneState
+from maeast_jax.finetuning import step as steps
+from maeast_jax.finetuning.length import fold_length
+from maeast_jax.finetuning.run import FinetuneRun, Sets
+from maeast_jax.finetuning.step import FinetuneState
 from maeast_jax.model.classifier import backbone_config, classifier_graph
 from maeast_jax.runtime import sharding
 from maeast_jax.runtime.stops import Interrupted, NonFiniteError, stop_signals

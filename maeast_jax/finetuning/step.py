@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from maeast_jax import augment, fbank
-from maeast_jax.augment import AugmentConfig
+from maeast_jax import fbank
+from maeast_jax.finetuning import augment
+from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.model.classifier import Classifier, HeadConfig
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import split_model

@@ -13,7 +13,7 @@ from flax import nnx
 from maeast_jax import fbank
 from maeast_jax.data import labelled
 from maeast_jax.data.labelled import Labelled
-from maeast_jax.finetune_run import FinetuneRun, Sets
+from maeast_jax.finetuning.run import FinetuneRun, Sets
 from maeast_jax.inference import windows
 from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig

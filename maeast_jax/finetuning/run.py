@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
 from maeast_jax import finetune_config
-from maeast_jax.augment import AugmentConfig
 from maeast_jax.data import labelled, mixture
 from maeast_jax.data import pipeline as data
 from maeast_jax.data.labelled import Labelled
-from maeast_jax.finetune_length import fold_length
-from maeast_jax.finetune_step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
+from maeast_jax.finetuning.augment import AugmentConfig
+from maeast_jax.finetuning.length import fold_length
+from maeast_jax.finetuning.step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
 from maeast_jax.inference import pretrained
 from maeast_jax.inference.embedder import POOLS
 from maeast_jax.inference.pretrained import Pretrained
