@@ -81,7 +81,7 @@ def embed(
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
     num_processes = min(num_processes or num_cores(), len(files))
 
-    from maeast_jax import devices
+    from maeast_jax.benchmark import devices
     from maeast_jax.inference import pretrained
     from maeast_jax.inference.embedder import Embedder
     from maeast_jax.training import metrics_writer as logs

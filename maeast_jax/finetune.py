@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, devices
+from maeast_jax import checkpoint
+from maeast_jax.benchmark import devices
 from maeast_jax.evaluation import metrics, probe, results
 from maeast_jax.evaluation.metrics import Evaluation
 from maeast_jax.finetuning.features import Features, statistics

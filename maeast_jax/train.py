@@ -14,7 +14,8 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from maeast_jax import checkpoint, devices
+from maeast_jax import checkpoint
+from maeast_jax.benchmark import devices
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.runtime import distributed as hosts
 from maeast_jax.runtime import memory as host_memory

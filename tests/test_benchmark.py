@@ -15,7 +15,10 @@ import tiny
 from absl import flags
 from test_speed_rows import PROMISED
 
-from maeast_jax import benchmark, benchmark_config, devices, speed, speed_rows
+from maeast_jax.benchmark import __main__ as benchmark
+from maeast_jax.benchmark import benchmark_config, devices
+from maeast_jax.benchmark import cases as speed_rows
+from maeast_jax.benchmark import measure as speed
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.training import pretraining as run

@@ -3,9 +3,9 @@
 import pytest
 from absl import flags
 
-from maeast_jax import benchmark_config
 from maeast_jax import config as configuration
-from maeast_jax.speed_rows import Case
+from maeast_jax.benchmark import benchmark_config
+from maeast_jax.benchmark.cases import Case
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maeast_jax import devices
+from maeast_jax.benchmark import devices
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.runtime import sharding
 

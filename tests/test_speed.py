@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from maeast_jax import devices, speed
+from maeast_jax.benchmark import devices
+from maeast_jax.benchmark import measure as speed
 from maeast_jax.model import flops
 from maeast_jax.runtime.stops import NonFiniteError
 from maeast_jax.training import pretraining as run

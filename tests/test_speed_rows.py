@@ -7,9 +7,11 @@ import pytest
 import tiny
 
 from maeast_jax import config as configuration
-from maeast_jax import devices, speed, speed_rows
+from maeast_jax.benchmark import cases as speed_rows
+from maeast_jax.benchmark import devices
+from maeast_jax.benchmark import measure as speed
+from maeast_jax.benchmark.cases import Case
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.speed_rows import Case
 
 
 def base_config():

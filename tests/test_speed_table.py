@@ -1,7 +1,7 @@
 """What is said of rows whose numbers the test chose."""
 
-from maeast_jax import speed_table
-from maeast_jax.speed_rows import _FIELDS
+from maeast_jax.benchmark import table as speed_table
+from maeast_jax.benchmark.cases import _FIELDS
 
 
 def row(model, batch=8, clips=2.0, memory=4e9, **changes):

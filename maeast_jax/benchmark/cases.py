@@ -11,7 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import devices, speed
+from maeast_jax.benchmark import devices
+from maeast_jax.benchmark import measure as speed
 from maeast_jax.runtime import sharding
 from maeast_jax.training import pretraining as run
 from maeast_jax.training.pretraining import Run

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from maeast_jax.speed_rows import Row
+from maeast_jax.benchmark.cases import Row
 from maeast_jax.training.metrics_writer import si
 
 # What two rows share that are compared, and what a search leaves open.

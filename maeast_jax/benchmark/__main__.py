@@ -24,14 +24,16 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from maeast_jax import benchmark_config, devices, speed_rows, speed_table
+from maeast_jax.benchmark import benchmark_config, devices
+from maeast_jax.benchmark import cases as speed_rows
+from maeast_jax.benchmark import table as speed_table
+from maeast_jax.benchmark.cases import Case, Row
 from maeast_jax.data import pipeline as data
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import cli as command_line
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.runtime import storage as paths
-from maeast_jax.speed_rows import Case, Row
 from maeast_jax.training import metrics_writer as logs
 
 # A temporary data set: ten seconds each, which training's crops of 10.24 s loop.

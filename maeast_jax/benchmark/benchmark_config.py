@@ -8,9 +8,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import speed_rows
+from maeast_jax.benchmark import cases as speed_rows
+from maeast_jax.benchmark.cases import Case
 from maeast_jax.runtime import storage as paths
-from maeast_jax.speed_rows import Case
 
 _INPUTS = ("none", "device", "host")
 _FINDS = ("largest", "fastest")

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maeast_jax import devices
+from maeast_jax.benchmark import devices
 from maeast_jax.model import flops
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.runtime.stops import NonFiniteError
