@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maeast_jax import fbank, hear
+from maeast_jax import fbank
 from maeast_jax.export import export
 from maeast_jax.inference import embedder, pretrained
 from maeast_jax.interop import fairseq as authors_file
 from maeast_jax.model import tokens as patches
+from maeast_jax.suites import hear
 
 torch = pytest.importorskip("torch")
 
@@ -42,7 +43,14 @@ def noise(sounds, samples, seed=0):
 def test_the_validator_of_hear_has_no_complaint(tokens):
     if importlib.util.find_spec("hearvalidator") is None:
         pytest.skip("hearvalidator not installed: see requirements-reference.txt")
-    command = [sys.executable, "-m", "hearvalidator.validate", "maeast_jax.hear", "-d", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "hearvalidator.validate",
+        "maeast_jax.suites.hear",
+        "-d",
+        "cpu",
+    ]
     run = subprocess.run(
         [*command, "-m", GOLDEN / f"tiny_{tokens}.pt"], capture_output=True, text=True
     )
