@@ -1,7 +1,7 @@
 """MAE-AST (Baade, Peng, Harwath 2022) in JAX: a deep encoder sees only the unmasked tokens.
 
-`load(CKPT)` is maeast_jax.inference.pretrained.load; submodules are imported as they are first named, so that
-what decodes audio in processes of its own does not start jax in each.
+`load(CKPT)` is maeast_jax.inference.pretrained.load; submodules are imported as they are first
+named, so that what decodes audio in processes of its own does not start jax in each.
 """
 
 import importlib

@@ -4,7 +4,8 @@
 
 FILE is an audio or video file of any format and length, or a folder of such at any depth. One that
 cannot be read is reported, the others are embedded, and the exit code is 4. The output appears once
-it is whole; maeast_jax/inference/embedding_file.py says what it holds, and the last line how to read it.
+it is whole; maeast_jax/inference/embedding_file.py says what it holds, and the last line that is
+printed says how to read it.
 """
 
 import dataclasses

@@ -1,127 +1,108 @@
-"""Imports only downwards, and TensorFlow, torch and Beam only where they may be."""
+"""The rooms of the package and what each may import."""
 
 import ast
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parent.parent / "maeast_jax"
-# A file imports files of lower levels only.
-LEVELS = [
-    {
-        "activations",
-        "fbank",
-        "layer_norm",
-        "patches",
-        "masking",
-        "losses",
-        "optimizer",
-        "sharding",
-        "authors",
-        "config",
-        "paths",
-        "records",
-        "dropout",
-        "host_memory",
-        "products",
-        "stops",
-        "finetune_length",
-    },
-    {
-        "bucket",
-        "layers",
-        "checkpoint",
-        "logs",
-        "pace",
-        "plots",
-        "audio",
-        "synthesis",
-        "torch_pickle",
-        "command_line",
-    },
-    {
-        "torch_file",
-        "windows",
-        "batching",
-        "input_norm",
-        "embedding_file",
-        "augment",
-        "metrics",
-        "hosts",
-    },
-    {"staging", "logistic", "finetune_config", "confusion", "workdir"},
-    {"demo_audio", "shard_writer", "manifest", "model_config", "results", "probe"},
-    {"clips", "shard_file", "encoder", "devices"},
-    {"shard_plan", "ssast"},
-    {"model"},
-    {"shards", "decode_pool", "train_step", "flops", "authors_config", "audioset"},
-    {"fetched", "mixture", "loop", "layouts", "classifier", "authors_file", "build_report"},
-    {"pretrained", "data", "finetune_step"},
-    {"embedder", "labelled"},
-    {"knn_eval", "finetune_run", "labelled_batches"},
-    {"run"},
-    {"summary", "programs"},
-    {"features", "finetune_loop", "speed"},
-    {"speed_rows"},
-    {"speed_table", "benchmark_config"},
-    {"beam_runner"},
-    {"beam_build"},
-    {"train", "build_dataset", "embed", "export", "hear", "finetune", "benchmark"},
-]
-TENSORFLOW = {"data", "shards", "shard_writer", "shard_file", "fbank"}
-TORCH = {"export", "hear"}
-BEAM = {"beam_runner"}
+
+# A room, or a module of the package's top folder, and the ones that it may import, in the order of
+# the README's table. A program may import all of them, and nothing imports a program.
+FOUNDATION = {"runtime", "config", "fbank"}
+MAY_IMPORT = {
+    "runtime": set(),
+    "config": set(),
+    "fbank": set(),
+    "checkpoint": {"runtime"},
+    "model": {"fbank", "runtime"},
+    "data": {"fbank", "runtime"},
+    "ingest": {"data", "runtime"},
+    "interop": {"model", "fbank"},
+    "inference": FOUNDATION | {"checkpoint", "model", "data", "interop"},
+    "evaluation": FOUNDATION | {"checkpoint", "model", "data", "interop", "inference"},
+}
+MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] | {"evaluation"}
+MAY_IMPORT["finetuning"] = MAY_IMPORT["training"] | {"training"}
+MAY_IMPORT["benchmark"] = MAY_IMPORT["training"] | {"training"}
+MAY_IMPORT["suites"] = MAY_IMPORT["inference"] | {"inference"}
+PROGRAMS = {"train", "finetune", "embed", "build_dataset", "export"}
+
+# Modules that are slow to import, and the only ones that use them, inside functions.
+USERS_OF = {
+    "tensorflow": {"data/pipeline", "data/dataset", "data/writer", "fbank"},
+    "tensorflow_datasets": {"data/pipeline", "data/dataset", "data/writer"},
+    "torch": {"export", "suites/hear"},
+    "apache_beam": {"ingest/beam"},
+}
+WITHOUT_JAX = {"data", "ingest"}
 
 
-def imports(path: Path, top_only: bool = False) -> set[str]:
-    """Modules that a file imports: siblings by their own name, others by their top package."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_only else ast.walk(tree)
+def modules() -> dict[str, ast.Module]:
+    """The syntax tree of each module, by its path without the suffix, such as `data/audio`."""
+    return {
+        str(path.relative_to(PACKAGE).with_suffix("")): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def imported(nodes) -> set[str]:
+    """The dotted names that import statements among these nodes bind or load."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-            if node.module == "maeast_jax":
-                names = [f"maeast_jax.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            first, _, rest = name.partition(".")
-            found.add(f"maeast_jax.{rest}" if first == "maeast_jax" and rest else first)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("maeast_jax.")}
 
 
-def test_every_file_has_a_level():
-    assert sorted(set().union(*LEVELS)) == MODULES
+def test_every_room_imports_only_what_the_table_allows():
+    wrong = {}
+    for name, tree in modules().items():
+        room = name.split("/")[0]
+        if room == "__init__":
+            continue
+        allowed = set(MAY_IMPORT) if room in PROGRAMS else MAY_IMPORT[room] | {room}
+        if refused := rooms_of(imported(ast.walk(tree))) - allowed:
+            wrong[name] = refused
+    assert not wrong
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module):
-    level = next(i for i, names in enumerate(LEVELS) if module in names)
-    below = {f"maeast_jax.{name}" for names in LEVELS[:level] for name in names}
-    siblings = {n for n in imports(PACKAGE / f"{module}.py") if n.startswith("maeast_jax.")}
-    assert siblings <= below
+def test_modules_import_one_another_in_no_circle():
+    trees = modules()
+    edges = {}
+    for name, tree in trees.items():
+        below = set()
+        for target in imported(tree.body):
+            if not target.startswith("maeast_jax."):
+                continue
+            path = target.removeprefix("maeast_jax.").replace(".", "/")
+            candidates = (path, path.rpartition("/")[0], f"{path}/__init__")
+            below |= {one for one in candidates if one in trees}
+        edges[name] = below
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name in done:
+            return
+        for target in sorted(edges[name]):
+            visit(target, (*trail, name))
+        done.add(name)
+
+    for name in trees:
+        visit(name, ())
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_tensorflow_torch_and_beam_are_imported_by_few_and_inside_functions(module):
-    path = PACKAGE / f"{module}.py"
-    for heavy, users in (
-        (("tensorflow", "tensorflow_datasets"), TENSORFLOW),
-        (("torch",), TORCH),
-        (("apache_beam",), BEAM),
-    ):
-        assert not imports(path, top_only=True) & set(heavy)
-        if module not in users:
-            assert not imports(path) & set(heavy)
-
-
-def test_the_model_knows_nothing_of_losses_optimiser_or_data():
-    for module in ("model", "layers"):
-        siblings = imports(PACKAGE / f"{module}.py")
-        assert not siblings & {f"maeast_jax.{m}" for m in ("losses", "optimizer", "data", "shards")}
+def test_slow_modules_are_imported_by_few_and_inside_functions():
+    for name, tree in modules().items():
+        at_top = {target.split(".")[0] for target in imported(tree.body)}
+        anywhere = {target.split(".")[0] for target in imported(ast.walk(tree))}
+        for slow, users in USERS_OF.items():
+            assert slow not in at_top, name
+            assert slow not in anywhere or name in users, name
+        if name.split("/")[0] in WITHOUT_JAX:
+            assert not {"jax", "flax", "optax", "orbax"} & anywhere, name

@@ -1,1 +1,1 @@
-"""Data sets: writing them, reading them, and drawing batches from them. Nothing here imports jax."""
+"""Data sets: written, read, and drawn from in batches. Nothing here imports jax."""

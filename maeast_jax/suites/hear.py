@@ -1,7 +1,8 @@
 """The HEAR 2021 common API over `embedder`.
 
-`python -m hearvalidator.validate maeast_jax.suites.hear -m CKPT -d cpu` checks a checkpoint with it.
-Sounds and embeddings are torch tensors, which is the only use of torch; the model runs in JAX, on
+`python -m hearvalidator.validate maeast_jax.suites.hear -m CKPT -d cpu` checks a checkpoint
+with it. Sounds and embeddings are torch tensors, which is the only use of torch; the model runs
+in JAX, on
 its device.
 """
 

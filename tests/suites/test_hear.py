@@ -21,7 +21,7 @@ from maeast_jax.suites import hear
 
 torch = pytest.importorskip("torch")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 WIDTH = 64
 
 

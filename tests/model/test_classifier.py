@@ -17,7 +17,7 @@ from maeast_jax.model.classifier import Classifier, Head, HeadConfig
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import split_model
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = ModelConfig(
     encoder_layers=3, width=16, heads=2, mlp_width=24, input_dropout=0.0, dropout=0.0,
     attention_dropout=0.0, layer_drop=0.0,

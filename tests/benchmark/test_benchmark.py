@@ -23,7 +23,7 @@ from maeast_jax.evaluation import plots
 from maeast_jax.runtime import memory as host_memory
 from maeast_jax.training import pretraining as run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/tiny.py"
 # The program where some packages are not installed.
 HIDDEN = """

@@ -235,7 +235,7 @@ shard_writer.write("birds", sys.argv[1], {"train": examples}, finish=finish, ove
 def write_killed(data_dir, moment):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(data_dir), moment],
-        cwd=Path(shards.__file__).parents[1],
+        cwd=Path(shards.__file__).parents[2],
         capture_output=True,
         text=True,
     )
@@ -291,7 +291,7 @@ def start():
     def start_one(data_dir, clip_id):
         process = subprocess.Popen(
             [sys.executable, "-c", ONE_OF_TWO, str(data_dir), clip_id],
-            cwd=Path(shards.__file__).parents[1],
+            cwd=Path(shards.__file__).parents[2],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         processes.append(process)

@@ -14,7 +14,7 @@ from maeast_jax.finetuning.run import check_run
 
 pytest.importorskip("tensorflow_datasets")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def write(folder, seed, names=TONES, name="tones", **options):

@@ -14,7 +14,7 @@ from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 WINDOW = 64
 # Samples: one frame, less than a patch, one sample less than two patches, a window, a frame more,
 # and what several windows are needed for.

@@ -19,7 +19,7 @@ from maeast_jax.interop import torch_file
 from maeast_jax.model.mae_ast import MaeAst, split_model
 from maeast_jax.train import train
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 WAVE = np.random.default_rng(0).integers(-9000, 9000, (2, 6000)).astype(np.int16)
 
 

@@ -11,7 +11,7 @@ from maeast_jax.ingest import report as build_report
 from maeast_jax.ingest.report import Tally
 from maeast_jax.ingest.sources import AudioFile, Listing
 
-CONFIGS = Path(build_report.__file__).parents[1] / "configs"
+CONFIGS = Path(build_report.__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from maeast_jax.interop import torch_file
 
 torch = pytest.importorskip("torch")
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def equal(ours, theirs):
@@ -254,7 +254,7 @@ def test_neither_torch_nor_omegaconf_nor_argparse_is_needed(tmp_path):
         print(torch_file.read(sys.argv[1]))
     """
     command = [sys.executable, "-c", program, tmp_path / "a.pt"]
-    root = pathlib.Path(torch_file.__file__).parent.parent
+    root = pathlib.Path(torch_file.__file__).parents[2]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout
     assert printed == str({"cfg": plain, "args": {"a": 1}}) + "\n"
 

@@ -32,7 +32,7 @@ from maeast_jax.train import train
 from maeast_jax.training import metrics_writer as logs
 from maeast_jax.workdir import held
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 14
 SYNTHETIC = ("--config.data.source=synthetic", "--config.data.train=", "--config.data.eval=")
 

@@ -254,7 +254,7 @@ def start_build(store, data_dir, *words):
         f"--data_dir={data_dir}", "--max_skipped_percent=10", *words,
     ]  # fmt: skip
     return subprocess.Popen(
-        words, cwd=Path(beam_build.__file__).parents[1], env=environment, text=True,
+        words, cwd=Path(beam_build.__file__).parents[2], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from maeast_jax.data import writer as shard_writer
 from maeast_jax.runtime import distributed as hosts
 from maeast_jax.training import metrics_writer as logs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
