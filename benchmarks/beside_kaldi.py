@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import beside, reference
 from maeast_jax.data import audio
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.ingest import sources
 
 NUM_SAMPLES = 160_000  # ten seconds
 SIDES = ("torchaudio", "fbank_tf", "fbank")
@@ -30,7 +30,7 @@ def clips(folder: Path | None, count: int) -> np.ndarray:
     random = np.random.default_rng(0)
     if folder is None:
         return random.integers(-8192, 8192, (count, NUM_SAMPLES), np.int16)
-    files = manifest.list_folder(folder)
+    files = sources.list_folder(folder)
     heard, missing = [], count * NUM_SAMPLES
     for index in random.permutation(len(files)):
         try:

@@ -134,15 +134,14 @@ def build_ours(
 
     jax.config.update("jax_platforms", device)
     jax.config.update("jax_enable_compilation_cache", False)
-    from maeast_jax.runtime import memory as host_memory
+    from maeast_jax.runtime import memory
 
     if keeps_freed:
-        host_memory.share_heap()
+        memory.share_heap()
     from maeast_jax import config as configuration
-    from maeast_jax.data import pipeline as data
+    from maeast_jax.data import pipeline
     from maeast_jax.model import masking
     from maeast_jax.training import pretraining as run
-    from maeast_jax.training import summary
     from maeast_jax.training.programs import Programs
 
     config = configuration.pretrain()
@@ -156,7 +155,7 @@ def build_ours(
     config.mesh.data = 1
     checked = run.check_run(config, workdir, batches=[])
     if from_audio:
-        synthetic = data.DataConfig(source="synthetic")
+        synthetic = pipeline.DataConfig(source="synthetic")
         host = next(run.train_stream(dataclasses.replace(checked, data=synthetic, batches=None)))
     else:
         # As data.fbank=host, without the data set and TensorFlow that it would open.
@@ -172,7 +171,7 @@ def build_ours(
         nonlocal state, step
         if step is None:
             step = programs.step()
-            host_memory.keep_freed(summary.planned_bytes(step))
+            memory.keep_freed(memory.planned_bytes(step))
         for _ in range(count):
             state, _ = step(state, on_device)
         jax.block_until_ready(state)

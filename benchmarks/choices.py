@@ -26,7 +26,7 @@ from maeast_jax.model.dropout import hashed_bits
 from maeast_jax.model.layer_norm import EPSILON, LayerNorm
 from maeast_jax.model.ops import add_bias, product
 from maeast_jax.model.transformer import take_tokens
-from maeast_jax.runtime import memory as host_memory
+from maeast_jax.runtime import memory
 from maeast_jax.training import optimizer
 
 _RATE = 0.1
@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each row")
     options = parser.parse_args(arguments)
     device = jax.devices()[0]
-    host_memory.keep_freed(0)
+    memory.keep_freed(0)
     print(f"{device.device_kind}, batch {options.batch}, {options.dtype}\n")
     print("| part | choice | a call |\n|---|---|---|")
     for choice in choices(Size(batch=options.batch, dtype=options.dtype)):
@@ -288,5 +288,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    host_memory.share_heap()
+    memory.share_heap()
     main()

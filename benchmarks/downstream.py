@@ -19,7 +19,6 @@ import statistics
 import time
 from pathlib import Path
 
-from maeast_jax import finetune_config
 from maeast_jax.finetune import finetune
 from maeast_jax.inference import pretrained
 
@@ -32,7 +31,7 @@ def configuration(method: str, options: argparse.Namespace, name: str, percent: 
     """The folder configuration of one row; the architecture is the pretrained one's throughout."""
     from configs.finetune_folder import get_config
 
-    config: finetune_config.ConfigDict = get_config()
+    config = get_config()
     config.seed = seed
     data_set, _, tests = name.partition(":")
     config.data.update(

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import reference
 from maeast_jax.data import audio
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.ingest import sources
 
 _POLL_SECONDS = 0.2
 
@@ -44,7 +44,7 @@ def num_frames(num_samples: int) -> int:
 
 def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
     """Files drawn from a folder, those left out that s3prl cannot take alone."""
-    files = [Path(file.path) for file in manifest.list_folder(folder)]
+    files = [Path(file.path) for file in sources.list_folder(folder)]
     chosen = []
     for index in np.random.default_rng(0).permutation(len(files)):
         try:

@@ -16,8 +16,7 @@ import numpy as np
 
 from benchmarks import reference
 from maeast_jax import fbank
-from maeast_jax.data import audio
-from maeast_jax.data import demo_corpus as demo_audio
+from maeast_jax.data import audio, demo_corpus
 from maeast_jax.inference import pretrained
 
 LONGEST_SAMPLES = 10 * fbank.SAMPLE_RATE_HZ
@@ -72,8 +71,8 @@ def read_clips(files: Sequence[Path]) -> list[np.ndarray]:
     if files:
         clips = [audio.decode(file)[:LONGEST_SAMPLES] for file in files]
     else:
-        families = zip(demo_audio.FAMILIES, DEMO_SAMPLES, strict=False)
-        clips = [demo_audio.clip(family, 0)[:samples] for family, samples in families]
+        families = zip(demo_corpus.FAMILIES, DEMO_SAMPLES, strict=False)
+        clips = [demo_corpus.clip(family, 0)[:samples] for family, samples in families]
     return [np.float32(clip) / 32_768 for clip in clips]
 
 

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.data import mixture
-from maeast_jax.data import pipeline as data
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import mixture, pipeline, writer
 from maeast_jax.data.decode_pool import num_cores
 
 _NAME = "ten_seconds_of_noise"
@@ -28,16 +26,16 @@ _STAGE_SECONDS = 2.0
 _TOTAL_STEPS = 1_000_000_000
 
 
-def noise(num_samples: int) -> Iterator[shard_writer.Example]:
+def noise(num_samples: int) -> Iterator[writer.Example]:
     random = np.random.default_rng(0)
     for index in range(_CLIPS):
         yield str(index), random.integers(-9000, 9000, num_samples).astype(np.int16), None
 
 
-def batches(options: argparse.Namespace, place: str) -> Iterator[data.Batch]:
+def batches(options: argparse.Namespace, place: str) -> Iterator[pipeline.Batch]:
     settings = _settings(options, place)
-    return data.train_batches(
-        settings, data.open_train(settings), seed=0, batch_size=options.batch,
+    return pipeline.train_batches(
+        settings, pipeline.open_train(settings), seed=0, batch_size=options.batch,
         num_frames=options.num_frames, start_step=0, total_steps=_TOTAL_STEPS,
     )  # fmt: skip
 
@@ -68,7 +66,7 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
     """CPU milliseconds a clip of each part, from first to last."""
     import tensorflow as tf
 
-    clips = data.open_train(_settings(options, "device"))
+    clips = pipeline.open_train(_settings(options, "device"))
     if len(clips.splits) > 1:
         raise ValueError(f"--data={options.data} names several data sets; name one")
     (split,) = clips.splits
@@ -84,7 +82,7 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
         return split.records.read_bytes(examples(step))
 
     def crop(step: int) -> np.ndarray:
-        return data.read(clips, *address(step), 0, num_samples)
+        return pipeline.read(clips, *address(step), 0, num_samples)
 
     same = tf.data.Dataset.from_tensors(crop(0)).repeat()
     energies = same.map(fbank.fbank_tf).as_numpy_iterator()
@@ -108,8 +106,8 @@ def _cpu_ms(call: Callable[[int], object], clips: int) -> float:
     return 1e3 * (time.process_time() - before) / (step * clips)
 
 
-def _settings(options: argparse.Namespace, place: str) -> data.DataConfig:
-    return data.DataConfig(
+def _settings(options: argparse.Namespace, place: str) -> pipeline.DataConfig:
+    return pipeline.DataConfig(
         dir=options.data_dir, train=options.data, fbank=place, threads=options.threads
     )
 
@@ -123,7 +121,7 @@ def _report(options: argparse.Namespace) -> str:
         "cores busy |",
         "|---|---|---|---|---|---|---|",
     ]
-    for place in [options.fbank] if options.fbank else data.FBANK_PLACES:
+    for place in [options.fbank] if options.fbank else pipeline.FBANK_PLACES:
         lines.append(f"| {' | '.join(throughput(options, place))} |")
     lines += ["", "| one thread | CPU, ms a clip |", "|---|---|"]
     lines += [f"| {name} | {cost:.3f} |" for name, cost in stages(options).items()]
@@ -136,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--data", help="a data set's name, as in data.train; none: noise")
-    parser.add_argument("--fbank", choices=data.FBANK_PLACES, help="one place only")
+    parser.add_argument("--fbank", choices=pipeline.FBANK_PLACES, help="one place only")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--num_frames", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=0, help="as data.threads")
@@ -149,7 +147,7 @@ def main() -> None:
         if not options.data:
             options.data_dir, options.data = folder, _NAME
             num_samples = fbank.num_samples(options.num_frames)
-            shard_writer.write(_NAME, folder, {"train": lambda: noise(num_samples)})
+            writer.write(_NAME, folder, {"train": lambda: noise(num_samples)})
         print(_report(options))
 
 

@@ -24,12 +24,12 @@ import jax
 import numpy as np
 
 from maeast_jax import checkpoint
-from maeast_jax.runtime import cli as command_line
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import cli
+from maeast_jax.training import metrics_writer
 
 _CONFIG = Path(__file__).parent / "kills_config.py"
 # Codes of those whose other process was killed: told of it, or ended by jax.
-_STARTED_AGAIN = (command_line.EXIT_PEER_LOST, -signal.SIGABRT)
+_STARTED_AGAIN = (cli.EXIT_PEER_LOST, -signal.SIGABRT)
 
 
 def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
@@ -88,7 +88,7 @@ def kill_once(workdir: Path, steps: int, processes: int, draw: random.Random) ->
 def final(workdir: Path) -> list:
     newest = checkpoint.find(workdir)
     parts = [checkpoint.load_part(newest, name) for name in ("weights", "progress")]
-    losses = np.array([(r["step"], r["loss"]) for r in logs.read_metrics(workdir)])
+    losses = np.array([(r["step"], r["loss"]) for r in metrics_writer.read_metrics(workdir)])
     return [*map(np.asarray, jax.tree.leaves(parts)), losses]
 
 

@@ -13,8 +13,8 @@ import tempfile
 import jax
 
 from benchmarks import exchanged
-from maeast_jax.training import pretraining as run
-from maeast_jax.training import summary
+from maeast_jax.runtime import memory
+from maeast_jax.training import pretraining
 from maeast_jax.training.programs import Programs
 
 MESHES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2))
@@ -26,14 +26,14 @@ def measure(config_file: str, mesh: tuple[int, int, int], steps: int) -> list[st
     config.total_steps = max(steps, config.optimizer.warmup_steps + 1)
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     with tempfile.TemporaryDirectory() as workdir:
-        checked = run.check_run(config, workdir)
+        checked = pretraining.check_run(config, workdir)
     programs = Programs(checked)
     step = programs.step()
     loss = ""
     if steps:
         state = programs.initial_state()
-        for _, batch in zip(range(steps), run.train_stream(checked), strict=False):
-            state, metrics = step(state, run.put_batch(checked, batch))
+        for _, batch in zip(range(steps), pretraining.train_stream(checked), strict=False):
+            state, metrics = step(state, pretraining.put_batch(checked, batch))
         total, count = jax.device_get(metrics["loss"])
         loss = f"{total / count:.6f}"
     sent = exchanged.bytes_by_kind(step.as_text())
@@ -42,7 +42,7 @@ def measure(config_file: str, mesh: tuple[int, int, int], steps: int) -> list[st
         " x ".join(map(str, mesh)), loss,
         *(f"{sent.get(kind, 0) / 1e6:.1f}" for kind in ("all-reduce", "all-gather")),
         f"{sum(v for k, v in sent.items() if k not in ('all-reduce', 'all-gather')) / 1e6:.1f}",
-        f"{plan.argument_size_in_bytes / 1e6:.0f}", f"{summary.planned_bytes(step) / 1e6:.0f}",
+        f"{plan.argument_size_in_bytes / 1e6:.0f}", f"{memory.planned_bytes(step) / 1e6:.0f}",
     ]  # fmt: skip
 
 

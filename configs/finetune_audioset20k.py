@@ -9,11 +9,11 @@ SSAST's recipe: the weights of epochs 6 to 25 are averaged. Nothing is chosen by
 of a part of the evaluation set.
 """
 
-from maeast_jax import finetune_config
+from maeast_jax import config as configuration
 
 
 def get_config():
-    config = finetune_config.ssast()
+    config = configuration.ssast()
     config.data.train = "audioset"
     config.data.valid = "audioset@test[:5%]"
     config.data.test = "audioset@test"

@@ -8,11 +8,11 @@
 SSAST's recipe. The last epoch is tested, so that nothing is chosen on a fold that is tested.
 """
 
-from maeast_jax import finetune_config
+from maeast_jax import config as configuration
 
 
 def get_config():
-    config = finetune_config.ssast()
+    config = configuration.ssast()
     config.data.train = "esc50"
     config.data.folds = "fold1+fold2+fold3+fold4+fold5"
     config.data.valid_percent = 5.0

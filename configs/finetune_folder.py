@@ -12,11 +12,11 @@ learning rate and the lack of dropout are for models as small as configs/pretrai
 paper's, with 12 layers of 768, set optimizer.learning_rate=1e-4 and model.dropout=0.1.
 """
 
-from maeast_jax import finetune_config
+from maeast_jax import config as configuration
 
 
 def get_config():
-    config = finetune_config.finetune()
+    config = configuration.finetune()
     config.epochs = 30
     config.batch_size = 32
     config.optimizer.learning_rate = 1e-3

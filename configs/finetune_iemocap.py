@@ -9,11 +9,11 @@ SUPERB's recipe, the whole model trained: each session is tested once, a fifth o
 out to choose the weights on.
 """
 
-from maeast_jax import finetune_config
+from maeast_jax import config as configuration
 
 
 def get_config():
-    config = finetune_config.superb()
+    config = configuration.superb()
     config.data.train = "iemocap"
     config.data.folds = "session1+session2+session3+session4+session5"
     config.data.valid_percent = 20.0

@@ -8,11 +8,11 @@
 SUPERB's recipe, the whole model trained. Its classes are drawn evenly, as s3prl draws them.
 """
 
-from maeast_jax import finetune_config
+from maeast_jax import config as configuration
 
 
 def get_config():
-    config = finetune_config.superb()
+    config = configuration.superb()
     config.data.train = "speech_commands_v1"
     config.data.valid = "speech_commands_v1@valid"
     config.data.test = "speech_commands_v1@test"

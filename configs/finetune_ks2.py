@@ -8,11 +8,11 @@
 SSAST's recipe: the best epoch on validation is tested.
 """
 
-from maeast_jax import finetune_config
+from maeast_jax import config as configuration
 
 
 def get_config():
-    config = finetune_config.ssast()
+    config = configuration.ssast()
     config.data.train = "speech_commands_v2"
     config.data.valid = "speech_commands_v2@valid"
     config.data.test = "speech_commands_v2@test"

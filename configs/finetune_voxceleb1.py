@@ -8,11 +8,11 @@
 SUPERB's recipe, the whole model trained: a learnt sum of all layers, crops of 8 s.
 """
 
-from maeast_jax import finetune_config
+from maeast_jax import config as configuration
 
 
 def get_config():
-    config = finetune_config.superb()
+    config = configuration.superb()
     config.data.train = "voxceleb1"
     config.data.valid = "voxceleb1@valid"
     config.data.test = "voxceleb1@test"

@@ -28,10 +28,9 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import writer
 from maeast_jax.data.decode_pool import DecodePool, num_cores
-from maeast_jax.ingest import beam as beam_build
-from maeast_jax.ingest import beam_runner, fetched, layouts, shard_file
+from maeast_jax.ingest import beam, beam_runner, fetched, layouts, shard_file
 from maeast_jax.ingest.examples import SHORTEST_TAIL_SECONDS, Cut, clips_of
 from maeast_jax.ingest.report import Tally, next_steps
 from maeast_jax.ingest.sources import (
@@ -42,8 +41,7 @@ from maeast_jax.ingest.sources import (
     list_folder,
     read_manifest,
 )
-from maeast_jax.runtime import cli as command_line
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import cli, storage
 
 _PIECE_SECONDS = 30.0
 
@@ -92,7 +90,7 @@ def build(
                 f" pass --beam_pipeline_options=direct_num_workers={num_processes}"
             )
         options = beam_runner.parse_options(beam_pipeline_options)
-    data_dir = shard_writer.resolve_data_dir(data_dir)
+    data_dir = writer.resolve_data_dir(data_dir)
     if layout:
         listing = layouts.list_layout(layout, audio_dir, test_dir)
     elif manifest:
@@ -107,13 +105,13 @@ def build(
         split: [file for file in files if file.split == split]
         for split in sorted({file.split for file in files})
     }
-    shard_writer.check_writable(name, data_dir, list(by_split), overwrite)
+    writer.check_writable(name, data_dir, list(by_split), overwrite)
     if options is None:
         num_processes = min(num_processes or num_cores(), len(files))
         write = functools.partial(_write, num_processes=num_processes)
         workers = f"{num_processes} processes"
     else:
-        write = functools.partial(beam_build.write, options=options)
+        write = functools.partial(beam.write, options=options)
         workers = beam_runner.describe(options)
     print(f"{len(files)} files from {manifest or audio_dir} to {data_dir / name}, {workers}")
     if listing.missing:
@@ -153,7 +151,7 @@ def _write(
     num_files = len(tally.listing.files)
     with DecodePool(num_processes) as pool, tqdm(total=num_files, unit="file") as bar:
 
-        def examples(split: str) -> Iterator[shard_writer.Example]:
+        def examples(split: str) -> Iterator[writer.Example]:
             names = [file.path for file in by_split[split]]
             for file, decoded in zip(by_split[split], fetched.decode(pool, names), strict=True):
                 clips = clips_of(file, decoded, cut)
@@ -163,7 +161,7 @@ def _write(
                 bar.set_postfix_str(f"{tally.hours:.2f} h", refresh=False)
                 bar.update()
 
-        return shard_writer.write(
+        return writer.write(
             schema.name,
             data_dir,
             {split: functools.partial(examples, split) for split in by_split},
@@ -215,12 +213,12 @@ def _check_lengths(piece_seconds, min_seconds, num_processes):
 
 
 def _check_places(data_dir, audio_dir, layout, beam_pipeline_options):
-    if paths.is_remote(data_dir) and beam_pipeline_options is None:
+    if storage.is_remote(data_dir) and beam_pipeline_options is None:
         raise ManifestError(
             f"--data_dir={data_dir} goes with Beam alone: add --beam_pipeline_options=direct, or"
             " build in a folder and copy it there"
         )
-    if layout and paths.is_remote(audio_dir):
+    if layout and storage.is_remote(audio_dir):
         raise ManifestError(
             f"--audio_dir={audio_dir} goes without --layout, which reads a folder: copy it to a"
             " disk, or mount the bucket"
@@ -277,7 +275,7 @@ def main(arguments: list[str]) -> int | None:
         raise ManifestError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
     try:
         build(**{name: flags.FLAGS[name].value for name in inspect.signature(build).parameters})
-    except beam_build.BeamInterrupted as stop:
+    except beam.BeamInterrupted as stop:
         print(f"error: {stop}", file=sys.stderr)
         return 130
     return None
@@ -285,4 +283,4 @@ def main(arguments: list[str]) -> int | None:
 
 if __name__ == "__main__":
     _define_flags()
-    command_line.run_flags(main, required=("data_dir", "name"))
+    cli.run_flags(main, required=("data_dir", "name"))

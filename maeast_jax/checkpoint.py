@@ -10,8 +10,10 @@ writes under the bare number, and at the end the object `commit_success.txt` tha
 import errno
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import distributed, storage
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
@@ -38,7 +40,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int, config: dict[str, Any]):
         self._config = config
-        folder = paths.absolute(workdir) / CHECKPOINTS
+        folder = storage.absolute(workdir) / CHECKPOINTS
         if jax.process_index() == 0:
             _clear_half_written(folder)
         # Before any process lists the folder.
@@ -105,8 +107,8 @@ def _storage_may_fail() -> Iterator[None]:
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints in a workdir, ascending; the last one is complete."""
-    folder = paths.path(workdir) / CHECKPOINTS
-    with paths.reaching(folder):
+    folder = storage.path(workdir) / CHECKPOINTS
+    with storage.reaching(folder):
         if not folder.is_dir():
             return []
         return sorted(
@@ -117,7 +119,7 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
 
 
 def _is_unfinished(folder: epath.Path) -> bool:
-    return paths.is_remote(folder) and not (folder / _COMPLETE).exists()
+    return storage.is_remote(folder) and not (folder / _COMPLETE).exists()
 
 
 def find(path: str | os.PathLike) -> epath.Path:
@@ -126,11 +128,11 @@ def find(path: str | os.PathLike) -> epath.Path:
     Raises CheckpointError where there is none.
     """
     # Orbax reads absolute paths only, and warns at length of others.
-    path = paths.absolute(path)
+    path = storage.absolute(path)
     if path.name == CHECKPOINTS:
         path = path.parent
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        with paths.reaching(path):
+        with storage.reaching(path):
             if path.exists() and not _is_unfinished(path):
                 return path
     steps = saved_steps(path)
@@ -144,7 +146,7 @@ def find(path: str | os.PathLike) -> epath.Path:
             "on features of what its config.json names as init_from; name that"
         )
     if not steps:
-        is_there = paths.is_remote(path) or path.exists()
+        is_there = storage.is_remote(path) or path.exists()
         reason = "holds no checkpoint" if is_there else "does not exist"
         raise CheckpointError(
             f"{path} {reason}; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, or a .pt or "
@@ -227,4 +229,88 @@ def _clear_half_written(folder: epath.Path) -> None:
 def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     """Atomic, so that a kill leaves the old file or the new one."""
     text = json.dumps(config, indent=2) + "\n"
-    paths.write_whole(paths.path(workdir) / CONFIG, text.encode())
+    storage.write_whole(storage.path(workdir) / CONFIG, text.encode())
+
+
+# A network file system may show a host what a folder held a minute ago (NFS: acdirmax, 60 s), and
+# keeps the lock of a host that died until its lease ends (NFSv4: 90 s).
+_SETTLING_SECONDS = 150
+_POLL_SECONDS = 1.0
+
+
+def newest_step(workdir: str | os.PathLike) -> int | None:
+    """The step of the newest checkpoint that any process of the run sees, once all see it.
+
+    Raises ValueError, in every process, where one does not come to see it.
+    """
+
+    def seen() -> int:
+        return max(saved_steps(workdir), default=-1)
+
+    newest = distributed.largest(seen())
+    if not distributed.all_true(_settles(lambda: seen() == newest)):
+        raise ValueError(
+            f"the processes of this run see different checkpoints in {workdir}: give a --workdir "
+            "that all hosts share"
+        )
+    return newest if newest >= 0 else None
+
+
+@contextmanager
+def held(workdir: os.PathLike) -> Iterator[None]:
+    """Holds a workdir for this run, whose processes all see it.
+
+    The lock is on an open file, so it ends with its process, the run's first, however that ends;
+    where a file system has no locks, and on gs://, nothing keeps two runs apart.
+
+    Raises ValueError where another run is at work in it; in every process, where the hosts have
+    each a folder of their own by that name.
+    """
+    if storage.is_remote(workdir):
+        yield
+        return
+    path = Path(workdir) / "lock"
+    if not distributed.is_first():
+        _check_shared(path, 0)
+        yield
+        return
+    with path.open("a") as file:
+        _take(file, path.parent)
+        nonce = secrets.randbits(30)
+        file.truncate(0)
+        file.write(str(nonce))
+        file.flush()
+        _check_shared(path, nonce)
+        yield
+
+
+def _take(file, workdir: Path) -> None:
+    if storage.try_lock(file):
+        return
+    # Of a run on several hosts it may be the lock of the one that was lost.
+    if distributed.is_joined():
+        print(f"another process holds {workdir}: waiting {_SETTLING_SECONDS} s for it", flush=True)
+        if _settles(lambda: storage.try_lock(file)):
+            return
+    raise ValueError(
+        f"another process is training in {workdir}; wait for it or choose another --workdir"
+    )
+
+
+def _check_shared(path: Path, nonce: int) -> None:
+    """Waits until all processes read the first one's `nonce` in the file at `path`."""
+    wanted = str(distributed.from_first(nonce))
+    if not distributed.all_true(_settles(lambda: path.exists() and path.read_text() == wanted)):
+        raise ValueError(
+            f"not every host sees what the first one writes to {path.parent}: give a --workdir "
+            "that all of them share, or one on gs://"
+        )
+
+
+def _settles(is_so: Callable[[], bool]) -> bool:
+    end = time.monotonic() + _SETTLING_SECONDS
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True

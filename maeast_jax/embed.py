@@ -26,8 +26,8 @@ from maeast_jax.data.decode_pool import DecodePool, num_cores
 
 # What starts jax is imported where it is used: each decoding process imports this file.
 from maeast_jax.inference import embedding_file
-from maeast_jax.ingest import sources as manifest
-from maeast_jax.runtime import cli as command_line
+from maeast_jax.ingest import sources
+from maeast_jax.runtime import cli, memory, terminal
 
 if TYPE_CHECKING:
     from maeast_jax.inference.embedder import Embedder
@@ -77,15 +77,13 @@ def embed(
     """
     output = Path(output).expanduser()
     embedding_file.check(output, overwrite)
-    files = manifest.list_named(paths)
+    files = sources.list_named(paths)
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
     num_processes = min(num_processes or num_cores(), len(files))
 
-    from maeast_jax.benchmark import devices
     from maeast_jax.inference import pretrained
     from maeast_jax.inference.embedder import Embedder
-    from maeast_jax.training import metrics_writer as logs
 
     source = pretrained.read(checkpoint)
     window_frames, stride_frames = _window(
@@ -106,11 +104,11 @@ def embed(
         "window_seconds": window_frames / _FRAMES_PER_SECOND,
         "stride_seconds": stride_frames / _FRAMES_PER_SECOND,
     }
-    print(logs.announce(_plan(len(files), embedder, settings, output)), flush=True)
+    print(terminal.announce(_plan(len(files), embedder, settings, output)), flush=True)
     outcome = Outcome()
     start = time.monotonic()
     with (
-        devices.out_of_memory("pass a smaller --batch_tokens or --window_seconds"),
+        memory.out_of_memory("pass a smaller --batch_tokens or --window_seconds"),
         embedding_file.open_writer(output, embedder.axes, settings) as writer,
         DecodePool(num_processes) as decode_pool,
         tqdm(total=len(files), unit="file") as bar,
@@ -121,7 +119,7 @@ def embed(
             bar.update()
         settings["failed"] = outcome.failed
     seconds = time.monotonic() - start
-    print(logs.announce(_summary(outcome, seconds, output, embedder.axes)), flush=True)
+    print(terminal.announce(_summary(outcome, seconds, output, embedder.axes)), flush=True)
     return outcome
 
 
@@ -279,4 +277,4 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     _define_flags()
-    command_line.run_flags(main, required=("checkpoint", "output"))
+    cli.run_flags(main, required=("checkpoint", "output"))

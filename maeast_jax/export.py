@@ -20,11 +20,9 @@ from absl import flags
 from maeast_jax import checkpoint, config
 from maeast_jax.inference import pretrained
 from maeast_jax.inference.pretrained import FILES, Pretrained
-from maeast_jax.interop import fairseq as authors_file
+from maeast_jax.interop import fairseq
 from maeast_jax.interop.fairseq import AuthorsFile
-from maeast_jax.runtime import cli as command_line
-from maeast_jax.runtime import storage as paths
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import cli, storage, terminal
 
 # Names that a user means a file by; anything else is a folder's.
 _OTHER_FILES = (".pth", ".ckpt", ".bin", ".npz", ".onnx", ".tar", ".h5", ".msgpack", ".gz", ".zip")
@@ -49,7 +47,7 @@ def export(
     Raises:
       ValueError: no such checkpoint, or an output that cannot be; nothing was written. OSError.
     """
-    paths.check_local(output)
+    storage.check_local(output)
     output = Path(output).expanduser()
     is_file = output.suffix in FILES
     if max_token_length is not None and not (is_file and max_token_length > 0):
@@ -65,7 +63,7 @@ def export(
     elif not output.parent.is_dir():
         raise ValueError(f"--output={output}: {output.parent} is not a folder; make it first")
     else:
-        paths.make_writable(output.parent, "--output")
+        storage.make_writable(output.parent, "--output")
     if output.suffix == ".pt":
         _import_torch()
     source = pretrained.read(source)
@@ -90,11 +88,11 @@ def authors_layout(source: Pretrained, max_token_length: int | None = None) -> A
     if rows is None and source.cfg:
         table = extras.get("enc_sine_pos_embed.pe")
         rows = source.cfg["model"].get("max_token_length", table is not None and table.shape[1])
-    built = authors_file.build(
+    built = fairseq.build(
         source.config,
         *source.read_weights(),
         num_frames=source.num_frames,
-        max_token_length=rows or authors_file.MAX_TOKEN_LENGTH,
+        max_token_length=rows or fairseq.MAX_TOKEN_LENGTH,
     )
     if source.cfg is None:
         return built
@@ -166,7 +164,7 @@ def _summary(source: Pretrained, output: Path) -> str:
         "written": str(output),
     }
     if output.suffix in FILES:
-        lines["written"] += f", {logs.si(output.stat().st_size, 'B')}"
+        lines["written"] += f", {terminal.si(output.stat().st_size, 'B')}"
     if output.suffix == ".pt":
         lines["load it"] = (
             f'torch.load("{output}")["model"]\n'
@@ -180,7 +178,7 @@ def _summary(source: Pretrained, output: Path) -> str:
             f"python -m maeast_jax.train --config=configs/pretrain.py --workdir=runs/NEW "
             f"--config.init_from={output}"
         )
-    return logs.announce(lines)
+    return terminal.announce(lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -211,4 +209,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    command_line.run_flags(main, required=("checkpoint", "output"))
+    cli.run_flags(main, required=("checkpoint", "output"))

@@ -3,7 +3,7 @@
   python -m maeast_jax.finetune --config=configs/finetune_folder.py --workdir=DIR \\
       --config.init_from=CKPT --config.data.dir=DATA --config.data.train=NAME
 
-Fields and their meaning: maeast_jax/finetune_config.py. Exit codes are those of maeast_jax.train; a
+Fields and their meaning: maeast_jax/configuration.py. Exit codes are those of maeast_jax.train; a
 run that was stopped goes on by the same command.
 """
 
@@ -16,16 +16,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
-from maeast_jax.benchmark import devices
+from maeast_jax.checkpoint import held
 from maeast_jax.evaluation import metrics, probe, results
 from maeast_jax.evaluation.metrics import Evaluation
 from maeast_jax.finetuning.features import Features, statistics
 from maeast_jax.finetuning.length import fold_length
 from maeast_jax.finetuning.run import FinetuneRun, Sets, check_run
 from maeast_jax.finetuning.trainer import FoldTrainer, Scored, check_resume
-from maeast_jax.runtime import cli as command_line
-from maeast_jax.training import metrics_writer as logs
-from maeast_jax.workdir import held
+from maeast_jax.runtime import cli, memory, terminal
 
 _REMEDY = "lower batch_size or max_frames, or raise accumulation_steps"
 
@@ -41,9 +39,9 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     batch does not fit the devices.
     """
     run = check_run(config, workdir)
-    with held(run.workdir), devices.out_of_memory(_REMEDY):
+    with held(run.workdir), memory.out_of_memory(_REMEDY):
         _check_workdir(run)
-        print(logs.announce(_plan(run)), flush=True)
+        print(terminal.announce(_plan(run)), flush=True)
         features = Features(run) if config.mode != "finetune" else None
         # Last: a mistake above does not make the workdir this mode's.
         checkpoint.write_config(run.workdir, config.to_dict())
@@ -165,4 +163,4 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

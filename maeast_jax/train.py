@@ -15,18 +15,13 @@ import jax
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
-from maeast_jax.benchmark import devices
-from maeast_jax.runtime import cli as command_line
-from maeast_jax.runtime import distributed as hosts
-from maeast_jax.runtime import memory as host_memory
-from maeast_jax.training import metrics_writer as logs
-from maeast_jax.training import pretraining as run
-from maeast_jax.training import summary
+from maeast_jax.checkpoint import held, newest_step
+from maeast_jax.runtime import cli, distributed, memory, terminal
+from maeast_jax.training import metrics_writer, pretraining, summary
 from maeast_jax.training.loop import Loop
 from maeast_jax.training.pretraining import Batches, Run
 from maeast_jax.training.programs import Programs
 from maeast_jax.training.steps import TrainState, checkpoint_parts, state_from_parts
-from maeast_jax.workdir import held, newest_step
 
 _REMEDY = (
     "lower batch_size, raise accumulation_steps, set model.remat=full with model.unroll=false, or "
@@ -48,17 +43,17 @@ def train(
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; PeerLostError where
     another process of the run is gone; MemoryError where a step does not fit the devices.
     """
-    with hosts.others_alive(), devices.out_of_memory(_REMEDY):
-        checked = run.check_run(config, workdir, batches)
-        hosts.agree("the configuration", checked.config.to_dict())
-        hosts.agree("the data sets", run.describe_data(checked))
+    with distributed.others_alive(), memory.out_of_memory(_REMEDY):
+        checked = pretraining.check_run(config, workdir, batches)
+        distributed.agree("the configuration", checked.config.to_dict())
+        distributed.agree("the data sets", pretraining.describe_data(checked))
         with held(checked.workdir):
             if (newest_step(workdir) or 0) != checked.start_step:
                 # While this process looked, the run before was still saving; it has ended since.
-                checked = run.check_run(config, workdir, batches)
-            if hosts.from_first(_is_done(checked)):
+                checked = pretraining.check_run(config, workdir, batches)
+            if distributed.from_first(_is_done(checked)):
                 print(f"{workdir} has done its {config.total_steps} steps already", flush=True)
-                return logs.last_row(checked.workdir, "eval")
+                return metrics_writer.last_row(checked.workdir, "eval")
             return _train(checked)
 
 
@@ -67,7 +62,7 @@ def _is_done(checked: Run) -> bool:
     total_steps = checked.config.total_steps
     is_evaluated = checked.has_eval or checked.knn is not None
     return checked.start_step == total_steps and (
-        not is_evaluated or logs.has_row(checked.workdir, total_steps, "eval")
+        not is_evaluated or metrics_writer.has_row(checked.workdir, total_steps, "eval")
     )
 
 
@@ -77,13 +72,13 @@ def _train(checked: Run) -> dict[str, float]:
     print(summary.describe(checked, programs.abstract_state.params), flush=True)
     print("compiling the training step", flush=True)
     step = programs.step()
-    planned = summary.planned_bytes(step)
-    print(f"compiled: {logs.si(planned, 'B')} planned a device", flush=True)
+    planned = memory.planned_bytes(step)
+    print(f"compiled: {terminal.si(planned, 'B')} planned a device", flush=True)
     # All processes of a run on CPUs may share this machine.
-    host_memory.keep_freed(jax.device_count() * planned)
+    memory.keep_freed(jax.device_count() * planned)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.to_dict())
     state = _first_state(checked, checkpoints, programs)
-    if hosts.is_first():
+    if distributed.is_first():
         checkpoint.write_config(workdir, config.to_dict())
     is_new = not checked.start_step and checked.init_from is None
     return Loop(
@@ -95,11 +90,11 @@ def _train(checked: Run) -> dict[str, float]:
         eval_step=programs.eval_step(),
         reconstruct=programs.reconstruct(),
         calibrate=programs.calibrate() if is_new else None,
-        put=lambda batch: run.put_batch(checked, batch),
-        put_eval=lambda batch: run.put_eval_batch(checked, batch),
-        eval_batches=(lambda: run.eval_stream(checked)) if checked.has_eval else None,
+        put=lambda batch: pretraining.put_batch(checked, batch),
+        put_eval=lambda batch: pretraining.put_eval_batch(checked, batch),
+        eval_batches=(lambda: pretraining.eval_stream(checked)) if checked.has_eval else None,
         knn=programs.knn(),
-    ).run(state, run.train_stream(checked))
+    ).run(state, pretraining.train_stream(checked))
 
 
 def _first_state(
@@ -125,10 +120,10 @@ def _first_state(
 
 def main(config: ConfigDict, workdir: str) -> None:
     train(config, workdir)
-    if hosts.is_first():
+    if distributed.is_first():
         print(summary.farewell(os.path.expanduser(workdir)))
 
 
 if __name__ == "__main__":
-    host_memory.share_heap()
-    command_line.run(main, join=hosts.initialize)
+    memory.share_heap()
+    cli.run(main, join=distributed.initialize)

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import soundfile
 
-from maeast_jax.data import dataset as shards
+from maeast_jax.data import dataset
 
 
 def noise(seconds, seed):
@@ -42,7 +42,7 @@ def write_wav(path, seconds, seed=0):
 
 
 def records(data_dir, split, name="farm"):
-    opened = shards.open_split(name, split, data_dir)
+    opened = dataset.open_split(name, split, data_dir)
     return {
         record["id"]: (record["audio"], opened.label_names and opened.label_names[record["label"]])
         for record in opened.read(range(len(opened)))

@@ -7,9 +7,8 @@ import pytest
 from recordings import digests, noise, records, write_wav
 
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset as shards
-from maeast_jax.data import decode_pool
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.data import dataset, decode_pool
+from maeast_jax.ingest import sources
 
 pytest.importorskip("tensorflow_datasets")
 decode = decode_pool._decode
@@ -134,7 +133,7 @@ def test_a_manifest_with_several_labels_a_file(farm, tmp_path, capsys):
     )
     build(manifest=tmp_path / "list.tsv", audio_dir=farm, data_dir=tmp_path, name="farm",
           valid_percent=0, num_processes=1)  # fmt: skip
-    split = shards.open_split("farm", "train", tmp_path)
+    split = dataset.open_split("farm", "train", tmp_path)
     assert (split.is_multi_label, split.label_names) == (True, ("bark", "caw", "moo"))
     labels = {record["id"]: record["label"].tolist() for record in split.read(range(3))}
     assert labels == {"cow/0.wav": [2], "crow/1.wav": [0, 1, 2], "cow/2.wav": []}
@@ -155,7 +154,7 @@ def test_too_many_broken_files_fail_the_build_and_are_listed(farm, tmp_path):
         "manifest": tmp_path / "list.tsv", "audio_dir": farm, "data_dir": tmp_path / "data",
         "name": "farm", "valid_percent": 0, "num_processes": 1,
     }  # fmt: skip
-    with pytest.raises(shards.DataError) as caught:
+    with pytest.raises(dataset.DataError) as caught:
         build(**arguments, max_skipped_percent=15)
     assert "2 of the first 7 files (of 7) cannot be read" in str(caught.value)
     assert "gone.wav: not found" in str(caught.value)
@@ -170,7 +169,7 @@ def test_too_many_broken_files_fail_the_build_and_are_listed(farm, tmp_path):
 def test_overwriting(farm, tmp_path):
     build(audio_dir=farm, data_dir=tmp_path, name="farm", num_processes=1)
     before = digests(tmp_path / "farm" / "1.0.0")
-    with pytest.raises(shards.DataError, match="--overwrite"):
+    with pytest.raises(dataset.DataError, match="--overwrite"):
         build(audio_dir=farm / "cow", data_dir=tmp_path, name="farm")
     assert digests(tmp_path / "farm" / "1.0.0") == before
     build(audio_dir=farm / "cow", data_dir=tmp_path, name="farm", overwrite=True, num_processes=1)
@@ -210,7 +209,7 @@ def test_bad_input_is_told_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises((manifest.ManifestError, shards.DataError)) as caught:
+    with pytest.raises((sources.ManifestError, dataset.DataError)) as caught:
         build(**{"audio_dir": farm, "data_dir": tmp_path / "data", "name": "farm"} | arguments)
     assert pattern in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -219,7 +218,7 @@ def test_bad_input_is_told_before_anything_is_written(
 
 def test_no_clip_left(tmp_path):
     write_wav(tmp_path / "in" / "a.wav", 0.1)
-    with pytest.raises(shards.DataError, match="split 'train' has no examples"):
+    with pytest.raises(dataset.DataError, match="split 'train' has no examples"):
         build(audio_dir=tmp_path / "in", data_dir=tmp_path / "data", name="farm", min_seconds=1)
     assert not list((tmp_path / "data").iterdir())
 
@@ -228,7 +227,7 @@ def test_no_clip_left(tmp_path):
 def test_a_held_out_split_without_a_clip_is_left_out(tmp_path, capsys, fault):
     for seed in range(6):
         write_wav(tmp_path / "in" / f"{seed}.wav", 0.2, seed)
-    listed = manifest.assign_splits(manifest.list_folder(tmp_path / "in"), 30)
+    listed = sources.assign_splits(sources.list_folder(tmp_path / "in"), 30)
     held_out = [Path(file.path) for file in listed if file.split == "valid"]
     assert 1 <= len(held_out) <= 3
     for path in held_out:
@@ -251,5 +250,5 @@ def test_a_held_out_split_without_a_clip_is_left_out(tmp_path, capsys, fault):
     # A split that somebody has asked for does not go without a word.
     rows = "".join(f"in/{Path(file.path).name}\t{file.split}\n" for file in listed)
     (tmp_path / "list.tsv").write_text("path\tsplit\n" + rows)
-    with pytest.raises(shards.DataError, match="split 'valid' has no examples"):
+    with pytest.raises(dataset.DataError, match="split 'valid' has no examples"):
         build(manifest=tmp_path / "list.tsv", name="named", **arguments)

@@ -13,7 +13,7 @@ from recordings import noise, records, write_wav
 
 from maeast_jax import build_dataset
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset as shards
+from maeast_jax.data import dataset
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -87,8 +87,8 @@ def test_killed_it_leaves_nothing_that_opens_nor_a_process(tmp_path, long_build)
     left = sorted(path.name for path in (tmp_path / "data" / "farm").iterdir())
     assert [name.split(".")[0] for name in left] == ["incomplete", "lock"]
     for name in ("farm", tmp_path / "data" / "farm"):
-        with pytest.raises(shards.NotPreparedError):
-            shards.open_split(name, "train", tmp_path / "data")
+        with pytest.raises(dataset.NotPreparedError):
+            dataset.open_split(name, "train", tmp_path / "data")
     write_wav(tmp_path / "few" / "a.wav", 0.1)
     build(audio_dir=tmp_path / "few", data_dir=tmp_path / "data", name="farm", num_processes=1)
     assert [path.name for path in (tmp_path / "data" / "farm").iterdir()] == ["1.0.0"]

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from maeast_jax import config as configuration
-from maeast_jax import finetune_config
 from maeast_jax.data.pipeline import DataConfig
-from maeast_jax.finetuning import step as finetune_step
+from maeast_jax.finetuning import step
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.run import FeaturesConfig
 from maeast_jax.model.classifier import HeadConfig
@@ -65,9 +64,9 @@ def test_every_configuration_file_builds_and_runs_a_step(path, tmp_path):
 FINETUNING = sorted(FOLDER.glob("finetune*.py"))
 FINETUNING_SECTIONS = {
     "head": HeadConfig,
-    "loss": finetune_step.LossConfig,
-    "optimizer": finetune_step.OptimizerConfig,
-    "schedule": finetune_step.ScheduleConfig,
+    "loss": step.LossConfig,
+    "optimizer": step.OptimizerConfig,
+    "schedule": step.ScheduleConfig,
     "augment": AugmentConfig,
     "features": FeaturesConfig,
 }
@@ -76,7 +75,7 @@ FINETUNING_SECTIONS = {
 @pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.stem)
 def test_every_configuration_of_fine_tuning_has_known_fields_and_its_command(path):
     config = load(path)
-    configuration.check(config, finetune_config.finetune())
+    configuration.check(config, configuration.finetune())
     settings = config.to_dict()
     for section, kind in FINETUNING_SECTIONS.items():
         kind(**settings[section])
@@ -125,7 +124,7 @@ def test_the_typed_sections_have_the_same_defaults():
 
 
 def test_the_typed_sections_of_fine_tuning_have_the_same_defaults():
-    sections = finetune_config.finetune().to_dict()
+    sections = configuration.finetune().to_dict()
     for name, kind in FINETUNING_SECTIONS.items():
         assert kind(**sections[name]) == kind()
 

@@ -18,7 +18,7 @@ from maeast_jax.data import audio
 from maeast_jax.embed import embed
 from maeast_jax.inference import pretrained
 from maeast_jax.inference.embedder import Embedder
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.ingest import sources
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "golden" / "tiny_patch.pt"
@@ -104,11 +104,11 @@ def test_every_step_of_every_layer_becomes_a_parquet_file(sounds, model, tmp_pat
 
 def test_files_are_listed_once_as_first_named(sounds, monkeypatch):
     monkeypatch.chdir(sounds)
-    assert manifest.list_named(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav"]) == [
+    assert sources.list_named(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav"]) == [
         "a/1.wav", "a/0.wav", str(sounds / "2.wav"),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="gone is not there; check the path"):
-        manifest.list_named(["a", "gone"])
+        sources.list_named(["a", "gone"])
 
 
 def test_where_no_file_can_be_read_nothing_is_written(sounds, tmp_path, capsys):

@@ -16,7 +16,7 @@ from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax.export import export
 from maeast_jax.inference import pretrained
-from maeast_jax.interop import fairseq as authors_file
+from maeast_jax.interop import fairseq
 from maeast_jax.model import tokens as patches
 from maeast_jax.train import train
 
@@ -33,7 +33,7 @@ def assert_same_weights(path, other):
 
 
 def assert_same_file(path, other):
-    a, b = authors_file.read(path), authors_file.read(other)
+    a, b = fairseq.read(path), fairseq.read(other)
     assert a.cfg == b.cfg
     assert set(a.tensors) == set(b.tensors)
     for name, tensor in a.tensors.items():
@@ -91,7 +91,7 @@ def test_an_encoder_alone(workdir, tmp_path, name):
 def test_an_encoder_of_the_authors_file_reads_back_as_one(tmp_path):
     export(GOLDEN / "tiny_patch.pt", tmp_path / "x.safetensors", encoder_only=True)
     assert pretrained.read(tmp_path / "x.safetensors").config.is_encoder_only
-    cfg = authors_file.read(tmp_path / "x.safetensors").cfg
+    cfg = fairseq.read(tmp_path / "x.safetensors").cfg
     assert cfg["task"]["mask_type"] == "chunk_mask"
 
 
@@ -99,13 +99,13 @@ def test_position_tables_are_as_long_as_asked_for(workdir, tmp_path):
     for length, wanted in ((None, 8192), (37, 37)):
         output = tmp_path / f"{length}.safetensors"
         export(workdir, output, max_token_length=length)
-        file = authors_file.read(output)
+        file = fairseq.read(output)
         assert file.cfg["model"]["max_token_length"] == wanted
         np.testing.assert_array_equal(
             file.tensors["dec_sine_pos_embed.pe"], patches.sinusoid(wanted, 8)[None]
         )
     export(GOLDEN / "tiny_patch.pt", tmp_path / "x.safetensors", max_token_length=50)
-    file = authors_file.read(tmp_path / "x.safetensors")
+    file = fairseq.read(tmp_path / "x.safetensors")
     assert file.tensors["enc_sine_pos_embed.pe"].shape == (1, 50, 64)
 
 

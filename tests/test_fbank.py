@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maeast_jax import fbank as fb
+from maeast_jax import fbank
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -53,7 +53,7 @@ def mel(frequency_hz):
 
 @functools.cache
 def computed(name, variant):
-    return np.asarray(jax.jit(fb.fbank, static_argnums=1)(GOLDEN[f"{name}.wav"], variant))
+    return np.asarray(jax.jit(fbank.fbank, static_argnums=1)(GOLDEN[f"{name}.wav"], variant))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -74,7 +74,7 @@ def test_sweep_agrees_with_float64(variant):
 def test_a_constant_offset_changes_nothing_but_rounding():
     waveform = GOLDEN["odd.wav"][:2000]
     error = np.abs(
-        np.asarray(fb.fbank(waveform + np.float32(0.5))) - reference(waveform, "mae_ast")
+        np.asarray(fbank.fbank(waveform + np.float32(0.5))) - reference(waveform, "mae_ast")
     )
     assert error.max() <= 1e-3
 
@@ -83,11 +83,11 @@ def test_a_constant_offset_changes_nothing_but_rounding():
 def test_int16_is_its_values_over_32768(variant):
     pcm = np.round(GOLDEN["speech.wav"][:8000] * 32768).astype(np.int16)
     as_float = pcm.astype(np.float32) / 32768
-    np.testing.assert_array_equal(fb.fbank(pcm, variant), fb.fbank(as_float, variant))
+    np.testing.assert_array_equal(fbank.fbank(pcm, variant), fbank.fbank(as_float, variant))
 
 
 def test_silence_and_the_band_without_a_bin_are_the_floor():
-    np.testing.assert_allclose(fb.fbank(np.zeros(1000, np.int16)), FLOOR, atol=1e-6)
+    np.testing.assert_allclose(fbank.fbank(np.zeros(1000, np.int16)), FLOOR, atol=1e-6)
     constant = [band for band in range(128) if np.ptp(computed("noise", "mae_ast")[:, band]) == 0]
     assert constant == [3]
     np.testing.assert_allclose(computed("noise", "mae_ast")[:, 3], FLOOR, atol=1e-6)
@@ -95,20 +95,22 @@ def test_silence_and_the_band_without_a_bin_are_the_floor():
 
 def test_shapes():
     waveform = np.random.default_rng(0).normal(0, 0.1, (2, 3, 1039)).astype(np.float32)
-    energies = fb.fbank(waveform)
+    energies = fbank.fbank(waveform)
     assert energies.shape == (2, 3, 4, 128)
     assert energies.dtype == jnp.float32
-    np.testing.assert_allclose(energies[1, 2], fb.fbank(waveform[1, 2]), atol=1e-4)
-    assert fb.fbank(waveform[:, :0]).shape == (2, 0, 4, 128)
+    np.testing.assert_allclose(energies[1, 2], fbank.fbank(waveform[1, 2]), atol=1e-4)
+    assert fbank.fbank(waveform[:, :0]).shape == (2, 0, 4, 128)
 
 
 def test_computes_the_same_without_jit():
-    np.testing.assert_allclose(fb.fbank(GOLDEN["odd.wav"]), computed("odd", "mae_ast"), atol=1e-4)
+    np.testing.assert_allclose(
+        fbank.fbank(GOLDEN["odd.wav"]), computed("odd", "mae_ast"), atol=1e-4
+    )
 
 
 def test_products_are_full_float32_without_a_gather():
     """On TPU and GPU a product without precision=HIGHEST would round its factors."""
-    program = str(jax.make_jaxpr(fb.fbank)(np.zeros((2, 4000), np.int16)))
+    program = str(jax.make_jaxpr(fbank.fbank)(np.zeros((2, 4000), np.int16)))
     products = re.findall(r"dot_general\[.*?\n\s*\]", program, flags=re.DOTALL)
     assert len(products) == 4
     assert all("HIGHEST, Precision.HIGHEST" in product for product in products)
@@ -116,20 +118,20 @@ def test_products_are_full_float32_without_a_gather():
 
 
 def test_num_frames_and_num_samples():
-    assert [fb.num_frames(size) for size in (400, 559, 560, 12345, 160000)] == [1, 1, 2, 75, 998]
+    assert [fbank.num_frames(size) for size in (400, 559, 560, 12345, 160000)] == [1, 1, 2, 75, 998]
     for frames in (1, 2, 512, 1024):
-        assert fb.num_frames(fb.num_samples(frames)) == frames
+        assert fbank.num_frames(fbank.num_samples(frames)) == frames
         if frames > 1:
-            assert fb.num_frames(fb.num_samples(frames) - 1) == frames - 1
+            assert fbank.num_frames(fbank.num_samples(frames) - 1) == frames - 1
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fb.fbank(np.zeros((2, 399), np.float32)), "399 samples .* 400 .*pad"),
-        (lambda: fb.fbank(np.zeros(800, np.int32)), "int32 must be int16 or float"),
-        (lambda: fb.fbank(np.zeros(800, np.float32), "kaldi"), "'kaldi'.*mae_ast, ssast"),
-        (lambda: fb.num_samples(0), "num_frames=0"),
+        (lambda: fbank.fbank(np.zeros((2, 399), np.float32)), "399 samples .* 400 .*pad"),
+        (lambda: fbank.fbank(np.zeros(800, np.int32)), "int32 must be int16 or float"),
+        (lambda: fbank.fbank(np.zeros(800, np.float32), "kaldi"), "'kaldi'.*mae_ast, ssast"),
+        (lambda: fbank.num_samples(0), "num_frames=0"),
     ],
 )
 def test_errors_name_value_rule_and_remedy(call, message):
@@ -142,7 +144,7 @@ def test_errors_name_value_rule_and_remedy(call, message):
 @pytest.mark.parametrize("name", ["noise", "sweep", "shortest", "odd"])
 def test_tensorflow_computes_the_same(name, variant):
     pytest.importorskip("tensorflow")
-    energies = fb.fbank_tf(GOLDEN[f"{name}.wav"][None], variant).numpy()
+    energies = fbank.fbank_tf(GOLDEN[f"{name}.wav"][None], variant).numpy()
     np.testing.assert_allclose(energies[0], computed(name, variant), atol=1e-4)
 
 
@@ -150,7 +152,7 @@ def test_tensorflow_computes_the_same(name, variant):
 def test_tensorflow_agrees_with_float64_on_the_sweep(variant):
     """Its transform is one in float64: 1e-6 off, where matrices in float32 are 5e-5."""
     pytest.importorskip("tensorflow")
-    energies = fb.fbank_tf(GOLDEN["sweep.wav"][None], variant).numpy()
+    energies = fbank.fbank_tf(GOLDEN["sweep.wav"][None], variant).numpy()
     assert np.abs(energies[0] - reference(GOLDEN["sweep.wav"], variant)).max() <= 1e-5
 
 
@@ -166,18 +168,18 @@ def test_tensorflow_in_a_pipeline(static):
         data = tf.data.Dataset.from_generator(
             lambda: iter([pcm[:2], pcm[2:4], pcm[4:]]), output_signature=spec
         )
-    data = data.map(fb.fbank_tf)
+    data = data.map(fbank.fbank_tf)
     assert data.element_spec.shape.as_list() == [None, 1025 if static else None, 128]
     energies = np.concatenate(list(data.as_numpy_iterator()))
-    np.testing.assert_allclose(energies, fb.fbank(pcm), atol=1e-4)
+    np.testing.assert_allclose(energies, fbank.fbank(pcm), atol=1e-4)
 
 
 def test_tensorflow_errors():
     tf = pytest.importorskip("tensorflow")
     with pytest.raises(ValueError, match="399 samples"):
-        fb.fbank_tf(np.zeros((2, 399), np.float32))
+        fbank.fbank_tf(np.zeros((2, 399), np.float32))
     with pytest.raises(ValueError, match="int32 must be int16"):
-        fb.fbank_tf(np.zeros((2, 800), np.int32))
-    unknown = tf.function(fb.fbank_tf, input_signature=[tf.TensorSpec([None, None], tf.float32)])
+        fbank.fbank_tf(np.zeros((2, 800), np.int32))
+    unknown = tf.function(fbank.fbank_tf, input_signature=[tf.TensorSpec([None, None], tf.float32)])
     with pytest.raises(tf.errors.InvalidArgumentError, match="shorter than one frame"):
         unknown(np.zeros((2, 399), np.float32))

@@ -12,16 +12,17 @@ import pytest
 from recordings import TONES, tones
 
 import maeast_jax
-from maeast_jax import checkpoint, finetune_config
+from maeast_jax import checkpoint
+from maeast_jax import config as configuration
 from maeast_jax.config import pretrain
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import writer
 from maeast_jax.export import export
 from maeast_jax.finetune import finetune
-from maeast_jax.finetuning import trainer as finetune_loop
+from maeast_jax.finetuning import trainer
 from maeast_jax.finetuning.length import evaluations
 from maeast_jax.finetuning.run import check_run
-from maeast_jax.runtime.stops import Interrupted, NonFiniteError
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime.cli import Interrupted, NonFiniteError
+from maeast_jax.training import metrics_writer
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -33,15 +34,15 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     splits = {"train": (24, 0), "valid": (9, 1), "test": (11, 2)}
     parts = {name: lambda c=c, s=s: tones(c, s) for name, (c, s) in splits.items()}
-    shard_writer.write("tones", folder, parts, label_names=TONES)
+    writer.write("tones", folder, parts, label_names=TONES)
     parts = {f"fold{n}": lambda n=n: tones(9, n) for n in range(3)}
-    shard_writer.write("folds", folder, parts, label_names=TONES)
-    shard_writer.write("singles", folder, {"train": lambda: tones(3, 0)}, label_names=TONES)
+    writer.write("folds", folder, parts, label_names=TONES)
+    writer.write("singles", folder, {"train": lambda: tones(3, 0)}, label_names=TONES)
     return folder
 
 
 def small(data_dir, **changes):
-    config = finetune_config.finetune()
+    config = configuration.finetune()
     config.init_from = str(GOLDEN / "tiny_patch.pt")
     config.epochs, config.batch_size, config.max_frames, config.log_every = 3, 8, 64, 1
     config.optimizer.learning_rate = 2e-3
@@ -67,7 +68,7 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path, data_dir, capsys):
     assert right == pytest.approx(evaluation.value)
     assert json.loads((folder / "results.json").read_text())["value"] == evaluation.value
     assert (folder / "confusion.png").stat().st_size > 1000
-    steps = [row["step"] for row in logs.read_metrics(tmp_path) if row["split"] == "eval"]
+    steps = [row["step"] for row in metrics_writer.read_metrics(tmp_path) if row["split"] == "eval"]
     assert steps == [3, 6, 9]
 
 
@@ -105,8 +106,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, data_dir, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(self, state, step, *rest)
 
-    evaluate = finetune_loop.FoldTrainer._evaluate
-    monkeypatch.setattr(finetune_loop.FoldTrainer, "_evaluate", interrupt)
+    evaluate = trainer.FoldTrainer._evaluate
+    monkeypatch.setattr(trainer.FoldTrainer, "_evaluate", interrupt)
     with pytest.raises(Interrupted):
         finetune(config, tmp_path / "halves")
     assert seen == [3, 6]
@@ -137,7 +138,7 @@ def test_a_loss_that_is_not_finite_is_neither_scored_nor_saved(
 ):
     config = small(data_dir, log_every=100)
     config.optimizer.learning_rate = 1e30
-    put, calls = finetune_loop.sharding.put_batch, []
+    put, calls = trainer.sharding.put_batch, []
 
     def stop_at_second(*args):
         calls.append(args)
@@ -145,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_neither_scored_nor_saved(
             os.kill(os.getpid(), signal.SIGTERM)
         return put(*args)
 
-    monkeypatch.setattr(finetune_loop.sharding, "put_batch", stop_at_second)
+    monkeypatch.setattr(trainer.sharding, "put_batch", stop_at_second)
     with pytest.raises(NonFiniteError, match=r"(loss|grad_norm) is (nan|inf) at step 2; lower"):
         finetune(config, tmp_path)
     assert len(calls) == (2 if stopped else 3)

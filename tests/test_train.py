@@ -20,15 +20,14 @@ from test_config import shrink
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax import train as train_module
-from maeast_jax.data import writer as shard_writer
-from maeast_jax.runtime.stops import Interrupted, NonFiniteError
+from maeast_jax.checkpoint import held
+from maeast_jax.data import writer
+from maeast_jax.runtime.cli import Interrupted, NonFiniteError
 from maeast_jax.train import train
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training import metrics_writer, summary
 from maeast_jax.training import pretraining as run_module
-from maeast_jax.training import summary
 from maeast_jax.training.loop import Loop
 from maeast_jax.training.steps import checkpoint_parts
-from maeast_jax.workdir import held
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +37,7 @@ def data_dir(tmp_path_factory):
     """A data set `sounds` of noise of several lengths: 11 clips to train on, 5 held out."""
     folder = tmp_path_factory.mktemp("data")
     parts = {"train": lambda: clips_of_noise(11, 0), "valid": lambda: clips_of_noise(5, 1)}
-    shard_writer.write("sounds", folder, parts)
+    writer.write("sounds", folder, parts)
     return folder
 
 
@@ -85,7 +84,7 @@ def weights(workdir):
 def timeless_rows(workdir):
     return [
         {key: value for key, value in row.items() if key != "clips_per_second"}
-        for row in logs.read_metrics(workdir)
+        for row in metrics_writer.read_metrics(workdir)
     ]
 
 
@@ -207,7 +206,7 @@ def on_a_cube(tmp_path_factory):
 def test_a_run_goes_on_on_another_mesh(tmp_path, on_a_cube, mesh):
     config = meshed(mesh)
     shutil.copytree(on_a_cube / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
-    shutil.copy(on_a_cube / logs.METRICS_FILE, tmp_path)
+    shutil.copy(on_a_cube / metrics_writer.METRICS_FILE, tmp_path)
 
     # Weights and both moments are bit for bit what was saved, and lie where this mesh wants them.
     checked = train_module.run.check_run(config, tmp_path, noise(config))
@@ -226,7 +225,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, on_a_cube, mesh):
     for got, bits in zip(*(final(workdir, 4) for workdir in (tmp_path, on_a_cube)), strict=True):
         np.testing.assert_allclose(got, bits, rtol=2e-4, atol=2e-5)
     curves = [
-        [row["loss"] for row in logs.read_metrics(workdir)] for workdir in (tmp_path, on_a_cube)
+        [row["loss"] for row in metrics_writer.read_metrics(workdir)]
+        for workdir in (tmp_path, on_a_cube)
     ]
     np.testing.assert_allclose(*curves, rtol=1e-5)
 
@@ -262,16 +262,21 @@ def refuse(*_):
 def test_a_finished_run_is_left_alone_and_returns_its_evaluation(finished, monkeypatch, capsys):
     monkeypatch.setattr(train_module.Programs, "step", refuse)
     evaluation = train(short_config(), finished)
-    assert evaluation == logs.last_row(finished, "eval") and evaluation["loss"] > 0
+    assert evaluation == metrics_writer.last_row(finished, "eval") and evaluation["loss"] > 0
     assert "has done its 4 steps already" in capsys.readouterr().out
 
 
 def test_a_held_out_loss_that_is_not_finite_is_told_at_the_end(tmp_path, finished):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    rows = [json.loads(line) for line in (tmp_path / logs.METRICS_FILE).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / metrics_writer.METRICS_FILE).read_text().splitlines()
+    ]
     rows[-1]["loss"] = None
     assert rows[-1]["split"] == "eval"
-    (tmp_path / logs.METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / metrics_writer.METRICS_FILE).write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     assert "-> not finite" in summary.farewell(tmp_path)
 
 
@@ -297,7 +302,9 @@ def test_what_another_process_saved_before_it_let_go_is_gone_on_from(
     monkeypatch.setattr(train_module, "held", held_later)
     train(config, tmp_path)
     assert "4 -> 5, resumed" in capsys.readouterr().out
-    assert [row["step"] for row in logs.read_metrics(tmp_path) if row["split"] == "train"] == [4, 5]
+    assert [
+        row["step"] for row in metrics_writer.read_metrics(tmp_path) if row["split"] == "train"
+    ] == [4, 5]
 
 
 def test_mistakes_are_found_before_anything_is_compiled(tmp_path, finished, monkeypatch):
@@ -405,7 +412,7 @@ def test_a_run_leaves_what_it_promises_and_says_what_it_will_do(tmp_path, data_d
     ):
         assert fact in said
     assert checkpoint.saved_steps(tmp_path) == [10, 12]
-    rows = logs.read_metrics(tmp_path)
+    rows = metrics_writer.read_metrics(tmp_path)
     assert [r["step"] for r in rows if r["split"] == "eval"] == [0, 6, 12]
     train_rows = [r for r in rows if r["split"] == "train"]
     assert [r["step"] for r in train_rows] == list(range(1, 13))

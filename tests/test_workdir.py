@@ -11,8 +11,7 @@ import pytest
 from test_hosts import ends, free_port
 
 from maeast_jax import checkpoint, workdir
-from maeast_jax.runtime import distributed as hosts
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import distributed, storage
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,10 +36,10 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
 
 
 def test_a_run_on_several_hosts_waits_for_the_lock_of_a_lost_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "is_joined", lambda: True)
+    monkeypatch.setattr(distributed, "is_joined", lambda: True)
     monkeypatch.setattr(workdir, "_POLL_SECONDS", 0.05)
     with (tmp_path / "lock").open("w") as lost:
-        assert paths.try_lock(lost)
+        assert storage.try_lock(lost)
         threading.Timer(0.3, lambda: fcntl.flock(lost, fcntl.LOCK_UN)).start()
         with workdir.held(tmp_path):
             assert f"another process holds {tmp_path}: waiting 150 s" in capsys.readouterr().out
@@ -55,8 +54,8 @@ def test_the_newest_step_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "_POLL_SECONDS", 0.0)
     listings = iter([[2], [2], [2, 4]])
     monkeypatch.setattr(checkpoint, "saved_steps", lambda folder: next(listings))
-    monkeypatch.setattr(hosts, "largest", lambda value: max(value, 4))
-    monkeypatch.setattr(hosts, "all_true", bool)
+    monkeypatch.setattr(distributed, "largest", lambda value: max(value, 4))
+    monkeypatch.setattr(distributed, "all_true", bool)
     assert workdir.newest_step(tmp_path) == 4
 
 

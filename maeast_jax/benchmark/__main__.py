@@ -24,17 +24,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from maeast_jax.benchmark import benchmark_config, devices
+from maeast_jax.benchmark import benchmark_config, devices, table
 from maeast_jax.benchmark import cases as speed_rows
-from maeast_jax.benchmark import table as speed_table
 from maeast_jax.benchmark.cases import Case, Row
-from maeast_jax.data import pipeline as data
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import pipeline, writer
 from maeast_jax.evaluation import plots
-from maeast_jax.runtime import cli as command_line
-from maeast_jax.runtime import memory as host_memory
-from maeast_jax.runtime import storage as paths
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import cli, memory, storage, terminal
 
 # A temporary data set: ten seconds each, which training's crops of 10.24 s loop.
 _NOISE_CLIPS, _NOISE_SAMPLES = 256, 160_000
@@ -45,7 +40,7 @@ def main(arguments: list[str]) -> int | None:
         raise ValueError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
     values = flags.FLAGS.flag_values_dict()
     if values["keep_freed"]:
-        host_memory.share_heap()  # before anything asks for jax's backend
+        memory.share_heap()  # before anything asks for jax's backend
     benchmark_config.check(values)
     base = benchmark_config.base(values)
     with _input(base, values["input"], values["data_dir"], values["data"]):
@@ -66,17 +61,17 @@ def _run(base: ConfigDict, cases: list[Case], values: dict) -> int | None:
         + ("" if values["input"] == "none" else ", as long for its input, and for both together"),
     }
     if values["find"]:
-        held = logs.si(memory_bytes, "B")
+        held = terminal.si(memory_bytes, "B")
         lines["find"] = f"the {values['find']} batch in {held} a device, from those named on"
     lines |= {name: values[name] for name in ("json", "picture") if values[name]}
-    _say(logs.announce(lines))
+    _say(terminal.announce(lines))
     rows: list[Row] = []
 
     def on_row(row: Row) -> None:
         rows.append(row)
         if values["json"]:
             text = json.dumps(rows, indent=1)
-            paths.write_whole(paths.path(values["json"]), f"{text}\n".encode())
+            storage.write_whole(storage.path(values["json"]), f"{text}\n".encode())
         _say(_progress(row))
 
     try:
@@ -89,8 +84,8 @@ def _run(base: ConfigDict, cases: list[Case], values: dict) -> int | None:
         return 128 + signal.SIGINT
     finally:
         if rows:
-            print(f"{speed_table.table(rows)}\n", flush=True)
-            print("\n".join(speed_table.remarks(rows, values["find"])), flush=True)
+            print(f"{table.table(rows)}\n", flush=True)
+            print("\n".join(table.remarks(rows, values["find"])), flush=True)
     if values["picture"] and any(row["fits"] for row in rows):
         plots.write_png(values["picture"], plots.speeds(rows))
     elif values["picture"]:
@@ -102,8 +97,10 @@ def _progress(row: Row) -> str:
     case = Case(**{name: row[name] for name in benchmark_config.LISTS})
     if not row["fits"]:
         return f"{case}: does not fit"
-    clips, seconds = (speed_table.number(row[n]) for n in ("clips_per_second", "step_seconds"))
-    return f"{case}: {clips} clips/s, {seconds} s a step, {logs.si(row['peak_memory_bytes'], 'B')}"
+    clips, seconds = (table.number(row[n]) for n in ("clips_per_second", "step_seconds"))
+    return (
+        f"{case}: {clips} clips/s, {seconds} s a step, {terminal.si(row['peak_memory_bytes'], 'B')}"
+    )
 
 
 def _say(text: str) -> None:
@@ -121,7 +118,7 @@ def _input(base: ConfigDict, place: str, data_dir: str | None, name: str | None)
         yield
         return
     try:
-        data.prepare_tensorflow()
+        pipeline.prepare_tensorflow()
     except ValueError as error:
         raise ValueError(f"--input={place}: {error}, or pass --input=none") from None
     base.data.update(source="tfds", fbank=place)
@@ -131,12 +128,12 @@ def _input(base: ConfigDict, place: str, data_dir: str | None, name: str | None)
         return
     with tempfile.TemporaryDirectory() as folder:
         _say(f"writing {_NOISE_CLIPS} clips of noise of 10 s, in place of --data")
-        shard_writer.write("noise", folder, {"train": _noise})
+        writer.write("noise", folder, {"train": _noise})
         base.data.update(train="noise", dir=folder)
         yield
 
 
-def _noise() -> Iterator[shard_writer.Example]:
+def _noise() -> Iterator[writer.Example]:
     random = np.random.default_rng(0)
     for index in range(_NOISE_CLIPS):
         yield str(index), random.integers(-8192, 8192, _NOISE_SAMPLES, np.int16), None
@@ -144,4 +141,4 @@ def _noise() -> Iterator[shard_writer.Example]:
 
 if __name__ == "__main__":
     benchmark_config.define()
-    command_line.run_flags(main, required=())
+    cli.run_flags(main, required=())

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from maeast_jax import config as configuration
 from maeast_jax.benchmark import cases as speed_rows
 from maeast_jax.benchmark.cases import Case
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 _INPUTS = ("none", "device", "host")
 _FINDS = ("largest", "fastest")
@@ -117,13 +117,15 @@ def check(values: dict) -> None:
         raise ValueError(f"--picture={values['picture']} must end in .png")
     for name in ("json", "picture"):
         if values[name]:
-            _check_output(f"--{name}={values[name]}", paths.path(values[name]), values["overwrite"])
+            _check_output(
+                f"--{name}={values[name]}", storage.path(values[name]), values["overwrite"]
+            )
 
 
 def _check_output(flag: str, path: os.PathLike, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{flag} exists; choose another name or pass --overwrite")
-    if not paths.is_remote(path) and not path.parent.is_dir():
+    if not storage.is_remote(path) and not path.parent.is_dir():
         raise ValueError(f"{flag}: {path.parent} is not a folder; make it first")
 
 

@@ -11,10 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax.benchmark import devices
 from maeast_jax.benchmark import measure as speed
-from maeast_jax.runtime import sharding
-from maeast_jax.training import pretraining as run
+from maeast_jax.runtime import memory, sharding
+from maeast_jax.training import pretraining
 from maeast_jax.training.pretraining import Run
 
 Row = dict[str, Any]
@@ -85,7 +84,7 @@ def config_of(base: ConfigDict, case: Case) -> ConfigDict:
 def check(base: ConfigDict, case: Case) -> Run:
     """Raises ValueError, in one line, for what cannot work."""
     with tempfile.TemporaryDirectory() as workdir:
-        return run.check_run(config_of(base, case), workdir)
+        return pretraining.check_run(config_of(base, case), workdir)
 
 
 def least_batch(base: ConfigDict) -> int:
@@ -176,6 +175,6 @@ def measure(checked: Run, case: Case, seconds: float, memory_bytes: int | None =
         row |= speed.measure(subject, seconds)
         if is_fed:
             row |= speed.measure_input(subject, seconds)
-    except devices.OutOfMemoryError:
+    except memory.OutOfMemoryError:
         return row
     return row | {"fits": True}

@@ -13,8 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maeast_jax.model.config import COMPUTE_DTYPES
 from maeast_jax.model.ops import product
-from maeast_jax.runtime import memory as host_memory
-from maeast_jax.runtime import sharding
+from maeast_jax.runtime import memory, sharding
 
 # Sides of the square matrices whose products tell the rate: it is the best of them.
 MATRIX_SIDES = (1024, 2048, 4096, 8192)
@@ -22,10 +21,6 @@ _CHAIN = 8  # products in a row
 _CHAIN_SECONDS = 0.2  # a larger matrix is not tried after a chain that took longer
 # Of jax: one for each program that XLA is given, whether or not a cache has it.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-class OutOfMemoryError(MemoryError):
-    """The devices do not hold what a program needs."""
 
 
 @functools.cache
@@ -69,7 +64,7 @@ def memory_bytes(mesh: Mesh) -> int:
     stats = mesh.devices.flat[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return host_memory.available_bytes() // mesh.size
+    return memory.available_bytes() // mesh.size
 
 
 @contextmanager
@@ -86,18 +81,6 @@ def counting_compiles() -> Iterator[list[float]]:
         yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@contextmanager
-def out_of_memory(remedy: str = "take less") -> Iterator[None]:
-    """Raises OutOfMemoryError, in one line, where the devices or the compiler run out of it."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        line = str(error).splitlines()[0]
-        raise OutOfMemoryError(f"the devices are out of memory: {remedy} ({line})") from None
 
 
 def peak_bytes(device: jax.Device) -> int | None:

@@ -16,10 +16,9 @@ import numpy as np
 
 from maeast_jax.benchmark import devices
 from maeast_jax.model import flops
-from maeast_jax.runtime import memory as host_memory
-from maeast_jax.runtime.stops import NonFiniteError
-from maeast_jax.training import pretraining as run
-from maeast_jax.training import summary
+from maeast_jax.runtime import memory
+from maeast_jax.runtime.cli import NonFiniteError
+from maeast_jax.training import pretraining
 from maeast_jax.training.loop import STEPS_IN_FLIGHT
 from maeast_jax.training.pretraining import Run
 from maeast_jax.training.programs import Programs
@@ -48,17 +47,17 @@ class Subject:
     @property
     def planned_bytes(self) -> int:
         """Memory a device."""
-        return summary.planned_bytes(self.step)
+        return memory.planned_bytes(self.step)
 
 
 def compile_step(checked: Run, clock: Clock = time.perf_counter) -> Subject:
-    """Raises devices.OutOfMemoryError where the compiler already finds that it does not fit."""
+    """Raises memory.OutOfMemoryError where the compiler already finds that it does not fit."""
     start = clock()
     programs = Programs(checked)
-    with devices.out_of_memory():
+    with memory.out_of_memory():
         step = programs.step()
     subject = Subject(checked, programs, step, clock() - start)
-    host_memory.keep_freed(jax.device_count() * subject.planned_bytes)  # as training does
+    memory.keep_freed(jax.device_count() * subject.planned_bytes)  # as training does
     return subject
 
 
@@ -100,13 +99,13 @@ def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) 
     operations on paper. device_peak_bytes is the device's own count, None where it has none or was
     higher before. recompiles: programs compiled while steps were timed.
 
-    Raises devices.OutOfMemoryError; NonFiniteError where the loss ends as no number.
+    Raises memory.OutOfMemoryError; NonFiniteError where the loss ends as no number.
     """
     checked, batch_size = subject.checked, subject.batch_size
     rate = devices.matrix_rate(checked.mesh, checked.model.dtype)
     device = checked.mesh.devices.flat[0]
     before = devices.peak_bytes(device)
-    with devices.out_of_memory():
+    with memory.out_of_memory():
         steps = _Steps(subject)
         with devices.counting_compiles() as compiled:
             samples = time_steps(steps.advance, seconds, clock)
@@ -137,11 +136,11 @@ def measure_input(
     """Clips a second of the run's input alone, and of input and steps together as in training."""
     with _stream(subject.checked) as batches:
         alone = _clips_per_second(lambda: next(batches), subject.batch_size, seconds, clock)
-    with devices.out_of_memory():
+    with memory.out_of_memory():
         # First: compiling it would leave the stream time to read ahead.
         steps = _Steps(subject)
         steps.advance(1)
-    with _stream(subject.checked) as batches, devices.out_of_memory():
+    with _stream(subject.checked) as batches, memory.out_of_memory():
         together = _clips_per_second(
             lambda: steps.feed(batches), subject.batch_size, seconds, clock, steps.wait
         )
@@ -181,7 +180,7 @@ class _Steps:
         self._subject = subject
         self._state = subject.programs.initial_state()
         with _stream(subject.checked) as batches:
-            self._batch = run.put_batch(subject.checked, next(batches))
+            self._batch = pretraining.put_batch(subject.checked, next(batches))
         self._in_flight: list[Any] = []
         self.count = 0
 
@@ -190,9 +189,9 @@ class _Steps:
             self._step(self._batch)
         self.wait()
 
-    def feed(self, batches: Iterator[run.Batch]) -> None:
+    def feed(self, batches: Iterator[pretraining.Batch]) -> None:
         """One step as the training loop does it: the next batch is placed while devices work."""
-        self._step(run.put_batch(self._subject.checked, next(batches)))
+        self._step(pretraining.put_batch(self._subject.checked, next(batches)))
         if len(self._in_flight) > STEPS_IN_FLIGHT:
             jax.block_until_ready(self._in_flight.pop(0))
 
@@ -230,8 +229,8 @@ def _clips_per_second(
 
 
 @contextmanager
-def _stream(checked: Run) -> Iterator[Iterator[run.Batch]]:
-    batches = run.train_stream(checked)
+def _stream(checked: Run) -> Iterator[Iterator[pretraining.Batch]]:
+    batches = pretraining.train_stream(checked)
     try:
         yield batches
     finally:

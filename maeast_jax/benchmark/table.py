@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from maeast_jax.benchmark.cases import Row
-from maeast_jax.training.metrics_writer import si
+from maeast_jax.runtime.terminal import si
 
 # What two rows share that are compared, and what a search leaves open.
 _SETTING = ("num_frames", "tokens", "encoder_layers", "dtype", "input", "devices", "device")

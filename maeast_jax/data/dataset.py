@@ -13,7 +13,7 @@ from etils import epath
 
 from maeast_jax.data.records import Records
 from maeast_jax.data.writer import DataError, resolve_data_dir
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 __all__ = ["DataError", "NotPreparedError", "Split", "open_split"]
 
@@ -101,8 +101,8 @@ def open_split(
     """
     import tensorflow_datasets as tfds
 
-    data_dir = paths.path(data_dir or resolve_data_dir(None))
-    with paths.reaching(data_dir):
+    data_dir = storage.path(data_dir or resolve_data_dir(None))
+    with storage.reaching(data_dir):
         directory = _find(name_or_directory, data_dir)
         builder = tfds.builder_from_directory(str(directory))
         info = builder.info
@@ -145,7 +145,7 @@ def _find(name_or_directory: str | os.PathLike, data_dir: epath.Path) -> epath.P
                 f"data set {text!r} in {data_dir} comes in the configs {', '.join(configs)}: name"
                 f" one, e.g. {match['path']}/{configs[0]}"
             )
-    directory = paths.path(text)
+    directory = storage.path(text)
     if (directory / _INFO_FILE).is_file():
         return directory
     if versions := _versions(directory):
@@ -194,7 +194,7 @@ def _check_format(info, directory: epath.Path, tfds) -> None:
     formats = sorted(file_format.value for file_format in info.available_file_formats())
     if "array_record" in formats:
         return
-    directory = paths.absolute(directory)
+    directory = storage.absolute(directory)
     if info.name in tfds.list_builders(with_community_datasets=False):
         root = directory.parents[2 if info.config_name else 1]
         name = f"{info.name}/{info.config_name}" if info.config_name else info.name

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.data import mixture
-from maeast_jax.data import pipeline as data
+from maeast_jax.data import mixture, pipeline
 from maeast_jax.data.dataset import DataError
 from maeast_jax.data.mixture import Clips
 
@@ -49,7 +48,7 @@ class Labelled:
         return [
             Clip(
                 record["id"],
-                data.samples_of(self.clips.splits[component], record["audio"], example),
+                pipeline.samples_of(self.clips.splits[component], record["audio"], example),
                 self._classes(component, record),
             )
             for component, example, record in self._records(places)

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.data import mixture
-from maeast_jax.data import pipeline as data
+from maeast_jax.data import mixture, pipeline
 from maeast_jax.data.labelled import Clip, Labelled
-from maeast_jax.inference import windows
 
 Batch = dict[str, np.ndarray]
 _BATCHES_AHEAD = 4  # and one a thread at least
@@ -123,7 +121,7 @@ def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int) -> Batch:
     frames = num_frames
     if not frames:
         whole = math.ceil(max(longest - fbank.FRAME_LENGTH, 0) / fbank.FRAME_SHIFT) + 1
-        frames = windows.bucket_steps(min(whole, max_frames), max_frames)
+        frames = pipeline.bucket_steps(min(whole, max_frames), max_frames)
     audio = np.zeros((len(clips), fbank.num_samples(frames)), np.int16)
     for row, clip in zip(audio, clips, strict=True):
         row[: len(clip)] = clip
@@ -133,7 +131,7 @@ def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int) -> Batch:
 
 def _ahead(load: Callable[[int], object], steps: range, threads: int) -> Iterator:
     """`load` of each step, in order, a few of them ahead in threads."""
-    threads = data.num_threads(threads)
+    threads = pipeline.num_threads(threads)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         pending = []
         rest = iter(steps)

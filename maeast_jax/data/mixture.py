@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from maeast_jax.data import dataset as shards
-from maeast_jax.data import demo_corpus as demo_audio
-from maeast_jax.data import writer as shard_writer
-from maeast_jax.runtime import storage as paths
+from maeast_jax.data import dataset, demo_corpus, writer
+from maeast_jax.runtime import storage
 
 # Slots of the weighted mixture's repeating pattern: weights are met to one in this many.
 MIXTURE_SLOTS = 10_000
@@ -39,7 +37,7 @@ class Component:
 class Clips:
     """One or several data sets as one indexed collection; `weights` None means their union."""
 
-    splits: tuple[shards.Split, ...]
+    splits: tuple[dataset.Split, ...]
     weights: tuple[float, ...] | None
 
     def __len__(self) -> int:
@@ -80,7 +78,7 @@ def open_clips(
     """Opens the data sets that `text` names; errors are shards.DataError or ValueError."""
     components = parse_mixture(text, default_split)
     splits = tuple(
-        shards.open_split(
+        dataset.open_split(
             component.name,
             component.split,
             data_dir,
@@ -95,19 +93,21 @@ def open_clips(
 def open_demo(split: str, data_dir: str | None) -> Clips:
     """The embedded corpus, synthesised and built through TFDS on first use."""
     try:
-        opened = shards.open_split(demo_audio.NAME, split, data_dir)
-    except shards.NotPreparedError:
-        paths.check_local(data_dir or "")
-        print(f"building the embedded corpus {demo_audio.NAME}: some ten seconds, once", flush=True)
-        shard_writer.write(
-            demo_audio.NAME,
+        opened = dataset.open_split(demo_corpus.NAME, split, data_dir)
+    except dataset.NotPreparedError:
+        storage.check_local(data_dir or "")
+        print(
+            f"building the embedded corpus {demo_corpus.NAME}: some ten seconds, once", flush=True
+        )
+        writer.write(
+            demo_corpus.NAME,
             data_dir,
-            {name: lambda name=name: demo_audio.examples(name) for name in demo_audio.SPLITS},
-            label_names=demo_audio.FAMILIES,
+            {name: lambda name=name: demo_corpus.examples(name) for name in demo_corpus.SPLITS},
+            label_names=demo_corpus.FAMILIES,
             description="Ten families of synthesised sounds, 2.5 s each.",
             wait=True,
         )
-        opened = shards.open_split(demo_audio.NAME, split, data_dir)
+        opened = dataset.open_split(demo_corpus.NAME, split, data_dir)
     return Clips((opened,), None)
 
 

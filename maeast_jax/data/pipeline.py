@@ -6,6 +6,7 @@ global batches are the same for any number of processes.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.data import audio
-from maeast_jax.data import dataset as shards
+from maeast_jax.data import audio, dataset
 from maeast_jax.data.decode_pool import num_cores
 from maeast_jax.data.mixture import Clips, address, open_clips, open_demo
 
@@ -222,14 +222,14 @@ def num_threads(asked: int) -> int:
     return asked or min(num_cores(), _MOST_THREADS)
 
 
-def samples_of(split: shards.Split, stored: np.ndarray, example: int) -> np.ndarray:
+def samples_of(split: dataset.Split, stored: np.ndarray, example: int) -> np.ndarray:
     """int16 [samples] at 16 kHz; raises DataError, with its name, for a clip that is none."""
     try:
         samples = audio.to_int16(stored, split.sample_rate_hz)
         if not len(samples):
             raise ValueError("it holds no samples")
     except ValueError as error:
-        raise shards.DataError(
+        raise dataset.DataError(
             f"{split.name}@{split.split} example {example}: {error}; prepare the set without it"
         ) from error
     return samples
@@ -296,3 +296,17 @@ def _synthetic(seed: int, num_samples: int) -> Callable[[np.ndarray], np.ndarray
         return audio_BxS
 
     return clips
+
+
+def bucket_steps(num_steps: int, window_steps: int) -> int:
+    """The length that `num_steps` are padded to: the smallest bucket that holds them.
+
+    Buckets are 2, 3, 4, 6, 8, 12, 16, 24 and 32 parts in 32 of the window, rounded up: nine at
+    most, whatever the lengths. Above the window, where nothing is cut, the series goes on.
+    """
+    buckets = (
+        -(-window_steps * (parts << doubling) // 32)
+        for doubling in itertools.count()
+        for parts in (2, 3)
+    )
+    return next(bucket for bucket in buckets if bucket >= num_steps)

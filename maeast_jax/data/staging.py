@@ -13,8 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
-from maeast_jax.runtime import bucket
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import bucket, storage
 
 _STAGING_PREFIX = "incomplete."
 _ASIDE_PREFIX = "replaced."
@@ -37,7 +36,7 @@ def locked(target: Path, wait: bool) -> Iterator[None]:
     Args:
       wait: for another process that builds there; else that is a DataError.
     """
-    if paths.is_remote(target):
+    if storage.is_remote(target):
         yield
         return
     home = target.parent
@@ -72,7 +71,7 @@ def directory(target: Path) -> tempfile.TemporaryDirectory:
 @contextlib.contextmanager
 def adding(staged: Path) -> Iterator[Path]:
     """A folder of this machine to put more files of `staged` into: itself, where it is one."""
-    if paths.is_remote(staged):
+    if storage.is_remote(staged):
         with bucket.writing(staged) as here:
             yield here
     else:
@@ -86,7 +85,7 @@ def publish(staged: Path, target: Path) -> None:
     brings the old back. On gs:// it is copied, and killed on the way the old is gone; the new is
     still staged, to be published again.
     """
-    if paths.is_remote(target):
+    if storage.is_remote(target):
         _publish_objects(staged, target)
         return
     aside = _aside(target)
@@ -99,7 +98,7 @@ def publish(staged: Path, target: Path) -> None:
 
 def is_there(target: Path) -> bool:
     """Whether `target` exists, or will once the remains of a killed `publish` are cleared."""
-    if paths.is_remote(target):
+    if storage.is_remote(target):
         return (target / _OPENER).exists()
     return target.exists() or _aside(target).exists()
 
@@ -124,7 +123,7 @@ def _aside(target: Path) -> Path:
 
 
 def _lock(file, home: Path, wait: bool) -> None:
-    if paths.try_lock(file):
+    if storage.try_lock(file):
         return
     if not wait:
         raise DataError(f"another process is building {home}: wait for it, or choose another name")

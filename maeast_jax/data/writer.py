@@ -16,7 +16,7 @@ from etils import epath
 from maeast_jax.data import staging
 from maeast_jax.data.audio import SAMPLE_RATE_HZ
 from maeast_jax.data.staging import DataError
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 VERSION = "1.0.0"
 
@@ -30,7 +30,11 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path | epath.Path:
         import tensorflow_datasets as tfds
 
         data_dir = tfds.core.constants.DATA_DIR
-    return paths.path(data_dir) if paths.is_remote(data_dir) else Path(os.path.expanduser(data_dir))
+    return (
+        storage.path(data_dir)
+        if storage.is_remote(data_dir)
+        else Path(os.path.expanduser(data_dir))
+    )
 
 
 def write(
@@ -108,8 +112,8 @@ def check_writable(
             raise DataError(
                 f"split name {split!r}: expected letters, digits and _, and not the reserved 'all'"
             )
-    if paths.is_remote(data_dir):
-        paths.make_writable(data_dir, "--data_dir")
+    if storage.is_remote(data_dir):
+        storage.make_writable(data_dir, "--data_dir")
     else:
         _make_writable(data_dir)
     _check_free(data_dir / name / VERSION, overwrite)

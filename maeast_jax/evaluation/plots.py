@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 MASKED_GREY = (160, 160, 160)  # what `reconstructions` paints where there is no value
 _SPLIT_STYLES = {
@@ -193,7 +193,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
         )
     file = io.BytesIO()
     imsave(file, image, format="png")
-    paths.write_whole(paths.path(path), file.getvalue())
+    storage.write_whole(storage.path(path), file.getvalue())
 
 
 def _figure(width_inches: float, height_inches: float):

@@ -11,15 +11,13 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank
-from maeast_jax.data import labelled
+from maeast_jax.data import labelled, pipeline
 from maeast_jax.data.labelled import Labelled
 from maeast_jax.finetuning.run import FinetuneRun, Sets
-from maeast_jax.inference import windows
 from maeast_jax.inference.embedder import Embedder
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import MaeAst
-from maeast_jax.runtime import storage as paths
-from maeast_jax.training.steps import stream_key
+from maeast_jax.model.mae_ast import MaeAst, stream_key
+from maeast_jax.runtime import storage
 
 _FOLDER = "features"
 _STATISTICS_CLIPS = 512
@@ -58,7 +56,9 @@ class Features:
         about = {
             **self._about,
             "sets": [f"{split.name}@{split.split}" for split in clips.clips.splits],
-            "shards": [[file, *paths.stamp(file)] for s in clips.clips.splits for file in s.files],
+            "shards": [
+                [file, *storage.stamp(file)] for s in clips.clips.splits for file in s.files
+            ],
             "classes": clips.class_names,
             "index": hashlib.sha256(clips.index.tobytes()).hexdigest(),
         }
@@ -125,7 +125,7 @@ def fbank_moments(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 def _fbank(samples: np.ndarray) -> np.ndarray:
     """[frames, bands], computed at one of few lengths."""
     num_frames = fbank.num_frames(len(samples))
-    padded = np.zeros(fbank.num_samples(windows.bucket_steps(num_frames, 1024)), np.int16)
+    padded = np.zeros(fbank.num_samples(pipeline.bucket_steps(num_frames, 1024)), np.int16)
     padded[: min(len(samples), len(padded))] = samples[: len(padded)]
     return np.asarray(_jitted_fbank(padded))[:num_frames]
 

@@ -11,9 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax import finetune_config
-from maeast_jax.data import labelled, mixture
-from maeast_jax.data import pipeline as data
+from maeast_jax.data import labelled, mixture, pipeline
 from maeast_jax.data.labelled import Labelled
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.length import fold_length
@@ -31,8 +29,7 @@ from maeast_jax.model.classifier import (
 )
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import split_model
-from maeast_jax.runtime import sharding
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import sharding, storage
 
 MODES = ("finetune", "linear", "knn")
 SOURCES = ("encoder", "fbank")
@@ -105,8 +102,8 @@ class FinetuneRun:
 
 def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     """All that can be known to be wrong before compiling; raises ValueError in one line."""
-    paths.check_local(workdir)
-    configuration.check(config, finetune_config.finetune())
+    storage.check_local(workdir)
+    configuration.check(config, configuration.finetune())
     _check_numbers(config)
     settings = config.to_dict()
     init_from = pretrained.read(config.init_from) if config.init_from else None
@@ -129,7 +126,7 @@ def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     schedule = ScheduleConfig(**settings["schedule"])
     augment = AugmentConfig(**settings["augment"])
     # Last: a mistake above leaves no empty folder behind.
-    paths.make_writable(paths.path(workdir), "--workdir")
+    storage.make_writable(storage.path(workdir), "--workdir")
     return FinetuneRun(
         config=config,
         workdir=Path(workdir).expanduser(),
@@ -215,7 +212,7 @@ def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:
 
 
 def _open(config: ConfigDict) -> Sequence[Sets]:
-    data.prepare_tensorflow()
+    pipeline.prepare_tensorflow()
     section = config.data
     if not section.train:
         raise ValueError("data.train is empty: name a labelled data set (docs/finetuning.md)")

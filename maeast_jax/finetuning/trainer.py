@@ -19,9 +19,9 @@ from maeast_jax.finetuning.length import fold_length
 from maeast_jax.finetuning.run import FinetuneRun, Sets
 from maeast_jax.finetuning.step import FinetuneState
 from maeast_jax.model.classifier import backbone_config, classifier_graph
-from maeast_jax.runtime import sharding
-from maeast_jax.runtime.stops import Interrupted, NonFiniteError, stop_signals
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import sharding, terminal
+from maeast_jax.runtime.cli import Interrupted, NonFiniteError, stop_signals
+from maeast_jax.training import metrics_writer
 from maeast_jax.training.pace import Pace
 from maeast_jax.training.steps import Metrics
 
@@ -84,8 +84,8 @@ class FoldTrainer:
         if (latest := checkpoints.latest_step()) is not None:
             state, start_step = self._restore(checkpoints, latest, state), latest
             print(f"resumed at step {latest:,} of {self._total_steps:,}", flush=True)
-        writer = logs.MetricsWriter(self._folder, start_step)
-        progress = logs.Progress(self._total_steps, start_step)
+        writer = metrics_writer.MetricsWriter(self._folder, start_step)
+        progress = terminal.Progress(self._total_steps, start_step)
         try:
             with stop_signals() as stop:
                 state = self._run_steps(state, start_step, checkpoints, writer, progress, stop)

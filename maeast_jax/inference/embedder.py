@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank
+from maeast_jax.data import pipeline
 from maeast_jax.inference import windows
 from maeast_jax.inference.batching import Batch, Bucket, Row, Stream
 from maeast_jax.inference.windows import Window
@@ -178,7 +179,7 @@ class Embedder:
         return rows
 
     def _bucket(self, num_steps: int, dtype: str) -> Bucket:
-        steps = windows.bucket_steps(num_steps, self._window_steps or self._default_steps())
+        steps = pipeline.bucket_steps(num_steps, self._window_steps or self._default_steps())
         num_rows = max(1, self._batch_tokens // (steps * self._bands))
         return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows, dtype)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 SUFFIXES = (".npz", ".parquet")
 _ROW_GROUP_BYTES = 64 << 20
@@ -35,7 +35,7 @@ def check(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"--output={path} exists: choose another name, or pass --overwrite")
     if not path.parent.is_dir():
         raise ValueError(f"--output={path}: {path.parent} is not a folder; make it first")
-    paths.make_writable(path.parent, "--output")
+    storage.make_writable(path.parent, "--output")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401

@@ -13,12 +13,11 @@ from flax import nnx
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.interop import authors_config
-from maeast_jax.interop import fairseq as authors_file
+from maeast_jax.interop import authors_config, fairseq
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.encoder import SpectrogramEncoder
 from maeast_jax.model.mae_ast import model_graph
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 # The paper's clips: what a checkpoint that does not say was trained on.
 _NUM_FRAMES = 1024
@@ -119,7 +118,7 @@ def read(path: str | os.PathLike) -> Pretrained:
     """
     path = os.path.expanduser(os.fspath(path))
     if path.endswith(FILES):
-        paths.check_local(path)
+        storage.check_local(path)
     if Path(path).is_file():
         return _from_file(path)
     if Path(path).suffix in FILES and not Path(path).exists():
@@ -156,11 +155,11 @@ def _from_run(path: str) -> Pretrained:
 
 
 def _from_file(path: str) -> Pretrained:
-    stamp = str(paths.stamp(path))  # before it is read: else of what came after
-    file = authors_file.read(path)
+    stamp = str(storage.stamp(path))  # before it is read: else of what came after
+    file = fairseq.read(path)
     try:
         config = authors_config.model_config(file.cfg, file.has_decoder)
-        weights = authors_file.weights(file, config)
+        weights = fairseq.weights(file, config)
         num_frames = authors_config.num_frames(file.cfg) or _NUM_FRAMES
     except ValueError as error:
         raise authors_config.AuthorsFileError(f"{path}: {error}") from None
@@ -171,5 +170,5 @@ def _from_file(path: str) -> Pretrained:
         num_frames=num_frames,
         cfg=file.cfg,
         read_weights=lambda: weights,
-        read_extras=lambda: authors_file.extras(file),
+        read_extras=lambda: fairseq.extras(file),
     )

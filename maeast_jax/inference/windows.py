@@ -54,17 +54,3 @@ def cut(num_steps: int, window_steps: int, stride_steps: int) -> list[Window]:
         Window(start, start + window_steps, own_start, own_stop)
         for start, own_start, own_stop in zip(starts, [0, *edges], [*edges, num_steps], strict=True)
     ]
-
-
-def bucket_steps(num_steps: int, window_steps: int) -> int:
-    """The length that `num_steps` are padded to: the smallest bucket that holds them.
-
-    Buckets are 2, 3, 4, 6, 8, 12, 16, 24 and 32 parts in 32 of the window, rounded up: nine at
-    most, whatever the lengths. Above the window, where nothing is cut, the series goes on.
-    """
-    buckets = (
-        -(-window_steps * (parts << doubling) // 32)
-        for doubling in itertools.count()
-        for parts in (2, 3)
-    )
-    return next(bucket for bucket in buckets if bucket >= num_steps)

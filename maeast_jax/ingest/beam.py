@@ -16,8 +16,7 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
-from maeast_jax.data import staging
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import staging, writer
 from maeast_jax.data.decode_pool import DecodePool
 from maeast_jax.data.writer import DataError, Example
 from maeast_jax.ingest import beam_runner, fetched, shard_file
@@ -25,7 +24,7 @@ from maeast_jax.ingest.examples import Cut, clips_of
 from maeast_jax.ingest.report import Tally
 from maeast_jax.ingest.shard_plan import Plan, Shard
 from maeast_jax.ingest.sources import AudioFile, Listing
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 _POLL_SECONDS = 1.0
 _REMOTE_POLL_SECONDS = 10.0  # each look is a request, or several
@@ -69,12 +68,12 @@ def write(
       BeamError: the pipeline failed.
       BeamInterrupted: by Ctrl-C.
     """
-    target = data_dir / schema.name / shard_writer.VERSION
+    target = data_dir / schema.name / writer.VERSION
     with staging.locked(target, wait=False):
         # A build may have ended since the caller looked.
-        shard_writer.check_writable(schema.name, data_dir, list(by_split), overwrite)
+        writer.check_writable(schema.name, data_dir, list(by_split), overwrite)
         plan = Plan.of(schema, data_dir, by_split, cut)
-        with paths.reaching(plan.folder, "written", _REMEDY):
+        with storage.reaching(plan.folder, "written", _REMEDY):
             plan.open()
             others, missing = plan.others(), plan.missing()
         if others:
@@ -84,7 +83,7 @@ def write(
         sys.stdout.flush()
         if missing:
             _build_missing(plan, missing, options)
-        with paths.reaching(data_dir, "written", _REMEDY):
+        with storage.reaching(data_dir, "written", _REMEDY):
             splits = _collect(plan, tally)
             check_skipped()
             _drop_empty(plan, splits, may_be_empty)
@@ -148,19 +147,19 @@ def _build_missing(plan: Plan, missing: list[Shard], options) -> None:
             failure += f" (see {log})"
     if failure:
         raise BeamError(f"Beam's pipeline {failure}; {_state(plan)}")
-    if paths.is_remote(plan.folder):
+    if storage.is_remote(plan.folder):
         shutil.rmtree(log.parent)
 
 
 def _log(plan: Plan) -> Path:
     """Where workers of this machine append what they have to say, which cannot be on gs://."""
-    if not paths.is_remote(plan.folder):
+    if not storage.is_remote(plan.folder):
         return Path(plan.folder, "workers.log")
     return Path(tempfile.mkdtemp(prefix="maeast_jax_beam_"), "workers.log")
 
 
 def _state(plan: Plan) -> str:
-    with paths.reaching(plan.folder, "read", _REMEDY):
+    with storage.reaching(plan.folder, "read", _REMEDY):
         done = len(plan.shards) - len(plan.missing())
     return f"{done} of {len(plan.shards)} shards are done: the same command builds the others"
 
@@ -173,7 +172,7 @@ def _progress(plan: Plan) -> Iterator[None]:
 
     def watch():
         left = {shard.tally_path.name: len(shard.files) for shard in plan.shards}
-        remote = paths.is_remote(plan.folder)
+        remote = storage.is_remote(plan.folder)
         last_look = False
         while not last_look:
             last_look = ended.wait(_REMOTE_POLL_SECONDS if remote else _POLL_SECONDS)

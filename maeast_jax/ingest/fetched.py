@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from maeast_jax.data.decode_pool import DecodePool
-from maeast_jax.runtime import bucket
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import bucket, storage
 
 _AHEAD = 8
 
@@ -32,13 +31,13 @@ def decode(pool: DecodePool, names: Sequence[str]) -> Iterator[np.ndarray | str]
       DecoderDiedError: as there.
       OSError: no room for temporary files.
     """
-    if not any(map(paths.is_remote, names)):
+    if not any(map(storage.is_remote, names)):
         yield from pool.decode(names)
         return
     reasons: dict[str, str] = {}
     files = collections.deque()  # whose results are still to come
     with (
-        paths.quiet(),
+        storage.quiet(),
         tempfile.TemporaryDirectory() as folder,
         concurrent.futures.ThreadPoolExecutor(_AHEAD) as threads,
     ):
@@ -68,16 +67,16 @@ def decode(pool: DecodePool, names: Sequence[str]) -> Iterator[np.ndarray | str]
 def _fetch(name: str, file: str) -> str | None:
     """Puts a recording into a file; returns why not."""
     try:
-        if paths.is_remote(name):
+        if storage.is_remote(name):
             bucket.fetch(name, Path(file))
         else:
             os.symlink(os.path.abspath(name), file)
     except FileNotFoundError:
         return "not found"
     except ImportError as error:
-        raise ValueError(f"{name} needs gcsfs: {paths.INSTALL} ({error})") from error
+        raise ValueError(f"{name} needs gcsfs: {storage.INSTALL} ({error})") from error
     except Exception as error:  # The libraries that reach it share no base class of errors.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return NotFetched(f"cannot be fetched: {paths.reason(error)}")
+        return NotFetched(f"cannot be fetched: {storage.reason(error)}")
     return None

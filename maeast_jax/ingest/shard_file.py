@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import writer
 from maeast_jax.data.writer import Example
 
 
@@ -114,6 +114,6 @@ def write_metadata(
 
 def make_builder(schema: Schema, directory: Path, description: str):
     """The labels' feature and the builder that `shard_writer` makes a whole set with."""
-    classes = shard_writer.Classes(schema.label_names, schema.multi_label)
-    builder = shard_writer.make_builder(schema.name, directory, {}, (), classes, description)
+    classes = writer.Classes(schema.label_names, schema.multi_label)
+    builder = writer.make_builder(schema.name, directory, {}, (), classes, description)
     return classes, builder

@@ -29,8 +29,7 @@ from etils import epath
 from maeast_jax.ingest.examples import Cut
 from maeast_jax.ingest.shard_file import Schema, file_name, hash_of
 from maeast_jax.ingest.sources import AudioFile
-from maeast_jax.runtime import bucket
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import bucket, storage
 
 _SHARD_BYTES = 16 << 20  # of source files: minutes of recordings to hours, seconds of work
 _MOST_SHARDS = 1024  # of a split
@@ -52,7 +51,7 @@ class Shard:
     @classmethod
     def read(cls, task: str | os.PathLike) -> "Shard":
         """The shard of a task file."""
-        task = paths.path(task)
+        task = storage.path(task)
         fields = json.loads(task.read_text())
         return cls(
             folder=task.parents[1],
@@ -116,12 +115,14 @@ class Shard:
             self.tally_path.unlink()
 
     def _file_bytes(self) -> int:
-        return bucket.size(self.path) if paths.is_remote(self.path) else os.path.getsize(self.path)
+        return (
+            bucket.size(self.path) if storage.is_remote(self.path) else os.path.getsize(self.path)
+        )
 
     @contextlib.contextmanager
     def _placing(self, target: epath.Path) -> Iterator[Path]:
         """A file to write that appears as `target` at the end, if nothing is raised."""
-        if paths.is_remote(target):
+        if storage.is_remote(target):
             with bucket.writing(target.parent) as here:
                 yield here / target.name
             return
@@ -154,7 +155,7 @@ class Plan:
 
         Raises ValueError, in one line, where folders of recordings on gs:// cannot be listed.
         """
-        home = paths.path(_absolute(data_dir)) / f"{schema.name}.partial"
+        home = storage.path(_absolute(data_dir)) / f"{schema.name}.partial"
         digest = hashlib.blake2b(f"{_VERSION}".encode(), digest_size=8)
         shards = []
         for split, files in sorted(by_split.items()):
@@ -177,7 +178,7 @@ class Plan:
 
     def open(self) -> None:
         """Makes the folder and clears away what killed builders have left."""
-        if not paths.is_remote(self.folder):
+        if not storage.is_remote(self.folder):
             # A worker that outlives its build may be writing there: it fails.
             shutil.rmtree(self.folder / "building", ignore_errors=True)
             for name in ("tasks", "shards", "tallies", "building"):
@@ -201,18 +202,18 @@ class Plan:
     def tally_names(self) -> set[str]:
         """The names of the tallies that are there, by one look."""
         folder = self.folder / "tallies"
-        if paths.is_remote(folder):
+        if storage.is_remote(folder):
             return {name.rpartition("/")[2] for name in bucket.listing(folder)}
         return set(os.listdir(folder))
 
     def remove(self) -> None:
         """Clears away the folder and those of other plans."""
         for folder in (self.folder, *self.others()):
-            if paths.is_remote(folder):
+            if storage.is_remote(folder):
                 bucket.remove(folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-        if not paths.is_remote(self.folder):
+        if not storage.is_remote(self.folder):
             with contextlib.suppress(OSError):
                 os.rmdir(self.folder.parent)
 
@@ -224,12 +225,13 @@ def _with_tuple(file: dict) -> dict:
 
 
 def _absolute(name: str | os.PathLike) -> str:
-    return os.fspath(name) if paths.is_remote(name) else os.path.abspath(name)
+    return os.fspath(name) if storage.is_remote(name) else os.path.abspath(name)
 
 
 def _stamps(names: Sequence[str]) -> list[tuple[int, int]]:
     """Of each file its size and what changes with it, a time or number; zeros where it is not."""
-    there = bucket.stamps(name for name in names if paths.is_remote(name))
+    there = bucket.stamps(name for name in names if storage.is_remote(name))
     return [
-        there.get(name, (0, 0)) if paths.is_remote(name) else paths.stamp(name) for name in names
+        there.get(name, (0, 0)) if storage.is_remote(name) else storage.stamp(name)
+        for name in names
     ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maeast_jax import fbank
-from maeast_jax.model import tokens as patches
+from maeast_jax.model import tokens
 from maeast_jax.model.config import ModelConfig
 
 Cfg = dict[str, dict[str, Any]]
@@ -162,5 +162,5 @@ def _tokens(model: Mapping[str, Any]) -> str:
             f"cfg.model's patches are {shape} with strides {strides} (time, channels): only "
             "patches side by side can be reconstructed"
         )
-    names = {shape: name for name, shape in patches.PATCH_SHAPES.items()}
+    names = {shape: name for name, shape in tokens.PATCH_SHAPES.items()}
     return names.get(shape, "x".join(map(str, shape)))

@@ -14,10 +14,9 @@ import jax
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.interop import authors_config, torch_file
-from maeast_jax.interop import parameters as authors
+from maeast_jax.interop import authors_config, parameters, torch_file
 from maeast_jax.interop.authors_config import AuthorsFileError
-from maeast_jax.model import tokens as patches
+from maeast_jax.model import tokens
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import abstract_model, split_model
 
@@ -65,14 +64,16 @@ def read(path: str | os.PathLike) -> AuthorsFile:
     return AuthorsFile(cfg, dict(tensors))
 
 
-def weights(file: AuthorsFile, config: ModelConfig) -> tuple[authors.Tree, authors.Tree]:
+def weights(file: AuthorsFile, config: ModelConfig) -> tuple[parameters.Tree, parameters.Tree]:
     """(parameters, statistics) of a file whose architecture is `config`, float32.
 
     Raises AuthorsFileError where a tensor is missing, too many, or of another shape.
     """
     tensors = file.tensors
     if config.is_encoder_only:
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(authors.DECODER_PREFIXES)}
+        tensors = {
+            k: v for k, v in tensors.items() if not k.startswith(parameters.DECODER_PREFIXES)
+        }
     expected = _shapes(config)
     if missing := sorted(set(expected) - set(tensors)):
         raise AuthorsFileError(f"tensor {missing[0]} is missing, which its cfg asks for")
@@ -86,7 +87,7 @@ def weights(file: AuthorsFile, config: ModelConfig) -> tuple[authors.Tree, autho
     for name, width_field in _TABLES.items():
         if name in tensors:
             _check_table(name, tensors[name], getattr(config, width_field))
-    return authors.parameters(tensors, config.heads), authors.statistics(tensors)
+    return parameters.parameters(tensors, config.heads), parameters.statistics(tensors)
 
 
 def extras(file: AuthorsFile) -> dict[str, np.ndarray]:
@@ -103,8 +104,8 @@ def extras(file: AuthorsFile) -> dict[str, np.ndarray]:
 
 def build(
     config: ModelConfig,
-    params: authors.Tree,
-    statistics: authors.Tree,
+    params: parameters.Tree,
+    statistics: parameters.Tree,
     *,
     num_frames: int,
     max_token_length: int = MAX_TOKEN_LENGTH,
@@ -117,7 +118,7 @@ def build(
     encoder alone gets them at zero and one, and reads back as an encoder alone.
     """
     cfg = authors_config.build(config, num_frames, max_token_length)
-    tensors = authors.tensors_of(params, statistics)
+    tensors = parameters.tensors_of(params, statistics)
     if config.is_encoder_only:
         tensors |= _stand_ins(config.width, config.patch_shape[0] * config.patch_shape[1])
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -126,7 +127,7 @@ def build(
     tensors |= {name: make(config) for name, make in _IDLE.items()}
     for name, width_field in _TABLES.items():
         if name.startswith("enc_") or not config.is_encoder_only:
-            tensors[name] = patches.sinusoid(max_token_length, getattr(config, width_field))[None]
+            tensors[name] = tokens.sinusoid(max_token_length, getattr(config, width_field))[None]
     return AuthorsFile(cfg, tensors)
 
 
@@ -165,7 +166,7 @@ def _read_safetensors(path) -> tuple[Any, dict[str, np.ndarray]]:
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     _, params, statistics = split_model(abstract_model(config))
-    tensors = jax.eval_shape(authors.tensors_of, params, statistics)
+    tensors = jax.eval_shape(parameters.tensors_of, params, statistics)
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
@@ -177,5 +178,5 @@ def _check_table(name: str, table: np.ndarray, width: int) -> None:
     if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width:
         raise AuthorsFileError(f"{name} is {list(table.shape)}, expected [1, positions, {width}]")
     rows = min(table.shape[1], 512)
-    if not np.allclose(table[0, :rows], patches.sinusoid(rows, width), rtol=0, atol=5e-3):
+    if not np.allclose(table[0, :rows], tokens.sinusoid(rows, width), rtol=0, atol=5e-3):
         raise AuthorsFileError(f"{name} does not hold the sinusoid that the model adds")

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank
-from maeast_jax.model import tokens as patches
+from maeast_jax.model import tokens
 from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
 from maeast_jax.model.dropout import dropout
 from maeast_jax.model.input_norm import InputNorm
@@ -59,7 +59,7 @@ class SpectrogramEncoder(nnx.Module):
 
     def normalized_patches(self, fbank_BxTxF: jax.Array, training: bool) -> jax.Array:
         """Log energies [b, T, F] to normalised patches [b, N, P]; training moves the statistics."""
-        return patches.patchify(self.input_norm(fbank_BxTxF, training), self.config.patch_shape)
+        return tokens.patchify(self.input_norm(fbank_BxTxF, training), self.config.patch_shape)
 
     def encode_fbank(self, fbank_BxTxF: jax.Array, lengths_frames_B: jax.Array) -> Encoding:
         """Hidden states of clips whose rows past `lengths_frames_B` are padding, never looked at.
@@ -70,8 +70,8 @@ class SpectrogramEncoder(nnx.Module):
         # Zeros fill a last patch up, as the authors pad.
         fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
         patches_BxNxP = self.normalized_patches(fbank_BxTxF, training=False)
-        _, band_tokens = patches.grid_shape(1, fbank_BxTxF.shape[2], self.config.patch_shape)
-        padding_BxN = patches.token_padding(
+        _, band_tokens = tokens.grid_shape(1, fbank_BxTxF.shape[2], self.config.patch_shape)
+        padding_BxN = tokens.token_padding(
             lengths_frames_B, patches_BxNxP.shape[1], self.config.patch_shape, band_tokens
         )
         _, hidden_states = self.encode_patches(patches_BxNxP, padding_BxN)
@@ -86,7 +86,7 @@ class SpectrogramEncoder(nnx.Module):
         """
         input_key, encoder_key = split_key(key, 2)
         x_BxNxD = self._embed(patches_BxNxP, input_key)
-        positions_NxD = jnp.asarray(patches.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
+        positions_NxD = jnp.asarray(tokens.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
         # The authors give padding no position; it shows only in the rows of the padding itself.
         x_BxNxD += jnp.where(padding_BxN[..., None], jnp.zeros_like(x_BxNxD), positions_NxD)
         return self.encoder(x_BxNxD, padding_BxN, encoder_key)

@@ -4,13 +4,14 @@ Names of shapes: B clips, N tokens, K kept, M masked, P values a token, D width 
 width of the decoder.
 """
 
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maeast_jax.model import tokens as patches
+from maeast_jax.model import tokens
 from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
 from maeast_jax.model.encoder import Predictions, SpectrogramEncoder, mask_token
 from maeast_jax.model.ssast import Ssast
@@ -50,7 +51,7 @@ class MaeAst(SpectrogramEncoder):
         input_key, encoder_key, decoder_key = split_key(key, 3)
         num_tokens = patches_BxNxP.shape[1]
         x_BxKxD = self._embed(take_tokens(patches_BxNxP, kept_BxK), input_key)
-        positions_NxD = jnp.asarray(patches.sinusoid(num_tokens, self.config.width), x_BxKxD.dtype)
+        positions_NxD = jnp.asarray(tokens.sinusoid(num_tokens, self.config.width), x_BxKxD.dtype)
         x_BxKxD, _ = self.encoder(x_BxKxD + positions_NxD[kept_BxK], key=encoder_key)
         x_BxNxE = self._with_mask_tokens(x_BxKxD, kept_BxK, num_tokens)
         x_BxMxE = self.decoder.at_places(x_BxNxE, masked_BxM, decoder_key)
@@ -63,7 +64,7 @@ class MaeAst(SpectrogramEncoder):
         mask_token_E = self.mask_token[...].astype(x_BxKxE.dtype)
         mask_tokens_BxNxE = jnp.broadcast_to(mask_token_E, (clips, num_tokens, width))
         x_BxNxE = put_tokens(mask_tokens_BxNxE, kept_BxK, x_BxKxE)
-        return x_BxNxE + jnp.asarray(patches.sinusoid(num_tokens, width), x_BxNxE.dtype)
+        return x_BxNxE + jnp.asarray(tokens.sinusoid(num_tokens, width), x_BxNxE.dtype)
 
 
 _ARCHITECTURES = {"mae_ast": MaeAst, "ssast": Ssast}
@@ -88,3 +89,9 @@ def model_graph(config: ModelConfig) -> nnx.GraphDef:
 def abstract_model(config: ModelConfig) -> MaeAst | Ssast:
     """A model of shapes and types alone."""
     return nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))
+
+
+def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
+    """The key of one named stream of random numbers at one step."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maeast_jax.model import tokens as patches
+from maeast_jax.model import tokens
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.encoder import Predictions, SpectrogramEncoder, mask_token
 from maeast_jax.model.transformer import put_tokens, split_key
@@ -39,5 +39,5 @@ class Ssast(SpectrogramEncoder):
         )
         mask_token_D = self.mask_token[...].astype(x_BxNxD.dtype)
         x_BxNxD = jnp.where(is_masked_BxN[..., None], mask_token_D, x_BxNxD)
-        x_BxNxD += jnp.asarray(patches.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
+        x_BxNxD += jnp.asarray(tokens.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
         return self._predict(self.encoder.at_places(x_BxNxD, masked_BxM, encoder_key))

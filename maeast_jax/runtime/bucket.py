@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from etils import epath
 
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 _THREADS = 32  # that wait for answers
 
@@ -47,7 +47,7 @@ def stamps(names: Iterable[str]) -> dict[str, Stamp]:
     found = {}
     folders = sorted({name.rpartition("/")[0] for name in names})
     if folders:
-        with paths.reaching(folders[0]):
+        with storage.reaching(folders[0]):
             for entries in each(_entries, folders):
                 found.update(entries)
     return {name: found[name] for name in names & found.keys()}

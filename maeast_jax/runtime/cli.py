@@ -5,13 +5,14 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
-
-from maeast_jax.runtime.stops import Interrupted, NonFiniteError, PeerLostError
 
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
@@ -19,6 +20,56 @@ EXIT_NON_FINITE = 3
 # Of sysexits.h; launchers start the run again after both.
 EXIT_UNKNOWN = 70  # an error that no line of ours explains: a device that failed, a bug
 EXIT_PEER_LOST = 75
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C, after the state was saved; `exit_code` is the shell's 128 + signal."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} at step {step}, which is saved; "
+            "the same command goes on from there"
+        )
+        self.exit_code = 128 + signal_number
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient that is not finite."""
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run is gone, and with it what only it held."""
+
+
+@contextmanager
+def catching(catch: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """`catch` handles these signals; nothing does outside of the main thread, where none can be."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, catch) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that holds the signal once SIGTERM or Ctrl-C has come; a second Ctrl-C acts at once.
+
+    Signals can be caught in the main thread only; elsewhere the list stays empty.
+    """
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    with catching(catch, signal.SIGTERM, signal.SIGINT):
+        yield caught
 
 
 def run(

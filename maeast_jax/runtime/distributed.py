@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maeast_jax.runtime.stops import PeerLostError, catching, stop_signals
+from maeast_jax.runtime.cli import PeerLostError, catching, stop_signals
 
 # How long a process may be silent before the others take it for dead and end.
 HEARTBEAT_SECONDS = 30

@@ -9,6 +9,8 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -96,3 +98,30 @@ def _will_compute_on_cpu() -> bool:
         return jax.config.jax_platforms.split(",")[0] == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+class OutOfMemoryError(MemoryError):
+    """The devices do not hold what a program needs."""
+
+
+@contextmanager
+def out_of_memory(remedy: str = "take less") -> Iterator[None]:
+    """Raises OutOfMemoryError, in one line, where the devices or the compiler run out of it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = str(error).splitlines()[0]
+        raise OutOfMemoryError(f"the devices are out of memory: {remedy} ({line})") from None
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory that XLA plans for a program: arguments, results and temporaries."""
+    plan = compiled.memory_analysis()
+    return (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        + plan.temp_size_in_bytes
+        - plan.alias_size_in_bytes
+    )

@@ -12,10 +12,9 @@ from ml_collections import ConfigDict
 
 from maeast_jax.checkpoint import Checkpoints
 from maeast_jax.evaluation import plots
-from maeast_jax.runtime import distributed as hosts
-from maeast_jax.runtime import storage as paths
-from maeast_jax.runtime.stops import Interrupted, NonFiniteError, PeerLostError
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import distributed, storage, terminal
+from maeast_jax.runtime.cli import Interrupted, NonFiniteError, PeerLostError
+from maeast_jax.training import metrics_writer
 from maeast_jax.training.pace import Pace
 from maeast_jax.training.steps import Metrics, TrainState, checkpoint_parts
 
@@ -55,7 +54,7 @@ class Loop:
         knn: Callable[[TrainState], dict[str, float]] | None = None,
     ):
         self._config = config
-        self._workdir = paths.path(workdir)
+        self._workdir = storage.path(workdir)
         self._start_step = start_step
         self._checkpoints = checkpoints
         self._step = step
@@ -67,9 +66,11 @@ class Loop:
         self._eval_batches = eval_batches
         self._knn = knn
         # Of several processes the first alone writes; all compute what is written.
-        self._writer = logs.MetricsWriter(workdir, start_step) if hosts.is_first() else None
+        self._writer = (
+            metrics_writer.MetricsWriter(workdir, start_step) if distributed.is_first() else None
+        )
         stream = None if self._writer else open(os.devnull, "w")  # noqa: SIM115 (for good)
-        self._progress = logs.Progress(config.total_steps, start_step, stream)
+        self._progress = terminal.Progress(config.total_steps, start_step, stream)
         self._pace = Pace(config.batch_size, config.total_steps, config.eval_every)
         # Steps since the last line, and the closed intervals whose values are still on the device.
         self._interval: list[tuple[int, Metrics]] = []
@@ -81,7 +82,7 @@ class Loop:
         evaluation: dict[str, float] | None = {}
         stream = batches
         try:
-            with hosts.others_alive(), hosts.stopping() as self._asked_to_stop:
+            with distributed.others_alive(), distributed.stopping() as self._asked_to_stop:
                 if self._calibrate is not None:
                     first = _next(batches, 0)
                     batches = itertools.chain([first], batches)
@@ -188,7 +189,7 @@ class Loop:
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """Writes and returns the held-out metrics; {} where there are none, None when stopped."""
         self._flush()
-        if hosts.from_first(self._writer is not None and self._writer.has(step, "eval")):
+        if distributed.from_first(self._writer is not None and self._writer.has(step, "eval")):
             return {}
         with self._pace.evaluation():
             row = self._scores(state, step)
@@ -197,7 +198,7 @@ class Loop:
                 self._writer.flush()
                 terms = (f"{name} {row[name]:.4f}" for name in _TOLD if name in row)
                 self._progress.say(f"step {step}: held-out {', '.join(terms)}")
-                curves = plots.curves(logs.read_metrics(self._workdir))
+                curves = plots.curves(metrics_writer.read_metrics(self._workdir))
                 plots.write_png(self._workdir / CURVES, curves)
         return row
 

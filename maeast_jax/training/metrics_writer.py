@@ -3,16 +3,13 @@
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
 
 import numpy as np
-import tqdm
 from etils import epath
 
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 _SPLITS = ("train", "eval")
 METRICS_FILE = "metrics.jsonl"
@@ -40,17 +37,17 @@ class MetricsWriter:
           ValueError: metrics.jsonl holds a line, other than the last, that is not a metrics row.
           OSError: `workdir` cannot be written.
         """
-        path = paths.path(workdir) / METRICS_FILE
+        path = storage.path(workdir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         # From the start, an evaluation before step 1 will be written again: nothing is kept.
         rows = _read_rows(path) if resume_step > 0 and path.exists() else []
         rows = [row for row in rows if row["step"] <= resume_step]
         self._written = {(row["step"], row["split"]) for row in rows}
         lines = "".join(map(_json_line, rows)).encode("ascii")
-        paths.write_whole(path, lines)
+        storage.write_whole(path, lines)
         self._events = None
-        if paths.is_remote(path):
-            self._file = paths.Rewritten(path, lines, clock)
+        if storage.is_remote(path):
+            self._file = storage.Rewritten(path, lines, clock)
             return
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
         import tensorboardX  # not at the top: a benchmark formats numbers and writes no events
@@ -117,12 +114,12 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
       FileNotFoundError: there is no such file.
       ValueError: a line other than the last is not a metrics row.
     """
-    return _read_rows(paths.path(workdir) / METRICS_FILE)
+    return _read_rows(storage.path(workdir) / METRICS_FILE)
 
 
 def has_row(workdir: str | os.PathLike, step: int, split: str) -> bool:
     """Whether metrics.jsonl is there and holds that row."""
-    path = paths.path(workdir) / METRICS_FILE
+    path = storage.path(workdir) / METRICS_FILE
     return path.exists() and any(
         (row["step"], row["split"]) == (step, split) for row in _read_rows(path)
     )
@@ -166,86 +163,3 @@ def _json_line(row: Mapping) -> str:
         for key, value in row.items()
     }
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-class Progress:
-    """A progress bar with loss, clips a second and time left; plain lines where no one watches."""
-
-    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
-        """Starts at `start_step`, writes to `stream` (None: stderr)."""
-        self._total_steps = total_steps
-        self._stream = sys.stderr if stream is None else stream
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm.tqdm(
-                total=total_steps,
-                initial=start_step,
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {desc}",
-                desc=f"step {start_step}/{total_steps}",
-            )
-
-    def update(
-        self,
-        step: int,
-        loss: float,
-        clips_per_second: float | None = None,
-        seconds_left: float | None = None,
-    ) -> None:
-        """Shows that `step` steps are done; None is left out."""
-        parts = [f"step {step}/{self._total_steps}", f"loss {float(loss):.3f}"]
-        if clips_per_second is not None:
-            parts.append(f"{clips_per_second:.1f} clips/s")
-        if seconds_left is not None:
-            parts.append(f"{_clock_face(seconds_left)} left")
-        line = "  ".join(parts)
-        if self._bar is None:
-            print(line, file=self._stream, flush=True)
-            return
-        self._bar.n = step
-        self._bar.set_description_str(line, refresh=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if self._bar is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._bar.write(text, file=self._stream)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def announce(lines: Mapping[str, str]) -> str:
-    """What a run will do, as an aligned table: a line a key, its value beside it.
-
-    A value of several lines goes on under its own first line.
-    """
-    width = max(map(len, lines), default=0)
-    indent = "\n" + " " * (width + 2)
-    return "\n".join(
-        f"{key:<{width}}  {str(value).replace(chr(10), indent)}".rstrip()
-        for key, value in lines.items()
-    )
-
-
-def si(value: float, unit: str = "") -> str:
-    """A quantity to three digits: si(86_400_000) is "86.4 M", si(1.75e9, "B") is "1.75 GB"."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(value) < 999.5 or prefix == "E":
-            break
-        value /= 1000
-    # "#" keeps the zeros of 1.50 G; a count below a thousand is whole and needs none.
-    whole = not prefix and float(value).is_integer()
-    number = f"{value:.0f}" if whole else f"{value:#.3g}".rstrip(".")
-    return f"{number} {prefix}{unit}".rstrip()
-
-
-def _clock_face(seconds: float) -> str:
-    """83 as 1:23, 3683 as 1:01:23."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
+from maeast_jax.checkpoint import newest_step
 from maeast_jax.data import pipeline as data
 from maeast_jax.data.mixture import Clips
 from maeast_jax.evaluation.knn_eval import KnnEval, open_knn
@@ -23,12 +24,10 @@ from maeast_jax.inference import pretrained
 from maeast_jax.inference.pretrained import Pretrained
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.runtime import sharding
-from maeast_jax.runtime import storage as paths
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import sharding, storage
+from maeast_jax.training import metrics_writer
 from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.training.steps import LossConfig
-from maeast_jax.workdir import newest_step
 
 Batch = dict[str, np.ndarray]
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
@@ -59,7 +58,7 @@ def check_run(
     config: ConfigDict, workdir: str | os.PathLike, batches: Batches | None = None
 ) -> Run:
     """All that can be known to be wrong before compiling; raises ValueError in one line."""
-    workdir = paths.path(workdir)
+    workdir = storage.path(workdir)
     configuration.check(config)
     configuration.check_loop(config)
     start_step, config, init_from = _start(workdir, newest_step(workdir), config)
@@ -83,7 +82,7 @@ def check_run(
     eval_clips = data.open_eval(data_config) if has_eval else None
     knn = _open_knn(config, data_config) if config.eval.knn else None
     # Last: a mistake above leaves no empty folder behind.
-    paths.make_writable(workdir, "--workdir")
+    storage.make_writable(workdir, "--workdir")
     return Run(
         config=config,
         workdir=workdir,
@@ -231,7 +230,7 @@ def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: Co
             f"{workdir} has reached step {step}, past total_steps={config.total_steps}; "
             "raise total_steps or choose another --workdir"
         )
-    if (workdir / logs.METRICS_FILE).exists():
-        logs.read_metrics(workdir)  # raises where a line is broken
+    if (workdir / metrics_writer.METRICS_FILE).exists():
+        metrics_writer.read_metrics(workdir)  # raises where a line is broken
     old = checkpoint.metadata(epath.Path(newest.path))["config"]
     configuration.tell_resumed_with(configuration.differences(old, config.to_dict()))

@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import jax
 
-from maeast_jax.data import pipeline as data
-from maeast_jax.runtime import distributed as hosts
-from maeast_jax.runtime import sharding
-from maeast_jax.training import pretraining as run
+from maeast_jax.data import pipeline
+from maeast_jax.runtime import distributed, sharding
+from maeast_jax.training import pretraining
 from maeast_jax.training.pretraining import Run
 from maeast_jax.training.steps import (
     TrainState,
@@ -58,7 +57,7 @@ class Programs:
             **self._common,
         )
         jitted = self._jit(step, (self.shardings, self._whole), donate_argnums=0)
-        return jitted.lower(self.abstract_state, run.abstract_batch(checked)).compile()
+        return jitted.lower(self.abstract_state, pretraining.abstract_batch(checked)).compile()
 
     def eval_step(self) -> Callable:
         step = make_eval_step(self._run.model, self._run.loss, **self._common)
@@ -69,7 +68,7 @@ class Programs:
         checked = self._run
         if not checked.has_eval:
             return None
-        held_out = data.eval_count(checked.eval_clips, checked.config.eval.max_clips)
+        held_out = pipeline.eval_count(checked.eval_clips, checked.config.eval.max_clips)
         count = min(checked.config.eval.pictures, held_out, checked.config.batch_size)
         if not count:
             return None
@@ -89,7 +88,7 @@ class Programs:
 
         def tell(state: TrainState) -> dict[str, float]:
             weights = gather((state.params, state.statistics))
-            if not hosts.is_first():
+            if not distributed.is_first():
                 return {}
             params, statistics = jax.tree.map(lambda leaf: leaf.addressable_data(0), weights)
             return checked.knn(checked.model, params, statistics, checked.config.num_frames)

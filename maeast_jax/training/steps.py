@@ -1,7 +1,6 @@
 """State, training step and evaluation step: pure functions, jitted once, no I/O."""
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax import nnx
 from maeast_jax import fbank
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import build, model_graph, split_model
+from maeast_jax.model.mae_ast import build, model_graph, split_model, stream_key
 from maeast_jax.model.tokens import unpatchify
 from maeast_jax.model.transformer import put_tokens, split_key, take_tokens
 from maeast_jax.training import losses
@@ -47,12 +46,6 @@ class TrainState:
     params: Any
     statistics: Any
     opt_state: Any
-
-
-def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
-    """The key of one named stream of random numbers at one step."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def init_state(

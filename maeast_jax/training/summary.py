@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 from maeast_jax import checkpoint
-from maeast_jax.data import pipeline as data
+from maeast_jax.data import pipeline
 from maeast_jax.model import flops, masking
 from maeast_jax.model.config import ModelConfig
-from maeast_jax.runtime import storage as paths
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import storage, terminal
+from maeast_jax.training import metrics_writer
 from maeast_jax.training.loop import CURVES, RECONSTRUCTIONS
 from maeast_jax.training.pretraining import Run
 
@@ -39,14 +39,14 @@ def describe(run: Run, abstract_params: Any) -> str:
         start = "resumed"
     elif run.init_from is not None:
         start += f", weights of {run.init_from.path}"
-    return logs.announce(
+    return terminal.announce(
         {
-            "model": f"{layers} layers of {model.width}, {logs.si(parameters)} parameters, "
+            "model": f"{layers} layers of {model.width}, {terminal.si(parameters)} parameters, "
             f"{model.dtype}",
             "tokens": f"{num_tokens} {model.tokens} tokens a clip of {config.num_frames / 100:g} s "
             f"({time_tokens} x {band_tokens}): {kept} kept, {num_tokens - kept} masked "
             f"({model.mask})" + (", a mask for each loss" if model.passes == 2 else ""),
-            "step": f"{config.batch_size} clips, {logs.si(work, 'FLOP')} a clip",
+            "step": f"{config.batch_size} clips, {terminal.si(work, 'FLOP')} a clip",
             "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
             "train": _describe_train(run),
             "eval": _describe_eval(run),
@@ -76,22 +76,11 @@ def _describe_train(run: Run) -> str:
 def _describe_eval(run: Run) -> str:
     if not run.has_eval:
         return "none (data.eval is empty)"
-    count = data.eval_count(run.eval_clips, run.config.eval.max_clips)
+    count = pipeline.eval_count(run.eval_clips, run.config.eval.max_clips)
     if run.eval_clips is None:
         return f"{count} clips of synthetic noise"
     sets = run.eval_clips.describe()
     return sets if count == len(run.eval_clips) else f"{count:,} clips, spread over {sets}"
-
-
-def planned_bytes(compiled: jax.stages.Compiled) -> int:
-    """Device memory that XLA plans for a program: arguments, results and temporaries."""
-    plan = compiled.memory_analysis()
-    return (
-        plan.argument_size_in_bytes
-        + plan.output_size_in_bytes
-        + plan.temp_size_in_bytes
-        - plan.alias_size_in_bytes
-    )
 
 
 def farewell(workdir: str | os.PathLike) -> str:
@@ -102,7 +91,7 @@ def farewell(workdir: str | os.PathLike) -> str:
     time_tokens, band_tokens = model.grid(config["num_frames"])
     num_tokens = time_tokens * band_tokens
     masked = num_tokens - masking.num_kept(num_tokens, model.mask_ratio)
-    rows = [row for row in logs.read_metrics(workdir) if row["split"] == "eval"]
+    rows = [row for row in metrics_writer.read_metrics(workdir) if row["split"] == "eval"]
     lines = {"checkpoint": f"{workdir}/{checkpoint.CHECKPOINTS}/{newest.name}"}
     with_loss = [row for row in rows if "loss" in row]
     if with_loss:
@@ -114,7 +103,7 @@ def farewell(workdir: str | os.PathLike) -> str:
         )
         lines["mse"] = _change(first["mse"], last["mse"], ".4f")
         drawn = [
-            name for name in (RECONSTRUCTIONS, CURVES) if (paths.path(workdir) / name).exists()
+            name for name in (RECONSTRUCTIONS, CURVES) if (storage.path(workdir) / name).exists()
         ]
         lines["pictures"] = "  ".join(f"{workdir}/{name}" for name in drawn)
     for name in ("knn_accuracy", "knn_map"):
@@ -123,7 +112,7 @@ def farewell(workdir: str | os.PathLike) -> str:
             lines[name] = _change(values[0], values[-1], ".1%")
     then = _LONGER.format(workdir) if config["data"]["train"] else _OWN_RECORDINGS
     lines["next"] = f"{_EMBED.format(workdir)}\n{then}"
-    return logs.announce(lines)
+    return terminal.announce(lines)
 
 
 def _change(first: float | None, last: float | None, form: str) -> str:

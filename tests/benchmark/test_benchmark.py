@@ -16,11 +16,10 @@ from absl import flags
 from test_speed_rows import PROMISED
 
 from maeast_jax.benchmark import __main__ as benchmark
-from maeast_jax.benchmark import benchmark_config, devices
-from maeast_jax.benchmark import cases as speed_rows
+from maeast_jax.benchmark import benchmark_config, cases, devices
 from maeast_jax.benchmark import measure as speed
 from maeast_jax.evaluation import plots
-from maeast_jax.runtime import memory as host_memory
+from maeast_jax.runtime import memory
 from maeast_jax.training import pretraining as run
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +62,7 @@ def defined():
 def start(defined, monkeypatch):
     """Runs `main` with the words of a command line."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(host_memory, "share_heap", lambda: None)  # the tests' own stays as it is
+    monkeypatch.setattr(memory, "share_heap", lambda: None)  # the tests' own stays as it is
 
     def main(*words):
         for name in flags.FLAGS:
@@ -272,7 +271,7 @@ def test_no_picture_where_no_row_fits_is_said_after_the_table(start, fake, tmp_p
 
 def test_freed_memory_is_kept_unless_told_otherwise(start, fake, monkeypatch):
     shared = []
-    monkeypatch.setattr(host_memory, "share_heap", lambda: shared.append(True))
+    monkeypatch.setattr(memory, "share_heap", lambda: shared.append(True))
     start("--model=mae_ast", "--keep_freed=false")
     assert not shared
     start("--model=mae_ast")
@@ -286,8 +285,8 @@ def test_input_without_data_is_noise_of_ten_seconds(place, monkeypatch):
     base = tiny.get_config()
     base.mesh.data, base.batch_size = 2, 2
     with benchmark._input(base, place, None, None):
-        (case,) = speed_rows.combinations(base, {"model": ["mae_ast"]})
-        checked = speed_rows.check(base, case)
+        (case,) = cases.combinations(base, {"model": ["mae_ast"]})
+        checked = cases.check(base, case)
         assert len(checked.train_clips) == 6 and not checked.has_eval
         assert len(checked.train_clips.splits[0].read([0])[0]["audio"]) == 160_000
         stream = run.train_stream(checked)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from maeast_jax.benchmark import devices
-from maeast_jax.runtime import memory as host_memory
-from maeast_jax.runtime import sharding
+from maeast_jax.runtime import memory, sharding
 
 
 def test_programs_that_are_compiled_are_counted_and_those_that_only_run_are_not():
@@ -49,7 +48,7 @@ def fake_mesh(stats, size=4):
 
 def test_memory_is_the_devices_limit_or_a_share_of_what_the_machine_has_left(monkeypatch):
     assert devices.memory_bytes(fake_mesh({"bytes_limit": 123, "peak_bytes_in_use": 45})) == 123
-    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     assert devices.memory_bytes(fake_mesh(None)) == 250
     (device,) = fake_mesh({"bytes_limit": 123, "peak_bytes_in_use": 45}, size=1).devices
     assert devices.peak_bytes(device) == 45
@@ -58,11 +57,11 @@ def test_memory_is_the_devices_limit_or_a_share_of_what_the_machine_has_left(mon
 
 def test_running_out_of_memory_is_one_line_and_other_failures_are_what_they_were():
     failure = jax.errors.JaxRuntimeError
-    with pytest.raises(devices.OutOfMemoryError) as caught, devices.out_of_memory("eat less"):
+    with pytest.raises(memory.OutOfMemoryError) as caught, memory.out_of_memory("eat less"):
         raise failure("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ...")
     assert str(caught.value) == (
         "the devices are out of memory: eat less "
         "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)"
     )
-    with pytest.raises(failure, match="INTERNAL"), devices.out_of_memory():
+    with pytest.raises(failure, match="INTERNAL"), memory.out_of_memory():
         raise failure("INTERNAL: no")

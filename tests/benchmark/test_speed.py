@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from maeast_jax.benchmark import devices
-from maeast_jax.benchmark import measure as speed
+from maeast_jax.benchmark import devices, measure
 from maeast_jax.model import flops
-from maeast_jax.runtime.stops import NonFiniteError
-from maeast_jax.training import pretraining as run
-from maeast_jax.training import summary
+from maeast_jax.runtime import memory
+from maeast_jax.runtime.cli import NonFiniteError
+from maeast_jax.training import pretraining
 
 
 class Clock:
@@ -37,7 +36,9 @@ def tiny_config():
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    return speed.compile_step(run.check_run(tiny_config(), tmp_path_factory.mktemp("run")))
+    return measure.compile_step(
+        pretraining.check_run(tiny_config(), tmp_path_factory.mktemp("run"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,11 +52,11 @@ def test_samples_share_the_time_and_are_three_at_least(step_seconds, steps_a_sam
         counts.append(count)
         clock.seconds += count * step_seconds
 
-    samples = speed.time_steps(advance, 10.0, clock)
+    samples = measure.time_steps(advance, 10.0, clock)
     assert abs(len(samples) - num_samples) <= 1  # the clock's own rounding
     np.testing.assert_allclose(samples, step_seconds)
-    assert set(counts[speed.WARM_STEPS :]) == {steps_a_sample}
-    assert len(counts) - len(samples) == speed.WARM_STEPS + (steps_a_sample > 1)
+    assert set(counts[measure.WARM_STEPS :]) == {steps_a_sample}
+    assert len(counts) - len(samples) == measure.WARM_STEPS + (steps_a_sample > 1)
 
 
 def test_a_sample_is_as_long_as_steps_are_once_they_are_warm():
@@ -66,23 +67,25 @@ def test_a_sample_is_as_long_as_steps_are_once_they_are_warm():
         counts.append(count)
         clock.seconds += sum(next(durations) for _ in range(count))
 
-    samples = speed.time_steps(advance, 10.0, clock)
+    samples = measure.time_steps(advance, 10.0, clock)
     assert counts[:5] == [1, 1, 1, 1, 2] and set(counts[5:]) == {4}
     np.testing.assert_allclose(samples, 0.125)
 
 
 def test_costs_are_those_on_paper_and_xlas_own(subject):
-    costs = speed.costs(subject)
+    costs = measure.costs(subject)
     paper = 3 * flops.pretrain_forward(subject.checked.model, 64)
     assert costs["flops_per_clip"] == paper
-    assert costs["peak_memory_bytes"] == summary.planned_bytes(subject.step)
+    assert costs["peak_memory_bytes"] == memory.planned_bytes(subject.step)
     # The program of one of two devices, for two of four clips.
     per_device = subject.step.cost_analysis()["flops"]
     assert costs["xla_flops_per_clip"] == round(per_device / 2) > paper
     looped = subject.checked.config.copy_and_resolve_references()
     looped.model.unroll = False
     checked = dataclasses.replace(subject.checked, config=looped)
-    assert speed.costs(dataclasses.replace(subject, checked=checked))["xla_flops_per_clip"] is None
+    assert (
+        measure.costs(dataclasses.replace(subject, checked=checked))["xla_flops_per_clip"] is None
+    )
 
 
 def test_operations_that_a_backend_does_not_count_are_none(subject):
@@ -93,7 +96,7 @@ def test_operations_that_a_backend_does_not_count_are_none(subject):
         step = types.SimpleNamespace(
             cost_analysis=analysis, memory_analysis=subject.step.memory_analysis
         )
-        costs = speed.costs(dataclasses.replace(subject, step=step))
+        costs = measure.costs(dataclasses.replace(subject, step=step))
         assert costs["xla_flops_per_clip"] is None and costs["flops_per_clip"] > 0
 
 
@@ -103,7 +106,7 @@ def test_a_row_is_the_median_of_its_samples_and_its_share_of_the_matrix_rate(sub
     # Four steps that do not count, then samples of a step each.
     durations = [7.0, 9.0, 8.0, 1.0, 4.0, 1.0, 2.0, 1.0, 3.0]
     step = winding(subject.step, clock, durations)
-    row = speed.measure(dataclasses.replace(subject, step=step), 11.0, clock)
+    row = measure.measure(dataclasses.replace(subject, step=step), 11.0, clock)
     assert row["steps"] == len(durations) and row["samples"] == 5
     assert row["step_seconds"] == 2.0 and row["clips_per_second"] == 4 / 2.0
     low, high = np.percentile([4.0, 1.0, 2.0, 1.0, 3.0], [10, 90])
@@ -133,7 +136,7 @@ def test_what_is_compiled_while_steps_are_timed_is_counted(subject, monkeypatch)
         clock.seconds += 1.0
         return subject.step(state, batch)
 
-    row = speed.measure(dataclasses.replace(subject, step=step), 1.0, clock)
+    row = measure.measure(dataclasses.replace(subject, step=step), 1.0, clock)
     assert row["recompiles"] >= row["steps"]
 
 
@@ -144,7 +147,7 @@ def test_the_devices_own_peak_counts_where_this_row_raised_it(subject, monkeypat
         monkeypatch.setattr(devices, "peak_bytes", lambda device, left=left: next(left))
         clock = Clock()
         step = winding(subject.step, clock, [1.0] * 9)
-        row = speed.measure(dataclasses.replace(subject, step=step), 1.0, clock)
+        row = measure.measure(dataclasses.replace(subject, step=step), 1.0, clock)
         assert row["device_peak_bytes"] == wanted
 
 
@@ -157,7 +160,7 @@ def test_a_loss_that_is_not_finite_is_no_speed(subject, monkeypatch):
         return state, {"loss": (jnp.asarray(np.nan), jnp.ones(()))}
 
     with pytest.raises(NonFiniteError, match="the loss is nan after 7 steps"):
-        speed.measure(dataclasses.replace(subject, step=step), 1.0, clock)
+        measure.measure(dataclasses.replace(subject, step=step), 1.0, clock)
 
 
 def test_input_is_timed_alone_and_with_steps_of_which_two_are_in_flight(subject, monkeypatch):
@@ -184,9 +187,9 @@ def test_input_is_timed_alone_and_with_steps_of_which_two_are_in_flight(subject,
             waited.append((values["loss"], issued[-1]))
         return block(values)
 
-    monkeypatch.setattr(run, "train_stream", stream)
-    monkeypatch.setattr(speed.jax, "block_until_ready", wait)
-    rates = speed.measure_input(dataclasses.replace(subject, step=step), 3.0, clock)
+    monkeypatch.setattr(pretraining, "train_stream", stream)
+    monkeypatch.setattr(measure.jax, "block_until_ready", wait)
+    rates = measure.measure_input(dataclasses.replace(subject, step=step), 3.0, clock)
     assert rates["input_clips_per_second"] == 4 / 0.5
     assert rates["together_clips_per_second"] == 4 / 0.75
     assert len(closed) == 3  # alone, one batch for the first step, together
@@ -197,5 +200,5 @@ def test_no_room_for_a_step_is_said_as_such(subject):
     def step(state, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
 
-    with pytest.raises(devices.OutOfMemoryError, match="no room"):
-        speed.measure(dataclasses.replace(subject, step=step), 1.0, Clock())
+    with pytest.raises(memory.OutOfMemoryError, match="no room"):
+        measure.measure(dataclasses.replace(subject, step=step), 1.0, Clock())

@@ -8,10 +8,10 @@ import tiny
 
 from maeast_jax import config as configuration
 from maeast_jax.benchmark import cases as speed_rows
-from maeast_jax.benchmark import devices
 from maeast_jax.benchmark import measure as speed
 from maeast_jax.benchmark.cases import Case
 from maeast_jax.model.config import ModelConfig
+from maeast_jax.runtime import memory
 
 
 def base_config():
@@ -122,7 +122,7 @@ def plans(monkeypatch):
     def measure(subject, seconds):
         batch = subject.checked.config.batch_size
         if batch >= 14:
-            raise devices.OutOfMemoryError("no room")
+            raise memory.OutOfMemoryError("no room")
         return {"clips_per_second": float(batch), "step_seconds": 1.0}
 
     monkeypatch.setattr(speed, "compile_step", lambda run: types.SimpleNamespace(checked=run))

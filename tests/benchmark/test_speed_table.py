@@ -1,6 +1,6 @@
 """What is said of rows whose numbers the test chose."""
 
-from maeast_jax.benchmark import table as speed_table
+from maeast_jax.benchmark import table
 from maeast_jax.benchmark.cases import _FIELDS
 
 
@@ -28,7 +28,7 @@ def cells(line):
 
 def test_the_table_has_a_line_a_row_and_its_numbers():
     rows = [row("mae_ast", clips=5.4321), unfit("ssast", 1024)]
-    head, rule, *lines = speed_table.table(rows).splitlines()
+    head, rule, *lines = table.table(rows).splitlines()
     assert set(cells(rule)) == {"---"} and len(lines) == 2
     first, second = (dict(zip(cells(head), cells(line), strict=True)) for line in lines)
     assert first == {
@@ -42,17 +42,17 @@ def test_the_table_has_a_line_a_row_and_its_numbers():
 
 def test_columns_of_the_input_and_the_devices_own_count_are_there_where_measured():
     fed = row("mae_ast", input_clips_per_second=1925.0, together_clips_per_second=600.0)
-    assert cells(speed_table.table([fed]).splitlines()[-1])[-2:] == ["1,925", "600"]
+    assert cells(table.table([fed]).splitlines()[-1])[-2:] == ["1,925", "600"]
     counted = row("mae_ast", device_peak_bytes=5e9)
-    assert cells(speed_table.table([counted]).splitlines()[-1])[-1] == "5.00"
+    assert cells(table.table([counted]).splitlines()[-1])[-1] == "5.00"
 
 
 def test_a_dash_for_the_devices_own_count_is_explained():
     counted, hidden = row("mae_ast", device_peak_bytes=5e9), row("mae_ast", batch=4)
     told = "memory by the device: a dash where an earlier row held as much"
-    assert any(line.startswith(told) for line in speed_table.remarks([counted, hidden]))
+    assert any(line.startswith(told) for line in table.remarks([counted, hidden]))
     for rows in ([counted], [hidden], [counted, unfit("ssast", 99)]):
-        assert not any(line.startswith(told) for line in speed_table.remarks(rows))
+        assert not any(line.startswith(told) for line in table.remarks(rows))
 
 
 def test_models_are_compared_at_equal_settings_alone():
@@ -65,7 +65,7 @@ def test_models_are_compared_at_equal_settings_alone():
         row("ssast", batch=16, dtype="bfloat16"),
         unfit("ssast", 16),
     ]
-    assert speed_table.comparisons(rows) == [
+    assert table.comparisons(rows) == [
         "12 layers, patch, batch 8, float32: 2.7 x the clips/s of ssast, 0.40 of its memory",
         "12 layers, patch, batch 8, float32: 5.4 x the clips/s of ssast_two_passes, "
         "0.40 of its memory",
@@ -75,7 +75,7 @@ def test_models_are_compared_at_equal_settings_alone():
 
 def test_frames_are_named_where_they_differ():
     rows = [row(model, num_frames=n) for n in (512, 1024) for model in ("mae_ast", "ssast")]
-    assert [line.split(":")[0] for line in speed_table.comparisons(rows)] == [
+    assert [line.split(":")[0] for line in table.comparisons(rows)] == [
         "12 layers, patch, batch 8, float32, 512 frames",
         "12 layers, patch, batch 8, float32, 1024 frames",
     ]
@@ -86,19 +86,19 @@ def test_remarks_name_the_devices_the_rates_and_what_a_search_found():
         row("mae_ast", 1, clips=3.0), row("mae_ast", 2, clips=5.0, memory=2e9),
         row("mae_ast", 4, clips=4.0, memory=3e9), unfit("mae_ast", 8), unfit("ssast", 1),
     ]  # fmt: skip
-    fastest = speed_table.remarks(rows, "fastest")
+    fastest = table.remarks(rows, "fastest")
     assert fastest[:2] == ["1 x cpu", "matrix products in float32: 150 GFLOP/s"]
     setting = "12 layers, patch, float32"
     assert fastest[2:] == [
         f"mae_ast, {setting}: the fastest batch is 2, 5.00 clips/s, 2.00 GB",
         f"ssast, {setting}: no batch fits",
     ]
-    assert speed_table.remarks(rows, "largest")[2] == (
+    assert table.remarks(rows, "largest")[2] == (
         f"mae_ast, {setting}: the largest batch is 4, 4.00 clips/s, 3.00 GB"
     )
-    assert speed_table.remarks(rows) == fastest[:2]
+    assert table.remarks(rows) == fastest[:2]
 
 
 def test_a_row_that_was_slowed_by_compiling_is_told():
-    last = speed_table.remarks([row("mae_ast", recompiles=2), row("ssast")])[-1]
+    last = table.remarks([row("mae_ast", recompiles=2), row("ssast")])[-1]
     assert last == "slowed by compiling while they were timed: 1 of 2"

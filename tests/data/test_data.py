@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 
 from maeast_jax import fbank
-from maeast_jax.data import dataset as shards
-from maeast_jax.data import demo_corpus as demo_audio
-from maeast_jax.data import pipeline as data
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import dataset, demo_corpus, pipeline, writer
 from maeast_jax.data.mixture import Clips
 from maeast_jax.data.pipeline import DataConfig
 
@@ -25,9 +22,7 @@ def folder(tmp_path_factory):
             length = 1_000 if index % 2 else SAMPLES + 500
             yield f"r{index}", (100 * index + np.arange(length) % 100).astype(np.int16), None
 
-    shard_writer.write(
-        "ramps", path, {"train": lambda: ramps(0, 13), "valid": lambda: ramps(13, 5)}
-    )
+    writer.write("ramps", path, {"train": lambda: ramps(0, 13), "valid": lambda: ramps(13, 5)})
     return path
 
 
@@ -43,9 +38,9 @@ def share(process, processes, batch_size=4):
 def train(folder, start=0, stop=10, rows=None, seed=0, batch_size=4, **fields):
     settings = config(folder, **fields)
     return list(
-        data.train_batches(
+        pipeline.train_batches(
             settings,
-            data.open_train(settings),
+            pipeline.open_train(settings),
             seed=seed,
             batch_size=batch_size,
             num_frames=FRAMES,
@@ -59,9 +54,9 @@ def train(folder, start=0, stop=10, rows=None, seed=0, batch_size=4, **fields):
 def evaluate(folder, batch_size=4, rows=None, max_clips=0, **fields):
     settings = config(folder, **fields)
     return list(
-        data.eval_batches(
+        pipeline.eval_batches(
             settings,
-            data.open_eval(settings),
+            pipeline.open_eval(settings),
             seed=0,
             batch_size=batch_size,
             num_frames=FRAMES,
@@ -136,18 +131,18 @@ def test_evaluation_on_two_processes_has_full_batches_on_both(folder):
 
 def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
     settings = DataConfig(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
-    clips = data.open_eval(settings)
-    (batch,) = data.eval_batches(
+    clips = pipeline.open_eval(settings)
+    (batch,) = pipeline.eval_batches(
         settings, clips, seed=0, batch_size=12, num_frames=FRAMES, max_clips=9
     )
-    assert batch["mask"].sum() == data.eval_count(clips, 9) == 9
+    assert batch["mask"].sum() == pipeline.eval_count(clips, 9) == 9
     held_out = [o >= 13 for o in origins(batch)[:9]]
     assert len(set(origins(batch)[:9])) == 9 and 2 <= sum(held_out) <= 3
 
 
 def test_weights_have_no_place_in_evaluation(folder):
     with pytest.raises(ValueError, match="has weights, but every clip counts once"):
-        data.open_eval(DataConfig(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5"))
+        pipeline.open_eval(DataConfig(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5"))
 
 
 def test_host_fbank_is_the_devices(folder):
@@ -165,8 +160,8 @@ def test_host_fbank_is_the_same_for_any_number_of_processes(folder):
 
 def test_mixtures_read_from_several_sets(folder):
     settings = DataConfig(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
-    clips = data.open_train(settings)
-    batches = data.train_batches(
+    clips = pipeline.open_train(settings)
+    batches = pipeline.train_batches(
         settings, clips, seed=0, batch_size=100, num_frames=FRAMES, start_step=0, total_steps=4
     )
     held_out = np.mean([origin >= 13 for batch in batches for origin in origins(batch)])
@@ -178,7 +173,7 @@ def test_synthetic_noise_is_a_function_of_seed_and_position():
 
     def noise(start, rows=None, seed=0):
         return next(
-            data.train_batches(
+            pipeline.train_batches(
                 settings, None, seed=seed, batch_size=4, num_frames=FRAMES, start_step=start,
                 total_steps=9, rows=rows,
             )
@@ -197,8 +192,8 @@ def test_synthetic_noise_is_drawn_once_for_all_steps(monkeypatch):
     """An accelerator takes thousands of clips a second, drawing one takes a millisecond."""
     common = {"seed": 0, "batch_size": 4, "num_frames": FRAMES}
     settings = DataConfig(source="synthetic")
-    train = data.train_batches(settings, None, start_step=0, total_steps=3, **common)
-    held_out = data.eval_batches(settings, None, max_clips=6, rows=np.array([2, 3]), **common)
+    train = pipeline.train_batches(settings, None, start_step=0, total_steps=3, **common)
+    held_out = pipeline.eval_batches(settings, None, max_clips=6, rows=np.array([2, 3]), **common)
     for stream in (train, held_out):
         first = next(stream)
         with monkeypatch.context() as patch:
@@ -242,7 +237,7 @@ def test_a_batch_is_read_in_one_call_a_set():
     """So that neighbours are read together, and others side by side."""
     splits = Counted(), Counted()
     which, example = np.array([1, 0, 1, 0, 1]), np.array([7, 5, 2, 1, 7])
-    audio = data.read(Clips(splits, None), which, np.arange(5), example, 0, SAMPLES)
+    audio = pipeline.read(Clips(splits, None), which, np.arange(5), example, 0, SAMPLES)
     assert [split.asked for split in splits] == [[[5, 1]], [[7, 2, 7]]]
     np.testing.assert_array_equal(audio, np.repeat(example[:, None], SAMPLES, axis=1))
 
@@ -254,16 +249,16 @@ def test_a_batch_is_read_in_one_call_a_set():
 def test_a_clip_that_is_none_is_named(stored, message):
     zero = np.array([0])
     clips = Clips((Hollow(stored),), None)
-    with pytest.raises(shards.DataError, match=f"hollow/1.0.0@train example 0: .*{message}"):
-        data.read(clips, zero, zero, zero, 0, SAMPLES)
+    with pytest.raises(dataset.DataError, match=f"hollow/1.0.0@train example 0: .*{message}"):
+        pipeline.read(clips, zero, zero, zero, 0, SAMPLES)
 
 
 def test_a_clip_that_is_none_stops_the_stream_with_its_own_message():
-    batches = data.train_batches(
+    batches = pipeline.train_batches(
         DataConfig(train="hollow", threads=1), Clips((Hollow(np.zeros(0, np.int64)),), None),
         seed=0, batch_size=1, num_frames=FRAMES, start_step=0, total_steps=1,
     )  # fmt: skip
-    with pytest.raises(shards.DataError, match="holds no samples"):
+    with pytest.raises(dataset.DataError, match="holds no samples"):
         next(batches)
 
 
@@ -282,10 +277,10 @@ def test_fields_that_contradict_are_refused(fields, message):
 
 def test_the_embedded_corpus_is_built_once_and_named_in_no_config(tmp_path, monkeypatch):
     built = []
-    real = shard_writer.write
-    monkeypatch.setattr(shard_writer, "write", lambda *a, **k: built.append(a[0]) or real(*a, **k))
+    real = writer.write
+    monkeypatch.setattr(writer, "write", lambda *a, **k: built.append(a[0]) or real(*a, **k))
     settings = DataConfig(dir=str(tmp_path))
     assert settings.is_demo and settings.has_eval
-    assert len(data.open_train(settings)) == 900
-    assert len(data.open_eval(settings)) == 100
-    assert built == [demo_audio.NAME]
+    assert len(pipeline.open_train(settings)) == 900
+    assert len(pipeline.open_eval(settings)) == 100
+    assert built == [demo_corpus.NAME]

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from maeast_jax.data import demo_corpus as demo_audio
+from maeast_jax.data import demo_corpus
 
 CLIPS_A_FAMILY = 24
 
@@ -17,8 +17,8 @@ def clips():
     """[families, CLIPS_A_FAMILY] clips of the train split."""
     return np.array(
         [
-            [demo_audio.clip(family, index) for index in range(CLIPS_A_FAMILY)]
-            for family in demo_audio.FAMILIES
+            [demo_corpus.clip(family, index) for index in range(CLIPS_A_FAMILY)]
+            for family in demo_corpus.FAMILIES
         ]
     )
 
@@ -37,14 +37,14 @@ def features(clip):
 
 
 def test_clips_have_the_stated_form(clips):
-    assert len(demo_audio.FAMILIES) == len(set(demo_audio.FAMILIES)) == 10
+    assert len(demo_corpus.FAMILIES) == len(set(demo_corpus.FAMILIES)) == 10
     assert clips.dtype == np.int16
-    assert clips.shape[-1] == 2.5 * 16_000 == demo_audio.CLIP_SECONDS * demo_audio.SAMPLE_RATE_HZ
+    assert clips.shape[-1] == 2.5 * 16_000 == demo_corpus.CLIP_SECONDS * demo_corpus.SAMPLE_RATE_HZ
 
 
 def test_a_clip_does_not_depend_on_what_was_made_before_it(clips):
     for family, index in ((9, 3), (0, 23), (4, 0), (0, 1)):
-        again = demo_audio.clip(demo_audio.FAMILIES[family], index)
+        again = demo_corpus.clip(demo_corpus.FAMILIES[family], index)
         np.testing.assert_array_equal(again, clips[family, index])
 
 
@@ -85,8 +85,8 @@ def test_families_can_be_told_apart(clips):
     train = np.array([[features(clip) for clip in family] for family in clips])
     valid = np.array(
         [
-            [features(demo_audio.clip(family, index)) for index in demo_audio.SPLITS["valid"]]
-            for family in demo_audio.FAMILIES
+            [features(demo_corpus.clip(family, index)) for index in demo_corpus.SPLITS["valid"]]
+            for family in demo_corpus.FAMILIES
         ]
     )
     mean, deviation = train.mean(axis=(0, 1)), train.std(axis=(0, 1))
@@ -101,8 +101,8 @@ def test_families_can_be_told_apart(clips):
 
 
 def test_splits_name_every_clip_once(monkeypatch):
-    monkeypatch.setattr(demo_audio, "clip", lambda family, index: (family, index))
-    train, valid = list(demo_audio.examples("train")), list(demo_audio.examples("valid"))
+    monkeypatch.setattr(demo_corpus, "clip", lambda family, index: (family, index))
+    train, valid = list(demo_corpus.examples("train")), list(demo_corpus.examples("valid"))
     assert (len(train), len(valid)) == (900, 100)
     assert len({example[0] for example in train + valid}) == 1000
     assert len({example[1] for example in train + valid}) == 1000
@@ -112,8 +112,8 @@ def test_splits_name_every_clip_once(monkeypatch):
 
 def test_wrong_names_are_answered_with_the_right_ones():
     with pytest.raises(ValueError, match=r"family is 'bell'; it must be one of strings, drums"):
-        demo_audio.clip("bell", 0)
+        demo_corpus.clip("bell", 0)
     with pytest.raises(ValueError, match=r"index is -1; it must be 0 or more"):
-        demo_audio.clip("bells", -1)
+        demo_corpus.clip("bells", -1)
     with pytest.raises(ValueError, match=r"split is 'test'; it must be one of train, valid"):
-        next(demo_audio.examples("test"))
+        next(demo_corpus.examples("test"))

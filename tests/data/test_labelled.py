@@ -9,8 +9,7 @@ import weakref
 import numpy as np
 import pytest
 
-from maeast_jax.data import labelled, labelled_batches
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import labelled, labelled_batches, writer
 from maeast_jax.data.dataset import DataError
 from maeast_jax.data.mixture import Clips
 
@@ -29,19 +28,19 @@ def clips(count, seed, names=NAMES):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    shard_writer.write(
+    writer.write(
         "animals",
         folder,
         {"train": lambda: clips(11, 0), "valid": lambda: clips(5, 1)},
         label_names=NAMES,
     )
-    shard_writer.write(
+    writer.write(
         "others",
         folder,
         {"train": lambda: clips(4, 2, ["dog", "bird"])},
         label_names=["dog", "bird"],
     )
-    shard_writer.write("bare", folder, {"train": lambda: ((i, a, None) for i, a, _ in clips(3, 3))})
+    writer.write("bare", folder, {"train": lambda: ((i, a, None) for i, a, _ in clips(3, 3))})
     return folder
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maeast_jax.data import dataset as shards
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import dataset, writer
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -26,7 +25,7 @@ def examples(start, stop):
 
 
 def write_set(data_dir, splits, **kwargs):
-    return shard_writer.write("birds", data_dir, splits, label_names=LABELS, **kwargs)
+    return writer.write("birds", data_dir, splits, label_names=LABELS, **kwargs)
 
 
 def write(data_dir, **kwargs):
@@ -46,8 +45,8 @@ def everything_below(directory):
 
 def opens(data_dir):
     try:
-        return len(shards.open_split("birds", "train", data_dir))
-    except shards.NotPreparedError:
+        return len(dataset.open_split("birds", "train", data_dir))
+    except dataset.NotPreparedError:
         return None
 
 
@@ -56,14 +55,14 @@ def test_same_examples_in_any_order_give_the_same_bytes(tmp_path):
         "train": lambda: reversed(list(examples(0, 20))),
         "valid": lambda: examples(20, 23),
     }
-    directory = shard_writer.write("birds", tmp_path / "b", splits, label_names=LABELS)
+    directory = writer.write("birds", tmp_path / "b", splits, label_names=LABELS)
     assert digests(directory) == digests(write(tmp_path / "a"))
 
 
 def write_error(data_dir, splits, name="birds", **kwargs):
     before = everything_below(data_dir)
-    with pytest.raises(shards.DataError) as caught:
-        shard_writer.write(name, data_dir, splits, **{"label_names": LABELS, **kwargs})
+    with pytest.raises(dataset.DataError) as caught:
+        writer.write(name, data_dir, splits, **{"label_names": LABELS, **kwargs})
     assert everything_below(data_dir) == before
     return str(caught.value)
 
@@ -102,7 +101,7 @@ def test_several_labels_an_example(tmp_path):
         yield "none", clip(2), set()
 
     write_set(tmp_path, {"train": labelled}, multi_label=True)
-    split = shards.open_split("birds", "train", tmp_path)
+    split = dataset.open_split("birds", "train", tmp_path)
     labels = {record["id"]: record["label"].tolist() for record in split.read([0, 1, 2])}
     assert labels == {"both": [0, 1], "one": [1], "none": []}
     message = write_error(
@@ -139,7 +138,7 @@ def test_a_directory_that_cannot_be_written_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     splits = {"train": lambda: examples(0, 2)}
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(shards.DataError) as caught:
+        with pytest.raises(dataset.DataError) as caught:
             write_set(place, splits)
         assert f"cannot write to data directory {place} (" in str(caught.value)
         assert "choose another (--data_dir" in str(caught.value)
@@ -164,7 +163,7 @@ def test_finish_adds_files_or_fails_the_build(tmp_path):
 
     def fail(directory):
         add(directory)
-        raise shards.DataError("too many")
+        raise dataset.DataError("too many")
 
     splits = {"a": lambda: examples(0, 2), "b": lambda: examples(2, 3)}
     assert write_error(tmp_path, splits, finish=fail) == "too many"
@@ -179,14 +178,14 @@ def test_an_existing_set_is_replaced_only_on_request_and_only_by_a_whole_one(tmp
 
     def breaks():
         yield from examples(50, 60)
-        raise shards.DataError("broken")
+        raise dataset.DataError("broken")
 
     assert write_error(tmp_path, {"train": breaks}, overwrite=True) == "broken"
     assert digests(tmp_path / "birds" / "1.0.0") == first
-    shard_writer.write("birds", tmp_path, new, label_names=LABELS, overwrite=True)
+    writer.write("birds", tmp_path, new, label_names=LABELS, overwrite=True)
     assert opens(tmp_path) == 10
-    with pytest.raises(shards.DataError, match="Unknown split"):
-        shards.open_split("birds", "valid", tmp_path)
+    with pytest.raises(dataset.DataError, match="Unknown split"):
+        dataset.open_split("birds", "valid", tmp_path)
     assert [path.name for path in (tmp_path / "birds").iterdir()] == ["1.0.0"]
 
 
@@ -235,7 +234,7 @@ shard_writer.write("birds", sys.argv[1], {"train": examples}, finish=finish, ove
 def write_killed(data_dir, moment):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(data_dir), moment],
-        cwd=Path(shards.__file__).parents[2],
+        cwd=Path(dataset.__file__).parents[2],
         capture_output=True,
         text=True,
     )
@@ -247,8 +246,8 @@ def test_killed_while_building_nothing_opens_and_the_next_build_clears_up(tmp_pa
     write_killed(tmp_path, moment)
     assert list((tmp_path / "birds").iterdir())  # it had begun
     assert opens(tmp_path) is None
-    with pytest.raises(shards.NotPreparedError):
-        shards.open_split(tmp_path / "birds", "train")
+    with pytest.raises(dataset.NotPreparedError):
+        dataset.open_split(tmp_path / "birds", "train")
     write(tmp_path)
     assert [path.name for path in (tmp_path / "birds").iterdir()] == ["1.0.0"]
     assert opens(tmp_path) == 20
@@ -260,8 +259,8 @@ def test_killed_while_overwriting_one_of_the_two_is_there(tmp_path, moment, clip
     write_killed(tmp_path, moment)
     # The next build begins by settling what the kill left; this one is stopped after that.
     new = {"train": lambda: iter(())}
-    with pytest.raises(shards.DataError, match="no examples"):
-        shard_writer.write("birds", tmp_path, new, overwrite=True)
+    with pytest.raises(dataset.DataError, match="no examples"):
+        writer.write("birds", tmp_path, new, overwrite=True)
     assert [path.name for path in (tmp_path / "birds").iterdir()] == ["1.0.0"]
     assert opens(tmp_path) == clips
 
@@ -291,7 +290,7 @@ def start():
     def start_one(data_dir, clip_id):
         process = subprocess.Popen(
             [sys.executable, "-c", ONE_OF_TWO, str(data_dir), clip_id],
-            cwd=Path(shards.__file__).parents[2],
+            cwd=Path(dataset.__file__).parents[2],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         processes.append(process)
@@ -306,14 +305,14 @@ def start():
 def test_the_second_of_two_builds_waits_and_takes_what_the_first_has_built(tmp_path, start):
     first = start(tmp_path, "first")
     assert first.stdout.readline() == "building\n"
-    with pytest.raises(shards.DataError, match="another process is building"):
+    with pytest.raises(dataset.DataError, match="another process is building"):
         write(tmp_path)
     second = start(tmp_path, "second")
     told = second.stdout.readline()
     assert told == f"another process is building {tmp_path / 'birds'}: waiting for it\n"
     assert first.communicate("go on\n", timeout=60)[0] == f"{tmp_path / 'birds' / '1.0.0'}\n"
     assert second.communicate(timeout=60)[0] == f"{tmp_path / 'birds' / '1.0.0'}\n"
-    (record,) = shards.open_split("birds", "train", tmp_path).read([0])
+    (record,) = dataset.open_split("birds", "train", tmp_path).read([0])
     assert record["id"] == "first"
     assert [path.name for path in (tmp_path / "birds").iterdir()] == ["1.0.0"]
 
@@ -330,7 +329,7 @@ def test_the_second_builds_where_the_first(tmp_path, start, end):
         first.kill()
     assert second.stdout.readline() == "building\n"
     assert second.communicate("go on\n", timeout=60)[0] == f"{tmp_path / 'birds' / '1.0.0'}\n"
-    (record,) = shards.open_split("birds", "train", tmp_path).read([0])
+    (record,) = dataset.open_split("birds", "train", tmp_path).read([0])
     assert record["id"] == "second"
     assert [path.name for path in (tmp_path / "birds").iterdir()] == ["1.0.0"]
 

@@ -5,8 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from maeast_jax.data import dataset as shards
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import dataset, writer
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -25,7 +24,7 @@ def examples(start, stop, labelled=True):
 
 def write(data_dir, name="birds", **kwargs):
     splits = {"train": lambda: examples(0, 20), "valid": lambda: examples(20, 23)}
-    return shard_writer.write(name, data_dir, splits, **{"label_names": LABELS, **kwargs})
+    return writer.write(name, data_dir, splits, **{"label_names": LABELS, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def data_dir(tmp_path_factory):
 
 
 def test_what_is_read_is_what_was_written(data_dir):
-    split = shards.open_split("birds", "train", data_dir)
+    split = dataset.open_split("birds", "train", data_dir)
     assert (len(split), split.sample_rate_hz, split.label_names) == (20, 16_000, ("zebra", "ant"))
     records = {record["id"]: record for record in split.read(range(20))}
     assert sorted(records) == sorted(f"clip{index}" for index in range(20))
@@ -45,11 +44,11 @@ def test_what_is_read_is_what_was_written(data_dir):
         assert record["audio"].dtype == np.int16
         np.testing.assert_array_equal(record["audio"], clip(index))
         assert record["label"] == index % 2
-    assert len(shards.open_split("birds", "valid", data_dir)) == 3
+    assert len(dataset.open_split("birds", "valid", data_dir)) == 3
 
 
 def test_records_come_in_the_order_asked_for(data_dir):
-    split = shards.open_split("birds", "train", data_dir)
+    split = dataset.open_split("birds", "train", data_dir)
     in_order = [record["id"] for record in split.read(range(20))]
     asked = np.array([7, 0, 19, 7, 3])
     assert [record["id"] for record in split.read(asked)] == [in_order[index] for index in asked]
@@ -57,7 +56,7 @@ def test_records_come_in_the_order_asked_for(data_dir):
 
 
 def test_reading_from_several_threads(data_dir):
-    split = shards.open_split("birds", "train", data_dir)
+    split = dataset.open_split("birds", "train", data_dir)
     in_order = [record["id"] for record in split.read(range(20))]
     batches = [np.random.default_rng(seed).integers(0, 20, 8) for seed in range(40)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -76,11 +75,11 @@ def test_plain_tfds_opens_it(data_dir):
 
 def test_slices_and_sums_of_splits(data_dir):
     whole = [
-        record["id"] for record in shards.open_split("birds", "train", data_dir).read(range(20))
+        record["id"] for record in dataset.open_split("birds", "train", data_dir).read(range(20))
     ]
-    part = shards.open_split("birds", "train[50%:]", data_dir)
+    part = dataset.open_split("birds", "train[50%:]", data_dir)
     assert [record["id"] for record in part.read(range(len(part)))] == whole[10:]
-    assert len(shards.open_split("birds", "train[:5]+valid", data_dir)) == 8
+    assert len(dataset.open_split("birds", "train[:5]+valid", data_dir)) == 8
 
 
 def test_every_way_to_name_it(data_dir, monkeypatch):
@@ -92,20 +91,20 @@ def test_every_way_to_name_it(data_dir, monkeypatch):
         (str(data_dir / "birds" / "1.0.0"), None),
         ("./birds", "/nowhere"),
     ]:
-        assert shards.open_split(name, "valid", root).name == "birds/1.0.0"
+        assert dataset.open_split(name, "valid", root).name == "birds/1.0.0"
 
 
 def test_the_default_directory_is_tfds_own(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-    with pytest.raises(shards.NotPreparedError, match=str(tmp_path)):
-        shards.open_split("birds", "train")
+    with pytest.raises(dataset.NotPreparedError, match=str(tmp_path)):
+        dataset.open_split("birds", "train")
     write(None)
-    assert len(shards.open_split("birds", "train")) == 20
+    assert len(dataset.open_split("birds", "train")) == 20
 
 
 def test_without_labels(tmp_path):
-    shard_writer.write("plain", tmp_path, {"train": lambda: examples(0, 3, labelled=False)})
-    split = shards.open_split("plain", "train", tmp_path)
+    writer.write("plain", tmp_path, {"train": lambda: examples(0, 3, labelled=False)})
+    split = dataset.open_split("plain", "train", tmp_path)
     assert split.label_names is None
     assert [record["label"] for record in split.read([0, 1, 2])] == [None] * 3
 
@@ -117,7 +116,7 @@ def test_several_labels(tmp_path):
         "labels": tfds.features.Sequence(label),
     }
     prepare("many_labels", features, [{"audio": [1, 2], "labels": [1, 0]}], tmp_path)
-    split = shards.open_split("many_labels", "train", tmp_path)
+    split = dataset.open_split("many_labels", "train", tmp_path)
     assert (split.is_multi_label, split.label_names) == (True, ("zebra", "ant"))
     (record,) = split.read([0])
     assert record["label"].dtype == np.int64
@@ -132,7 +131,7 @@ def test_labels_that_are_no_classes(tmp_path):
     }
     record = {"audio": [1, 2], "label": "a", "labels": ["a", "b"]}
     prepare("texts", features, [record], tmp_path)
-    split = shards.open_split("texts", "train", tmp_path)
+    split = dataset.open_split("texts", "train", tmp_path)
     assert (split.is_multi_label, split.label_names) == (False, None)
     assert split.read([0])[0]["label"] is None
 
@@ -146,35 +145,35 @@ def test_the_newest_version_is_opened_and_others_by_name(data_dir, tmp_path):
             if path.name == "dataset_info.json":
                 text = text.replace(b"1.0.0", version.encode())
             (directory / path.name).write_bytes(text)
-    assert shards.open_split("birds", "train", tmp_path).name == "birds/1.10.0"
-    assert shards.open_split("birds:1.9.0", "train", tmp_path).name == "birds/1.9.0"
-    with pytest.raises(shards.DataError, match=r"versions 1\.9\.0, 1\.10\.0 only"):
-        shards.open_split("birds:1.0.0", "train", tmp_path)
+    assert dataset.open_split("birds", "train", tmp_path).name == "birds/1.10.0"
+    assert dataset.open_split("birds:1.9.0", "train", tmp_path).name == "birds/1.9.0"
+    with pytest.raises(dataset.DataError, match=r"versions 1\.9\.0, 1\.10\.0 only"):
+        dataset.open_split("birds:1.0.0", "train", tmp_path)
 
 
 # --- what does not open ----------------------------------------------------------------------
 
 
-def error_of(*args, kind=shards.DataError, **kwargs):
+def error_of(*args, kind=dataset.DataError, **kwargs):
     with pytest.raises(kind) as caught:
-        shards.open_split(*args, **kwargs)
+        dataset.open_split(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def test_not_there_says_what_is_and_how_to_make_it(data_dir, tmp_path):
-    message = error_of("bird", "train", data_dir, kind=shards.NotPreparedError)
+    message = error_of("bird", "train", data_dir, kind=dataset.NotPreparedError)
     assert "no data set 'bird'" in message
     assert "which holds birds:" in message
     assert f"maeast_jax.build_dataset --audio_dir=DIR --data_dir={data_dir} --name=NAME" in message
     assert "file_format='array_record').download_and_prepare()" in message
-    message = error_of("birds", "train", tmp_path / "none", kind=shards.NotPreparedError)
+    message = error_of("birds", "train", tmp_path / "none", kind=dataset.NotPreparedError)
     assert "which does not exist: " in message
     (tmp_path / "none").mkdir()
-    message = error_of("birds", "train", tmp_path / "none", kind=shards.NotPreparedError)
+    message = error_of("birds", "train", tmp_path / "none", kind=dataset.NotPreparedError)
     assert "which holds no data set: " in message
-    error_of(tmp_path / "none" / "birds", "train", kind=shards.NotPreparedError)
+    error_of(tmp_path / "none" / "birds", "train", kind=dataset.NotPreparedError)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_a_lost_shard(tmp_path):
     (shard,) = write(tmp_path).glob("*train*")
     shard.unlink()
     assert f"shard {shard} of birds/1.0.0 is missing" in error_of("birds", "train", tmp_path)
-    assert len(shards.open_split("birds", "valid", tmp_path)) == 3
+    assert len(dataset.open_split("birds", "valid", tmp_path)) == 3
 
 
 def prepare(name, features, records, data_dir, file_format="array_record", configs=()):
@@ -251,7 +250,7 @@ def test_a_tfds_audio_feature_among_others(tmp_path):
         "text": "hello",
     }
     prepare("talks", features, [record], tmp_path)
-    split = shards.open_split("talks", "train", tmp_path)
+    split = dataset.open_split("talks", "train", tmp_path)
     assert (split.sample_rate_hz, split.label_names, split.has_id) == (8000, None, False)
     (read,) = split.read([0])
     assert read["audio"].tolist() == [1, -2, 3]
@@ -267,7 +266,7 @@ def test_speech_commands_of_tfds_own_catalogue(tmp_path, monkeypatch):
     generators = {"validation": iter([("a", record)])}
     monkeypatch.setattr(type(builder), "_split_generators", lambda self, manager: generators)
     builder.download_and_prepare()
-    split = shards.open_split("speech_commands", "validation", tmp_path)
+    split = dataset.open_split("speech_commands", "validation", tmp_path)
     assert (split.sample_rate_hz, len(split.label_names), split.has_id) == (16_000, 12, False)
     (read,) = split.read([0])
     np.testing.assert_array_equal(read["audio"], clip(0))
@@ -278,7 +277,7 @@ def test_float_audio_with_two_channels(tmp_path):
     features = {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
     stereo = np.array([[0.5, -0.5], [0.25, 1.0]], np.float32)
     prepare("stereo", features, [{"audio": stereo}], tmp_path)
-    split = shards.open_split("stereo", "train", tmp_path, sample_rate_hz=22_050)
+    split = dataset.open_split("stereo", "train", tmp_path, sample_rate_hz=22_050)
     np.testing.assert_array_equal(split.read([0])[0]["audio"], stereo)
     assert split.sample_rate_hz == 22_050
 
@@ -286,14 +285,14 @@ def test_float_audio_with_two_channels(tmp_path):
 def test_an_unknown_sample_rate_names_its_field(tmp_path):
     prepare("rateless", audio_of(), [RECORD], tmp_path)
     assert "set data.sample_rate_hz" in error_of("rateless", "train", tmp_path)
-    split = shards.open_split("rateless", "train", tmp_path, sample_rate_hz=44_100)
+    split = dataset.open_split("rateless", "train", tmp_path, sample_rate_hz=44_100)
     assert split.sample_rate_hz == 44_100
     assert split.label_names == ("0", "1", "2")
     assert split.read([0])[0]["label"] == 2
 
 
 def test_a_set_that_states_its_rate_keeps_it_beside_one_that_does_not(data_dir):
-    split = shards.open_split("birds", "train", data_dir, sample_rate_hz=8000)
+    split = dataset.open_split("birds", "train", data_dir, sample_rate_hz=8000)
     assert split.sample_rate_hz == 16_000
 
 
@@ -308,7 +307,7 @@ def test_configs(tmp_path):
     message = error_of("many", "train", tmp_path)
     assert "configs clean, other: name one, e.g. many/clean" in message
     for name in ("many/other", "many/other:2.0.0", tmp_path / "many" / "other"):
-        assert shards.open_split(name, "train", tmp_path).name == "many/other/2.0.0"
+        assert dataset.open_split(name, "train", tmp_path).name == "many/other/2.0.0"
     assert "which holds many/clean, many/other:" in error_of("few", "train", tmp_path)
 
 
@@ -323,7 +322,7 @@ def test_tfrecord_is_refused_with_a_line_that_works(tmp_path, config):
     assert f"set data.dir={other}" in message
     # The command itself, but here, where TFDS' catalogue knows the data set.
     exec(message.split('python -c "')[1].rstrip('"'))
-    assert len(shards.open_split(f"{name}/{config}".strip("/"), "train", other)) == 3
+    assert len(dataset.open_split(f"{name}/{config}".strip("/"), "train", other)) == 3
 
 
 def test_tfrecord_of_no_catalogue_is_refused_with_a_conversion(data_dir, tmp_path):

@@ -5,14 +5,14 @@ import tiny
 from flax import nnx
 from recordings import TONES, tones
 
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import writer
 from maeast_jax.data.dataset import DataError
 from maeast_jax.evaluation import knn_eval
 from maeast_jax.inference import embedder
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst, split_model
 from maeast_jax.train import train
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training import metrics_writer
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -32,10 +32,10 @@ def data_dir(tmp_path_factory):
             yield name, samples, TONES[(TONES.index(label) + 1) % 3]
 
     parts = {"train": lambda: tones(60, 0), "valid": lambda: tones(21, 1)}
-    shard_writer.write("tones", folder, parts, label_names=TONES)
+    writer.write("tones", folder, parts, label_names=TONES)
     parts = {"train": lambda: tones(60, 0), "valid": lambda: mislabelled(21, 1)}
-    shard_writer.write("wrong", folder, parts, label_names=TONES)
-    shard_writer.write(
+    writer.write("wrong", folder, parts, label_names=TONES)
+    writer.write(
         "bare", folder, {"train": lambda: ((i, samples, None) for i, samples, _ in tones(3, 3))}
     )
     return folder
@@ -87,7 +87,7 @@ def test_a_pretraining_run_writes_it_at_every_evaluation(tmp_path, data_dir, cap
     config.eval.knn = "tones"
     config.mesh.data = 2
     found = train(config, tmp_path)
-    rows = [row for row in logs.read_metrics(tmp_path) if row["split"] == "eval"]
+    rows = [row for row in metrics_writer.read_metrics(tmp_path) if row["split"] == "eval"]
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert all(0.5 < row["knn_accuracy"] <= 1.0 for row in rows)
     assert ("loss" in rows[0]) == bool(held_out)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from recordings import TONES, tones
 
-from maeast_jax import finetune_config
-from maeast_jax.data import writer as shard_writer
+from maeast_jax import config as configuration
+from maeast_jax.data import writer
 from maeast_jax.finetuning.features import Features
 from maeast_jax.finetuning.run import check_run
 
@@ -19,12 +19,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 def write(folder, seed, names=TONES, name="tones", **options):
     splits = {"train": lambda: tones(9, seed)}
-    shard_writer.write(name, folder, splits, label_names=names, **options)
+    writer.write(name, folder, splits, label_names=names, **options)
 
 
 def features(workdir, data_dir, source="fbank", train="tones", **changes):
     """Of the clips of `tones`, as a run of these settings has them: array, truth, ids."""
-    config = finetune_config.finetune()
+    config = configuration.finetune()
     config.mode, config.max_frames, config.mesh.data = "linear", 64, 1
     config.data.update(dir=str(data_dir), train=train, valid="tones@train")
     config.features.update(source=source, phases=1)

@@ -2,9 +2,8 @@ import pytest
 from recordings import write_wav
 
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset as shards
-from maeast_jax.ingest import audioset, layouts
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.data import dataset
+from maeast_jax.ingest import audioset, layouts, sources
 
 CLASSES = """index,mid,display_name
 0,/m/09x0r,"Speech"
@@ -52,13 +51,13 @@ SPEECH, MAN, GUSH, WOMAN = (
 def test_balanced_and_evaluation(root):
     listing = layouts.list_layout("audioset", root)
     assert listing.files == [
-        manifest.AudioFile(
+        sources.AudioFile(
             str(root / "train/--PJHxphWEs.wav"), "train/--PJHxphWEs.wav", (SPEECH, GUSH), "train"
         ),
-        manifest.AudioFile(
+        sources.AudioFile(
             str(root / "train/YY4_DJ-cTTo0.mkv"), "train/YY4_DJ-cTTo0.mkv", (MAN,), "train"
         ),
-        manifest.AudioFile(
+        sources.AudioFile(
             str(root / "deep/down/__5TA9Hz45E.m4a"), "deep/down/__5TA9Hz45E.m4a", (GUSH,), "test"
         ),
     ]
@@ -128,7 +127,7 @@ def test_broken_lists(root, name, text, pattern):
     (root / name).unlink()
     if text is not None:
         (root / name).write_text(text)
-    with pytest.raises(manifest.ManifestError) as caught:
+    with pytest.raises(sources.ManifestError) as caught:
         layouts.list_layout("audioset", root)
     assert pattern in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -145,7 +144,7 @@ def test_it_becomes_a_multi_label_set(root, tmp_path, capsys):
         layout="audioset", audio_dir=root, data_dir=tmp_path / "data", name="audioset",
         num_processes=1,
     )  # fmt: skip
-    split = shards.open_split("audioset", "train+unbalanced+test", tmp_path / "data")
+    split = dataset.open_split("audioset", "train+unbalanced+test", tmp_path / "data")
     assert (split.is_multi_label, split.label_names) == (True, (SPEECH, MAN, GUSH, WOMAN))
     assert {record["id"]: record["label"].tolist() for record in split.read(range(3))} == {
         "train/--PJHxphWEs.wav": [0, 2], "abcdefghijk.flac": [0], "__5TA9Hz45E.wav": [2],

@@ -10,11 +10,8 @@ import pytest
 from recordings import digests, records, write_wav
 
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset as shards
-from maeast_jax.data import decode_pool, staging
-from maeast_jax.ingest import beam as beam_build
-from maeast_jax.ingest import beam_runner, shard_file, shard_plan
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.data import dataset, decode_pool, staging
+from maeast_jax.ingest import beam, beam_runner, shard_file, shard_plan, sources
 from maeast_jax.ingest.examples import Cut
 
 pytest.importorskip("tensorflow_datasets")
@@ -100,22 +97,22 @@ def test_the_same_data_set_as_without_beam(farm, tmp_path, capsys):
 
 
 def test_a_shard_that_is_done_is_not_built_again(farm, tmp_path):
-    files = manifest.list_folder(farm / "cow")
+    files = sources.list_folder(farm / "cow")
     plan = shard_plan.Plan.of(
         shard_file.Schema("farm", None, False), tmp_path, {"train": files}, Cut(0.0, 0.0)
     )
     plan.open()
     task = str(plan.shards[0].task_path)
     with decode_pool.DecodePool(1) as pool:
-        beam_build.build_shard(task, pool)
+        beam.build_shard(task, pool)
     before = os.stat(plan.shards[0].path)
-    beam_build.build_shard(task, None)  # as a runner may that loses sight of a worker
+    beam.build_shard(task, None)  # as a runner may that loses sight of a worker
     assert os.stat(plan.shards[0].path) == before
 
 
 def test_several_labels_a_clip(farm, tmp_path):
     build_list(farm, tmp_path, name="labels")
-    split = shards.open_split("farm", "train+valid", tmp_path)
+    split = dataset.open_split("farm", "train+valid", tmp_path)
     assert (split.is_multi_label, split.label_names) == (True, ("animal", "cow", "crow"))
     labels = {record["id"]: record["label"].tolist() for record in split.read(range(len(split)))}
     assert (labels["cow/0.wav"], labels["crow/3.wav"]) == ([0, 1], [0, 2])
@@ -148,7 +145,7 @@ def test_a_build_that_failed_goes_on_with_the_shards_that_are_missing(
 
     with monkeypatch.context() as patch:
         patch.setattr(shard_file, "write_shard", fail_at_the_sixth)
-        with pytest.raises(beam_build.BeamError) as caught:
+        with pytest.raises(beam.BeamError) as caught:
             build_list(farm, tmp_path, overwrite=overwrite)
     assert str(caught.value) == (
         "Beam's pipeline failed: OSError: [Errno 28] No space left on device [while running"
@@ -157,8 +154,8 @@ def test_a_build_that_failed_goes_on_with_the_shards_that_are_missing(
     if overwrite:
         assert digests(tmp_path / "farm" / "1.0.0") == before
     else:
-        with pytest.raises(shards.NotPreparedError):
-            shards.open_split("farm", "train", tmp_path)
+        with pytest.raises(dataset.NotPreparedError):
+            dataset.open_split("farm", "train", tmp_path)
     (folder,) = (tmp_path / "farm.partial").iterdir()
     done = {path.name: path.stat().st_ino for path in (folder / "shards").iterdir()}
     assert len(done) == 5
@@ -172,7 +169,7 @@ def test_a_build_that_failed_goes_on_with_the_shards_that_are_missing(
 
 
 def test_too_many_broken_files_cost_no_work(farm, tmp_path, monkeypatch):
-    with pytest.raises(shards.DataError) as caught:
+    with pytest.raises(dataset.DataError) as caught:
         build_list(farm, tmp_path, max_skipped_percent=5)
     assert "1 of the first 14 files (of 14) cannot be read, more than" in str(caught.value)
     assert "broken.wav" in (tmp_path / "farm.skipped.tsv").read_text()
@@ -184,7 +181,7 @@ def test_too_many_broken_files_cost_no_work(farm, tmp_path, monkeypatch):
 
 
 def test_other_flags_take_nothing_from_a_build_that_was_left(farm, tmp_path, capsys):
-    with pytest.raises(shards.DataError):
+    with pytest.raises(dataset.DataError):
         build_list(farm, tmp_path, max_skipped_percent=5)
     (left,) = (tmp_path / "farm.partial").iterdir()
     capsys.readouterr()
@@ -200,7 +197,7 @@ def test_other_flags_take_nothing_from_a_build_that_was_left(farm, tmp_path, cap
 def test_an_existing_set_is_replaced_on_demand(farm, tmp_path):
     made = build_list(farm, tmp_path)
     before = digests(made)
-    with pytest.raises(shards.DataError, match="--overwrite"):
+    with pytest.raises(dataset.DataError, match="--overwrite"):
         build_list(farm, tmp_path, min_seconds=0)
     assert digests(made) == before
     build_list(farm, tmp_path, min_seconds=0, overwrite=True)
@@ -228,7 +225,7 @@ def test_an_id_that_two_shards_use(tmp_path):
     write_wav(tmp_path / "b.wav", 0.1)
     (tmp_path / "b.wav").rename(tmp_path / "a.wav#0001")
     (tmp_path / "list.tsv").write_text("path\na.wav\na.wav#0001\n")
-    with pytest.raises(shards.DataError, match=r"id 'a.wav#0001' is used twice: ids must be"):
+    with pytest.raises(dataset.DataError, match=r"id 'a.wav#0001' is used twice: ids must be"):
         build_list(tmp_path, tmp_path, valid_percent=0)
     assert not (tmp_path / "farm").exists()
 
@@ -236,7 +233,7 @@ def test_an_id_that_two_shards_use(tmp_path):
 def test_a_split_without_a_clip(tmp_path, capsys):
     for seed in range(6):
         write_wav(tmp_path / "in" / f"{seed}.wav", 0.2, seed)
-    listed = manifest.assign_splits(manifest.list_folder(tmp_path / "in"), 30)
+    listed = sources.assign_splits(sources.list_folder(tmp_path / "in"), 30)
     for file in listed:
         if file.split == "valid":
             write_wav(Path(file.path), 0.02)
@@ -246,15 +243,15 @@ def test_a_split_without_a_clip(tmp_path, capsys):
     directory = build(audio_dir=tmp_path / "in", name="farm", **arguments)
     assert not list(directory.glob("farm-valid*"))
     assert "split valid is left out" in capsys.readouterr().out
-    with pytest.raises(shards.DataError, match="valid"):
-        shards.open_split("farm", "valid", tmp_path)
+    with pytest.raises(dataset.DataError, match="valid"):
+        dataset.open_split("farm", "valid", tmp_path)
 
     # A split that somebody has asked for does not go without a word, nor do all.
     rows = "".join(f"in/{Path(file.path).name}\t{file.split}\n" for file in listed)
     (tmp_path / "list.tsv").write_text("path\tsplit\n" + rows)
-    with pytest.raises(shards.DataError, match="split 'valid' has no examples"):
+    with pytest.raises(dataset.DataError, match="split 'valid' has no examples"):
         build(manifest=tmp_path / "list.tsv", name="named", **arguments)
-    with pytest.raises(shards.DataError, match="no split of train, valid has examples"):
+    with pytest.raises(dataset.DataError, match="no split of train, valid has examples"):
         build(audio_dir=tmp_path / "in", name="none", **arguments | {"min_seconds": 1})
     assert not (tmp_path / "named").exists()
     assert not (tmp_path / "none").exists()
@@ -262,7 +259,7 @@ def test_a_split_without_a_clip(tmp_path, capsys):
 
 def test_workers_that_write_elsewhere(farm, tmp_path, monkeypatch):
     monkeypatch.setattr(beam_runner, "run", lambda *arguments: None)
-    with pytest.raises(beam_build.BeamError) as caught:
+    with pytest.raises(beam.BeamError) as caught:
         build_list(farm, tmp_path)
     assert "ended, but its workers wrote elsewhere; 0 of 13 shards are done" in str(caught.value)
     assert not (tmp_path / "farm").exists()
@@ -271,7 +268,7 @@ def test_workers_that_write_elsewhere(farm, tmp_path, monkeypatch):
 def test_one_build_of_a_name_at_a_time(farm, tmp_path):
     with (
         staging.locked(tmp_path / "farm" / "1.0.0", wait=False),
-        pytest.raises(shards.DataError, match="another process is building"),
+        pytest.raises(dataset.DataError, match="another process is building"),
     ):
         build_list(farm, tmp_path)
 
@@ -284,7 +281,7 @@ def test_one_build_of_a_name_at_a_time(farm, tmp_path):
     ],
 )
 def test_bad_flags_are_told_before_anything_is_written(farm, tmp_path, arguments, pattern):
-    with pytest.raises(manifest.ManifestError) as caught:
+    with pytest.raises(sources.ManifestError) as caught:
         build_list(farm, tmp_path / "data", **arguments)
     assert pattern in str(caught.value)
     assert not (tmp_path / "data").exists()

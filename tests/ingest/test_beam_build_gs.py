@@ -15,9 +15,8 @@ from recordings import digests, records, write_wav
 from test_beam_build_program import wait_for_group
 
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset as shards
-from maeast_jax.ingest import beam as beam_build
-from maeast_jax.ingest import beam_runner, shard_file, shard_plan
+from maeast_jax.data import dataset
+from maeast_jax.ingest import beam, beam_runner, shard_file, shard_plan
 from maeast_jax.runtime import bucket
 
 pytest.importorskip("tensorflow_datasets")
@@ -112,7 +111,7 @@ def test_the_same_bytes_as_on_a_disk(store, farm, local, tmp_path, capsys):
     assert "files from gs://bucket/farm/list.tsv to gs://bucket/data/farm, Beam's Direct" in out
     assert "--config.data.dir=gs://bucket/data " in out
     assert "13/13" in errors
-    found = shards.open_split("farm", "train", "gs://bucket/data")
+    found = dataset.open_split("farm", "train", "gs://bucket/data")
     assert len(found) == 9
     (tmp_path / "read" / "farm").mkdir(parents=True)
     tmp_path = tmp_path / "read"
@@ -168,10 +167,10 @@ def test_a_build_that_failed_goes_on_with_the_shards_that_are_missing(
 
     with monkeypatch.context() as patch:
         patch.setattr(shard_file, "write_shard", fail_at_the_sixth)
-        with pytest.raises(beam_build.BeamError, match="5 of 13 shards are done: the same command"):
+        with pytest.raises(beam.BeamError, match="5 of 13 shards are done: the same command"):
             build_list("gs://bucket/farm/list.tsv", "gs://bucket/failed")
-    with pytest.raises(shards.NotPreparedError):
-        shards.open_split("farm", "train", "gs://bucket/failed")
+    with pytest.raises(dataset.NotPreparedError):
+        dataset.open_split("farm", "train", "gs://bucket/failed")
     before = len(store.written)
     capsys.readouterr()
     build_list("gs://bucket/farm/list.tsv", "gs://bucket/failed")
@@ -198,19 +197,19 @@ def test_publishing_that_failed_leaves_no_set_that_opens_and_is_made_up_for(
         with pytest.raises(ValueError, match=r"written \(reset\); the same command goes on"):
             build_list(farm / "list.tsv", "gs://bucket/cut", overwrite=True)
     assert len([name for name in below(store, "cut") if name.startswith("farm/1.0.0/")]) == 4
-    with pytest.raises(shards.NotPreparedError):
-        shards.open_split("farm", "train", "gs://bucket/cut")
+    with pytest.raises(dataset.NotPreparedError):
+        dataset.open_split("farm", "train", "gs://bucket/cut")
     monkeypatch.setattr(beam_runner, "run", None)  # nothing is left for it
     build_list(farm / "list.tsv", "gs://bucket/cut")
     assert told(store, "cut", tmp_path) == local
-    with pytest.raises(shards.DataError, match="--overwrite to replace"):
+    with pytest.raises(dataset.DataError, match="--overwrite to replace"):
         build_list(farm / "list.tsv", "gs://bucket/cut")
 
 
 def test_recordings_that_cannot_be_fetched_are_tried_again(store, farm, local, tmp_path, capsys):
     store.broken |= {f"bucket/farm/cow/{seed}.wav" for seed in (2, 4)}
     arguments = ("gs://bucket/farm/list.tsv", "gs://bucket/outage")
-    with pytest.raises(shards.DataError, match=r"3 of the first 13 files .* cannot be read"):
+    with pytest.raises(dataset.DataError, match=r"3 of the first 13 files .* cannot be read"):
         build_list(*arguments)
     listed = below(store, "outage")["farm.skipped.tsv"].decode()
     assert "\ncow/4.wav\tcannot be fetched: Forbidden: " in listed
@@ -228,7 +227,7 @@ def test_recordings_that_cannot_be_fetched_are_tried_again(store, farm, local, t
 def test_other_recordings_of_the_same_names_are_another_build(store, farm, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(beam_runner, "run", lambda *arguments: None)
-        with pytest.raises(beam_build.BeamError, match="workers wrote elsewhere; 0 of 13 shards"):
+        with pytest.raises(beam.BeamError, match="workers wrote elsewhere; 0 of 13 shards"):
             build_list("gs://bucket/farm/list.tsv", "gs://bucket/other")
     (left,) = plans(f"bucket/other/{name}" for name in below(store, "other"))
     name = "farm/crow/1.wav"
@@ -254,7 +253,7 @@ def start_build(store, data_dir, *words):
         f"--data_dir={data_dir}", "--max_skipped_percent=10", *words,
     ]  # fmt: skip
     return subprocess.Popen(
-        words, cwd=Path(beam_build.__file__).parents[2], env=environment, text=True,
+        words, cwd=Path(beam.__file__).parents[2], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -271,8 +270,8 @@ def test_killed_it_goes_on_where_it_was(store, farm, local, tmp_path):
     wait_for_group(process.pid)
     done = len([name for name in below(store, "killed") if "/tallies/" in name])
     assert 0 < done < 13
-    with pytest.raises(shards.NotPreparedError):
-        shards.open_split("farm", "train", "gs://bucket/killed")
+    with pytest.raises(dataset.NotPreparedError):
+        dataset.open_split("farm", "train", "gs://bucket/killed")
     out, errors = start_build(*words).communicate(timeout=120)
     assert f"\n13 shards, {done} of them done before\n" in out, errors
     assert told(store, "killed", tmp_path) == local

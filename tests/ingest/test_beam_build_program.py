@@ -12,7 +12,7 @@ import soundfile
 from recordings import digests, noise
 
 from maeast_jax import build_dataset
-from maeast_jax.data import dataset as shards
+from maeast_jax.data import dataset
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("apache_beam")
@@ -74,8 +74,8 @@ def test_killed_it_leaves_no_process_and_goes_on_where_it_was(many, tmp_path, nu
     wait_for_group(process.pid)
     done = len(list(tmp_path.glob("data/farm.partial/*/tallies/*")))
     assert 0 < done < 200
-    with pytest.raises(shards.NotPreparedError):
-        shards.open_split("farm", "train", tmp_path / "data")
+    with pytest.raises(dataset.NotPreparedError):
+        dataset.open_split("farm", "train", tmp_path / "data")
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert errors.splitlines()[-1] == (

@@ -4,8 +4,7 @@ import sys
 import pytest
 
 from maeast_jax.data.decode_pool import num_cores
-from maeast_jax.ingest import beam_runner
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.ingest import beam_runner, sources
 
 pytest.importorskip("apache_beam")
 
@@ -73,7 +72,7 @@ def test_a_value_with_commas_goes_between_spaces():
     ],
 )
 def test_what_beam_does_not_take(text, pattern):
-    with pytest.raises(manifest.ManifestError) as caught:
+    with pytest.raises(sources.ManifestError) as caught:
         beam_runner.parse_options(text)
     assert str(caught.value).startswith("--beam_pipeline_options: ")
     assert pattern in str(caught.value)
@@ -82,7 +81,7 @@ def test_what_beam_does_not_take(text, pattern):
 
 def test_without_beam_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(manifest.ManifestError, match=r"pip install -r requirements-beam\.txt"):
+    with pytest.raises(sources.ManifestError, match=r"pip install -r requirements-beam\.txt"):
         beam_runner.parse_options("direct")
 
 

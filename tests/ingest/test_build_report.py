@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maeast_jax.ingest import layouts
-from maeast_jax.ingest import report as build_report
+from maeast_jax.ingest import layouts, report
 from maeast_jax.ingest.report import Tally
 from maeast_jax.ingest.sources import AudioFile, Listing
 
-CONFIGS = Path(build_report.__file__).parents[2] / "configs"
+CONFIGS = Path(report.__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -30,7 +29,7 @@ CONFIGS = Path(build_report.__file__).parents[2] / "configs"
 def test_the_next_command_names_splits_that_exist(splits, train, evaluation):
     expected = f"--config.data.train={train}"
     expected += f" --config.data.eval={evaluation}" if evaluation else ""
-    assert build_report.sources_of("farm", splits) == expected
+    assert report.sources_of("farm", splits) == expected
 
 
 def fields(command):
@@ -53,7 +52,7 @@ def fields(command):
     ],
 )
 def test_so_does_the_command_of_fine_tuning(splits, expected):
-    command = build_report.finetune_command("farm", Path("my data"), splits)
+    command = report.finetune_command("farm", Path("my data"), splits)
     assert fields(command) == expected
     assert command.startswith(
         "python -m maeast_jax.finetune --config=configs/finetune_folder.py"
@@ -63,7 +62,7 @@ def test_so_does_the_command_of_fine_tuning(splits, expected):
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_a_layout_is_fine_tuned_by_its_own_configuration(layout):
-    file, needed, _ = build_report._FINETUNE[layout]
+    file, needed, _ = report._FINETUNE[layout]
     spec = importlib.util.spec_from_file_location("layout_config", CONFIGS / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -75,17 +74,17 @@ def test_a_layout_is_fine_tuned_by_its_own_configuration(layout):
     assert named == set(needed)
 
     splits = [*needed, "unbalanced"]
-    assert fields(build_report.finetune_command(layout, Path("data"), splits, layout)) == {}
-    command = build_report.finetune_command("other", Path("data"), splits, layout)
+    assert fields(report.finetune_command(layout, Path("data"), splits, layout)) == {}
+    command = report.finetune_command("other", Path("data"), splits, layout)
     assert f"--config=configs/{file} " in command
     assert fields(command) == {name: term.replace(layout, "other") for name, term in terms.items()}
     # Without one of its splits it is not the result of the paper.
-    assert build_report.finetune_command(layout, Path("data"), splits[1:], layout) is None
+    assert report.finetune_command(layout, Path("data"), splits[1:], layout) is None
 
 
 def next_steps(label, splits, layout=None):
     files = [AudioFile("a", "a", label), AudioFile("b", "b", label and label[:1])]
-    return build_report.next_steps("farm", Path("data"), splits, Listing.of(files), layout)
+    return report.next_steps("farm", Path("data"), splits, Listing.of(files), layout)
 
 
 def test_what_comes_next_depends_on_the_labels():

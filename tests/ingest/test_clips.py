@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maeast_jax.ingest import examples as clips
+from maeast_jax.ingest import examples
 from maeast_jax.ingest.examples import Cut, clips_of
 from maeast_jax.ingest.sources import AudioFile
 
@@ -23,7 +23,7 @@ SAMPLES = np.arange(5 * 16_000, dtype=np.int32)
 )
 def test_pieces(seconds, piece, shortest, expected):
     samples = np.arange(round(seconds * 16_000))
-    pieces = clips.cut_pieces(samples, piece * 16_000, round(shortest * 16_000))
+    pieces = examples.cut_pieces(samples, piece * 16_000, round(shortest * 16_000))
     assert [len(piece) / 16_000 for piece in pieces] == expected
     joined = np.concatenate([samples[:0], *pieces])
     np.testing.assert_array_equal(joined, samples[: len(joined)])

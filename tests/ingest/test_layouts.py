@@ -3,9 +3,8 @@ import pytest
 from recordings import noise, write_wav
 
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset as shards
-from maeast_jax.ingest import layouts
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.data import dataset
+from maeast_jax.ingest import layouts, sources
 
 
 def touch(root, *names):
@@ -25,7 +24,7 @@ def listed(listing):
 
 
 def error_of(*args, **kwargs):
-    with pytest.raises(manifest.ManifestError) as caught:
+    with pytest.raises(sources.ManifestError) as caught:
         layouts.list_layout(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
@@ -280,7 +279,7 @@ def test_a_layout_becomes_a_data_set_and_missing_clips_are_told(esc50, tmp_path,
     directory = build(
         layout="esc50", audio_dir=esc50, data_dir=tmp_path, name="esc50", num_processes=1
     )
-    split = shards.open_split("esc50", "fold1+fold2+fold5", tmp_path)
+    split = dataset.open_split("esc50", "fold1+fold2+fold5", tmp_path)
     assert split.label_names == ("dog", "cow", "chirping_birds")
     assert not split.is_multi_label
     records = {record["id"]: record for record in split.read(range(len(split)))}
@@ -311,9 +310,9 @@ def test_noise_is_cut_into_seconds(speech_commands_v1, tmp_path):
         name="keywords", num_processes=1,
     )  # fmt: skip
     for name, noise_file in (("train", "pink_noise"), ("valid", "running_tap")):
-        split = shards.open_split("keywords", name, tmp_path)
+        split = dataset.open_split("keywords", name, tmp_path)
         silence = [record for record in split.read(range(len(split))) if record["label"] == 11]
         assert {record["id"]: len(record["audio"]) for record in silence} == {
             f"_background_noise_/{noise_file}.wav#{index:04d}": 16_000 for index in range(3)
         }
-    assert len(shards.open_split("keywords", "test", tmp_path)) == 13
+    assert len(dataset.open_split("keywords", "test", tmp_path)) == 13

@@ -3,7 +3,7 @@ import os
 import fake_gcs
 import pytest
 
-from maeast_jax.ingest import sources as manifest
+from maeast_jax.ingest import sources
 
 
 def touch(root, *names):
@@ -14,7 +14,7 @@ def touch(root, *names):
 
 
 def error_of(function, *args, **kwargs):
-    with pytest.raises(manifest.ManifestError) as caught:
+    with pytest.raises(sources.ManifestError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
@@ -23,7 +23,7 @@ def error_of(function, *args, **kwargs):
 
 def test_a_tree_is_listed_sorted_without_hidden_or_other_files(tmp_path):
     touch(tmp_path, "b/x.WAV", "b/deep/y.opus", "a.flac", "b/notes.txt", "b/.z.wav", ".c/z.wav")
-    files = manifest.list_folder(tmp_path)
+    files = sources.list_folder(tmp_path)
     assert [file.id for file in files] == ["a.flac", "b/deep/y.opus", "b/x.WAV"]
     assert [file.path for file in files] == [str(tmp_path / file.id) for file in files]
     assert {file.label for file in files} == {None}
@@ -31,10 +31,10 @@ def test_a_tree_is_listed_sorted_without_hidden_or_other_files(tmp_path):
 
 def test_labels_are_the_innermost_folders(tmp_path):
     touch(tmp_path, "birds/crow/1.wav", "cow/1.wav")
-    files = manifest.list_folder(tmp_path, label_from_folder=True)
+    files = sources.list_folder(tmp_path, label_from_folder=True)
     assert [file.label for file in files] == ["crow", "cow"]
     touch(tmp_path, "stray.wav")
-    message = error_of(manifest.list_folder, tmp_path, label_from_folder=True)
+    message = error_of(sources.list_folder, tmp_path, label_from_folder=True)
     assert "1 files, e.g. stray.wav" in message
 
 
@@ -43,35 +43,35 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     touch(tmp_path / "tree", "2.wav")
     (tmp_path / "tree" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "tree" / "up").symlink_to(tmp_path / "tree")
-    files = manifest.list_folder(tmp_path / "tree")
+    files = sources.list_folder(tmp_path / "tree")
     assert [file.id for file in files] == ["2.wav", "link/1.wav"]
 
 
 def test_any_bytes_in_a_name_become_an_id(tmp_path):
     name = os.fsdecode(b"caf\xe9\t1.wav")
     touch(tmp_path, name, "für.wav")
-    files = {file.id: file.path for file in manifest.list_folder(tmp_path)}
+    files = {file.id: file.path for file in sources.list_folder(tmp_path)}
     assert sorted(files) == [r"caf\xe9\t1.wav", "für.wav"]
     assert os.path.exists(files[r"caf\xe9\t1.wav"])
 
 
 def test_no_folder_or_no_audio(tmp_path):
-    assert "is not a directory" in error_of(manifest.list_folder, tmp_path / "none")
+    assert "is not a directory" in error_of(sources.list_folder, tmp_path / "none")
     touch(tmp_path, "a.txt")
-    assert "no audio file below" in error_of(manifest.list_folder, tmp_path)
+    assert "no audio file below" in error_of(sources.list_folder, tmp_path)
 
 
 def read(tmp_path, text, audio_dir=None):
     (tmp_path / "list.tsv").write_text(text)
-    return manifest.read_manifest(tmp_path / "list.tsv", audio_dir)
+    return sources.read_manifest(tmp_path / "list.tsv", audio_dir)
 
 
 def test_a_table_with_other_columns_and_windows_line_ends(tmp_path):
     text = "\ufeffpath\tlicence\tsplit\tlabel\r\na.wav\tx\ttest\tcow\r\n\r\n"
     text += "b/c.wav\ty\ttrain\tcrow\r\n"
     assert read(tmp_path, text) == [
-        manifest.AudioFile(str(tmp_path / "a.wav"), "a.wav", "cow", "test"),
-        manifest.AudioFile(str(tmp_path / "b/c.wav"), "b/c.wav", "crow", "train"),
+        sources.AudioFile(str(tmp_path / "a.wav"), "a.wav", "cow", "test"),
+        sources.AudioFile(str(tmp_path / "b/c.wav"), "b/c.wav", "crow", "train"),
     ]
 
 
@@ -88,27 +88,27 @@ def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path / "in", "a.wav")
     (tmp_path / "in" / "list.tsv").write_text("path\na.wav\n")
-    expected = manifest.AudioFile(str(tmp_path / "in" / "a.wav"), "a.wav")
-    assert manifest.read_manifest("~/in/list.tsv") == [expected]
-    assert manifest.read_manifest("~/in/list.tsv", "~/in") == [expected]
-    assert manifest.list_folder("~/in") == [expected]
-    assert "is not a directory" in error_of(manifest.list_folder, "~nobody-of-that-name/in")
-    assert "cannot read" in error_of(manifest.read_manifest, "~nobody-of-that-name/list.tsv")
+    expected = sources.AudioFile(str(tmp_path / "in" / "a.wav"), "a.wav")
+    assert sources.read_manifest("~/in/list.tsv") == [expected]
+    assert sources.read_manifest("~/in/list.tsv", "~/in") == [expected]
+    assert sources.list_folder("~/in") == [expected]
+    assert "is not a directory" in error_of(sources.list_folder, "~nobody-of-that-name/in")
+    assert "cannot read" in error_of(sources.read_manifest, "~nobody-of-that-name/list.tsv")
 
 
 def test_several_labels_a_file(tmp_path):
     text = "path\tlabels\na.wav\tcow, black;zebra \nb.wav\t\nc.wav\tant\n"
     files = read(tmp_path, text)
     assert [file.label for file in files] == [("cow, black", "zebra"), (), ("ant",)]
-    listing = manifest.Listing.of(files)
+    listing = sources.Listing.of(files)
     assert (listing.is_multi_label, listing.missing) == (True, [])
     assert listing.label_names == ("ant", "cow, black", "zebra")
 
 
 def test_one_label_a_file_may_hold_anything(tmp_path):
-    listing = manifest.Listing.of(read(tmp_path, "path\tlabel\na.wav\tcow;ant\nb.wav\tant\n"))
+    listing = sources.Listing.of(read(tmp_path, "path\tlabel\na.wav\tcow;ant\nb.wav\tant\n"))
     assert (listing.is_multi_label, listing.label_names) == (False, ("ant", "cow;ant"))
-    listing = manifest.Listing.of(read(tmp_path, "path\na.wav\n"))
+    listing = sources.Listing.of(read(tmp_path, "path\na.wav\n"))
     assert (listing.is_multi_label, listing.label_names) == (False, None)
 
 
@@ -116,7 +116,7 @@ def test_fairseq_format(tmp_path):
     audio = tmp_path / "audio"
     audio.mkdir()
     (file,) = read(tmp_path, f"{audio}\nx/a.flac\t160000\n")
-    assert file == manifest.AudioFile(str(audio / "x/a.flac"), "x/a.flac", None, None)
+    assert file == sources.AudioFile(str(audio / "x/a.flac"), "x/a.flac", None, None)
     (file,) = read(tmp_path, "/moved/away\nx/a.flac\t160000\n", audio)
     assert file.path == str(audio / "x/a.flac")
     assert "pass --audio_dir" in error_of(read, tmp_path, "/moved/away\nx/a.flac\t160000\n")
@@ -146,17 +146,17 @@ def test_bad_manifests(tmp_path, text, pattern):
 
 
 def test_unreadable_manifests(tmp_path):
-    assert "cannot read" in error_of(manifest.read_manifest, tmp_path / "none.tsv")
+    assert "cannot read" in error_of(sources.read_manifest, tmp_path / "none.tsv")
     (tmp_path / "bytes.tsv").write_bytes(b"path\ncaf\xe9.wav\n")
-    assert "cannot read" in error_of(manifest.read_manifest, tmp_path / "bytes.tsv")
+    assert "cannot read" in error_of(sources.read_manifest, tmp_path / "bytes.tsv")
 
 
 def files(count, **kwargs):
-    return [manifest.AudioFile(f"{i}.wav", f"{i}.wav", **kwargs) for i in range(count)]
+    return [sources.AudioFile(f"{i}.wav", f"{i}.wav", **kwargs) for i in range(count)]
 
 
 def sides(listed, valid_percent):
-    return {file.id: file.split for file in manifest.assign_splits(listed, valid_percent)}
+    return {file.id: file.split for file in sources.assign_splits(listed, valid_percent)}
 
 
 def test_about_the_share_asked_for_is_valid():
@@ -200,13 +200,13 @@ def store():
 
 def test_a_folder_in_a_bucket_is_listed_as_one_here(store, tmp_path):
     for folder in ("gs://bucket/in", "gs://bucket/in/"):
-        files = manifest.list_folder(folder)
+        files = sources.list_folder(folder)
         assert [file.id for file in files] == ["a.flac", "b/x.WAV"]
         assert [file.path for file in files] == [f"gs://bucket/in/{file.id}" for file in files]
-    assert "have no label" in error_of(manifest.list_folder, folder, label_from_folder=True)
-    (file,) = manifest.list_folder("gs://bucket/in-too", label_from_folder=True)
+    assert "have no label" in error_of(sources.list_folder, folder, label_from_folder=True)
+    (file,) = sources.list_folder("gs://bucket/in-too", label_from_folder=True)
     assert (file.id, file.label) == ("cow/z.wav", "cow")
-    message = error_of(manifest.list_folder, "gs://bucket/none")
+    message = error_of(sources.list_folder, "gs://bucket/none")
     assert message == "--audio_dir=gs://bucket/none is not a directory: check the path"
 
 
@@ -221,7 +221,7 @@ def test_a_folder_in_a_bucket_is_listed_as_one_here(store, tmp_path):
 )
 def test_a_list_may_name_what_is_in_a_bucket(store, tmp_path, text, audio_dir, ids):
     (tmp_path / "list.tsv").write_text(text)
-    files = manifest.read_manifest(tmp_path / "list.tsv", audio_dir)
+    files = sources.read_manifest(tmp_path / "list.tsv", audio_dir)
     assert [file.id for file in files] == ids
     assert [file.path for file in files] == ["gs://bucket/in/b/x.WAV"]
 
@@ -229,10 +229,10 @@ def test_a_list_may_name_what_is_in_a_bucket(store, tmp_path, text, audio_dir, i
 def test_a_list_in_a_bucket_reads_as_one_here(store, tmp_path):
     text = "\ufeffpath\tlabel\r\na.flac\tcafé\r\n/other/b.wav\tcow\r\n"
     store.put("bucket", "in/list.tsv", text.encode())
-    files = manifest.read_manifest("gs://bucket/in/list.tsv")
+    files = sources.read_manifest("gs://bucket/in/list.tsv")
     assert [(file.path, file.id, file.label) for file in files] == [
         ("gs://bucket/in/a.flac", "a.flac", "café"),
         ("/other/b.wav", "/other/b.wav", "cow"),
     ]
     with pytest.raises(ValueError, match=r"gs://bucket/none.tsv cannot be read \(not found\)"):
-        manifest.read_manifest("gs://bucket/none.tsv")
+        sources.read_manifest("gs://bucket/none.tsv")

@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from maeast_jax.data import dataset as shards
-from maeast_jax.data import writer as shard_writer
+from maeast_jax.data import dataset, writer
 from maeast_jax.ingest import shard_file
 from maeast_jax.ingest.shard_file import Schema
 
@@ -36,7 +35,7 @@ def write_set(directory, parts):
 
 
 def read(*where):
-    split = shards.open_split(*where)
+    split = dataset.open_split(*where)
     return split, [
         (record["id"], record["audio"].tolist(), record["label"])
         for record in split.read(range(len(split)))
@@ -45,7 +44,7 @@ def read(*where):
 
 def test_the_same_examples_as_those_of_a_set_written_whole(tmp_path):
     write_set(tmp_path / "birds" / "1.0.0", [(0, 7), (7, 8), (8, 8), (8, 20)])
-    whole = shard_writer.write(
+    whole = writer.write(
         "birds", tmp_path / "whole", {"train": lambda: examples(0, 20)}, SCHEMA.label_names,
         description="Birds.",
     )  # fmt: skip
@@ -97,7 +96,7 @@ def test_the_bytes_depend_on_neither_the_process_nor_the_order(tmp_path):
 
 
 def test_a_label_that_is_none(tmp_path):
-    with pytest.raises(shards.DataError, match="label 'owl' of 'a' is none of the 2 label names"):
+    with pytest.raises(dataset.DataError, match="label 'owl' of 'a' is none of the 2 label names"):
         shard_file.write_shard(tmp_path / "x", SCHEMA, [("a", np.zeros(3, np.int16), "owl")])
 
 

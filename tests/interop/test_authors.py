@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from maeast_jax.interop import parameters as authors
+from maeast_jax.interop import parameters
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import abstract_model, split_model
 
@@ -15,7 +15,9 @@ IDLE = {"encoder_mask_emb", "layer_norm.weight", "layer_norm.bias"}
 def test_there_and_back_is_exact(golden):
     weights = golden["weights"]
     heads = golden["cfg"]["encoder_attention_heads"]
-    back = authors.tensors_of(authors.parameters(weights, heads), authors.statistics(weights))
+    back = parameters.tensors_of(
+        parameters.parameters(weights, heads), parameters.statistics(weights)
+    )
     wanted = {n: t for n, t in weights.items() if n not in IDLE and "sine_pos" not in n}
     assert set(back) == set(wanted)
     for name, tensor in wanted.items():
@@ -24,7 +26,7 @@ def test_there_and_back_is_exact(golden):
 
 def test_queries_keys_and_values_are_not_exchanged(golden):
     weights = golden["weights"]
-    params = authors.parameters(weights, 4)
+    params = parameters.parameters(weights, 4)
     kernel = params["encoder"]["layers"]["attention"]["qkv_kernel"]
     assert kernel.shape == (3, 64, 3, 4, 16)
     for index, which in enumerate("qkv"):
@@ -43,9 +45,9 @@ def test_the_tree_is_the_models(changes):
     )
     config = ModelConfig(**{**vars(config), **changes})
     _, params, statistics = split_model(abstract_model(config))
-    shapes = jax.eval_shape(authors.tensors_of, params, statistics)
+    shapes = jax.eval_shape(parameters.tensors_of, params, statistics)
     tensors = {name: np.zeros(t.shape, t.dtype) for name, t in shapes.items()}
-    tree = authors.parameters(tensors, config.heads), authors.statistics(tensors)
+    tree = parameters.parameters(tensors, config.heads), parameters.statistics(tensors)
     got, wanted = (jax.tree.map(lambda leaf: leaf.shape, t) for t in (tree, (params, statistics)))
     assert got == wanted
     assert ("post_enc_proj.weight" in tensors) == (

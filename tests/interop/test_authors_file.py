@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax.interop import authors_config
-from maeast_jax.interop import fairseq as authors_file
+from maeast_jax.interop import authors_config, fairseq
 from maeast_jax.interop.authors_config import AuthorsFileError
 from maeast_jax.interop.fairseq import AuthorsFile
-from maeast_jax.model import tokens as patches
+from maeast_jax.model import tokens
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst, split_model
 
@@ -23,9 +22,7 @@ CONFIG = ModelConfig(
 
 def build(config=CONFIG, **options):
     _, params, statistics = split_model(MaeAst(config, nnx.Rngs(0)))
-    return authors_file.build(
-        config, params, statistics, num_frames=96, max_token_length=40, **options
-    )
+    return fairseq.build(config, params, statistics, num_frames=96, max_token_length=40, **options)
 
 
 def config_of(file):
@@ -64,7 +61,7 @@ def test_the_golden_files_are_read_as_they_were_made(golden):
     file = AuthorsFile({"model": cfg, "task": {"mask_type": "chunk_mask"}}, golden["weights"])
     config = config_of(file)
     assert (config.tokens, config.encoder_layers, config.width) == (golden["tokens"], 3, 64)
-    authors_file.weights(file, config)
+    fairseq.weights(file, config)
 
 
 @pytest.mark.parametrize(
@@ -99,20 +96,20 @@ def test_tensors_that_do_not_fit_the_cfg_are_named():
     name = "encoder.layers.1.fc1.weight"
     missing = AuthorsFile(file.cfg, {n: t for n, t in file.tensors.items() if n != name})
     with pytest.raises(AuthorsFileError, match=f"tensor {name} is missing"):
-        authors_file.weights(missing, config)
+        fairseq.weights(missing, config)
     wider = AuthorsFile(file.cfg, file.tensors | {name: np.zeros((33, 16))})
     with pytest.raises(AuthorsFileError, match=rf"{name} is \[33, 16\], but its cfg makes it \[32"):
-        authors_file.weights(wider, config)
+        fairseq.weights(wider, config)
     more = AuthorsFile(file.cfg, file.tensors | {"label_embs": np.zeros(3)})
     with pytest.raises(AuthorsFileError, match="no place for the tensor label_embs"):
-        authors_file.weights(more, config)
+        fairseq.weights(more, config)
     table = file.tensors["enc_sine_pos_embed.pe"] * np.float32(1.01)
     other = AuthorsFile(file.cfg, file.tensors | {"enc_sine_pos_embed.pe": table})
     with pytest.raises(AuthorsFileError, match=r"enc_sine_pos_embed.pe does not hold the sinusoid"):
-        authors_file.weights(other, config)
+        fairseq.weights(other, config)
     flat = AuthorsFile(file.cfg, file.tensors | {"enc_sine_pos_embed.pe": table[0]})
     with pytest.raises(AuthorsFileError, match=r"pe is \[40, 16\], expected \[1, positions, 16\]"):
-        authors_file.weights(flat, config)
+        fairseq.weights(flat, config)
 
 
 def test_the_clips_length_goes_along():
@@ -126,11 +123,11 @@ def test_the_clips_length_goes_along():
 def test_a_table_of_half_precision_is_not_kept():
     file = build()
     name = "enc_sine_pos_embed.pe"
-    assert name in authors_file.extras(file)
+    assert name in fairseq.extras(file)
     for dtype in (np.float16, ml_dtypes.bfloat16):
         half = AuthorsFile(file.cfg, file.tensors | {name: file.tensors[name].astype(dtype)})
-        authors_file.weights(half, config_of(half))
-        assert name not in authors_file.extras(half)
+        fairseq.weights(half, config_of(half))
+        assert name not in fairseq.extras(half)
 
 
 def test_half_precision_is_read_as_float32():
@@ -139,7 +136,7 @@ def test_half_precision_is_read_as_float32():
         name: tensor.astype(np.float16) if tensor.dtype == np.float32 else tensor
         for name, tensor in file.tensors.items()
     }
-    params, statistics = authors_file.weights(AuthorsFile(file.cfg, half), CONFIG)
+    params, statistics = fairseq.weights(AuthorsFile(file.cfg, half), CONFIG)
     floats = [leaf for leaf in jax.tree.leaves((params, statistics)) if leaf.dtype != np.int32]
     assert {leaf.dtype for leaf in floats} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(
@@ -159,7 +156,7 @@ def test_a_file_without_a_decoder_is_an_encoder(leave):
     file = AuthorsFile(file.cfg, encoder)
     config = config_of(file)
     assert config.is_encoder_only and config.decoder_width == 16
-    params, _ = authors_file.weights(file, config)
+    params, _ = fairseq.weights(file, config)
     assert set(params) == {"token_projection", "encoder"}
 
 
@@ -172,16 +169,14 @@ def test_what_is_written_reads_back(mask, ratio, changes):
     back = config_of(file)
     assert back == dataclasses.replace(config, decoder_projection=config.projects_to_decoder)
     _, params, statistics = split_model(MaeAst(config, nnx.Rngs(0)))
-    jax.tree.map(
-        np.testing.assert_array_equal, authors_file.weights(file, back), (params, statistics)
-    )
+    jax.tree.map(np.testing.assert_array_equal, fairseq.weights(file, back), (params, statistics))
 
 
 def test_position_tables_are_as_long_as_cfg_says_and_idle_tensors_are_there():
     config = dataclasses.replace(CONFIG, decoder_width=8)
     tensors = build(config).tensors
-    np.testing.assert_array_equal(tensors["enc_sine_pos_embed.pe"], patches.sinusoid(40, 16)[None])
-    np.testing.assert_array_equal(tensors["dec_sine_pos_embed.pe"], patches.sinusoid(40, 8)[None])
+    np.testing.assert_array_equal(tensors["enc_sine_pos_embed.pe"], tokens.sinusoid(40, 16)[None])
+    np.testing.assert_array_equal(tensors["dec_sine_pos_embed.pe"], tokens.sinusoid(40, 8)[None])
     assert tensors["encoder_mask_emb"].shape == (16,)
     assert tensors["layer_norm.weight"].shape == tensors["layer_norm.bias"].shape == (128,)
     assert tensors["batch_norm.num_batches_tracked"].dtype == np.int64
@@ -212,10 +207,10 @@ def test_another_kind_of_file_is_refused(tmp_path, content, message):
     torch = pytest.importorskip("torch")
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=message):
-        authors_file.read(tmp_path / "x.pt")
+        fairseq.read(tmp_path / "x.pt")
 
 
 def test_a_broken_safetensors_file_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"not one")
     with pytest.raises(AuthorsFileError, match=r"x.safetensors is not a whole safetensors file"):
-        authors_file.read(tmp_path / "x.safetensors")
+        fairseq.read(tmp_path / "x.safetensors")

@@ -9,7 +9,7 @@ from test_config import shrink
 
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
-from maeast_jax.data import demo_corpus as demo_audio
+from maeast_jax.data import demo_corpus
 from maeast_jax.export import export
 from maeast_jax.inference import pretrained
 from maeast_jax.model import tokens as patches
@@ -38,7 +38,7 @@ TINY = {
 
 def clips_of(*num_samples):
     """Float32 clips of so many samples, of various sounds; 5 s at most."""
-    sounds = [demo_audio.clip(family, 0) for family in demo_audio.FAMILIES]
+    sounds = [demo_corpus.clip(family, 0) for family in demo_corpus.FAMILIES]
     return [
         np.float32(np.tile(sound, 2)[:samples]) / 32_768
         for sound, samples in zip(sounds, num_samples, strict=False)

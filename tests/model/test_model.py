@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maeast_jax.interop import parameters as authors
-from maeast_jax.model import transformer as layers
+from maeast_jax.interop import parameters
+from maeast_jax.model import transformer
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import MaeAst, model_graph, split_model
 
@@ -30,7 +30,7 @@ TINY = ModelConfig(
 def authors_model(golden, **changes) -> MaeAst:
     config = dataclasses.replace(TINY, tokens=golden["tokens"], **changes)
     weights = golden["weights"]
-    trees = authors.parameters(weights, config.heads), authors.statistics(weights)
+    trees = parameters.parameters(weights, config.heads), parameters.statistics(weights)
     return nnx.merge(model_graph(config), *jax.tree.map(jnp.asarray, trees))
 
 
@@ -83,7 +83,7 @@ def test_pretraining_pass_is_the_authors(golden):
     masked = np.sort(values["pretrain.masked"]).astype(np.int32)
     model = authors_model(golden)
     patches = model.normalized_patches(values["fbank"], training=True)
-    assert_close(layers.take_tokens(patches, masked), values["pretrain.target"])
+    assert_close(transformer.take_tokens(patches, masked), values["pretrain.target"])
     predictions = model.pretrain(patches, kept, masked)
     assert_close(predictions.reconstruction, values["pretrain.recon"])
     assert_close(predictions.classification, values["pretrain.class"])
@@ -149,7 +149,7 @@ def test_last_decoder_layer_at_masked_places_only_changes_no_result(pre_norm, de
     _, masked = random_places()
     everywhere, _ = decoder(x)
     np.testing.assert_allclose(
-        decoder.at_places(x, masked), layers.take_tokens(everywhere, masked), atol=2e-6
+        decoder.at_places(x, masked), transformer.take_tokens(everywhere, masked), atol=2e-6
     )
 
 
@@ -163,7 +163,7 @@ def test_a_last_layer_at_masked_places_only_is_dropped_as_any_other():
         is_dropped.append(bool(jnp.all(states[1] == states[0])))
         np.testing.assert_allclose(
             encoder.at_places(x, masked, jax.random.key(seed)),
-            layers.take_tokens(everywhere, masked),
+            transformer.take_tokens(everywhere, masked),
             atol=2e-6,
         )
     assert 0 < sum(is_dropped) < 6

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from maeast_jax.model import ops as products
+from maeast_jax.model import ops
 from maeast_jax.model.ops import Linear, add_bias, product
 
 SIZES = {"b": 2, "m": 24, "n": 32, "d": 48, "e": 40, "c": 3, "h": 4, "k": 16}
@@ -31,7 +31,7 @@ def draw(spec, dtype):
 @pytest.fixture(params=[True, False], ids=["multiplies", "converts"])
 def cpu_multiplies(request, monkeypatch):
     """Whether the CPU is said to multiply bfloat16; either has to work on any."""
-    monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(ops, "_cpu_multiplies_bfloat16", lambda: request.param)
     return request.param
 
 

@@ -20,7 +20,7 @@ from maeast_jax.model import tokens as patches
 from maeast_jax.model.config import ModelConfig
 from maeast_jax.model.mae_ast import build
 from maeast_jax.train import train
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.training import metrics_writer
 from maeast_jax.training.steps import LossConfig, init_state, make_eval_step, make_train_step
 
 TINY = ModelConfig(
@@ -125,7 +125,9 @@ def workdir(tmp_path_factory):
 
 
 def test_it_trains_as_any_run_does(workdir):
-    losses = [row["loss"] for row in logs.read_metrics(workdir) if row["split"] == "train"]
+    losses = [
+        row["loss"] for row in metrics_writer.read_metrics(workdir) if row["split"] == "train"
+    ]
     assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
 
 

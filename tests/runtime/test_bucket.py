@@ -3,8 +3,7 @@
 import fake_gcs
 import pytest
 
-from maeast_jax.runtime import bucket
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import bucket, storage
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +20,12 @@ def put(store, *names):
 
 def test_what_lies_below_a_folder(store):
     put(store, "list/b#1.wav", "list/deep/er/a[0].wav", "list-2/c.wav", "listed")
-    folder = paths.path("gs://bucket/list")
+    folder = storage.path("gs://bucket/list")
     found = ["gs://bucket/list/b#1.wav", "gs://bucket/list/deep/er/a[0].wav"]
     assert bucket.listing(folder) == found
     put(store, "list/new")
     assert bucket.listing(folder) == [found[0], found[1], "gs://bucket/list/new"]
-    assert bucket.listing(paths.path("gs://bucket/none")) == []
+    assert bucket.listing(storage.path("gs://bucket/none")) == []
 
 
 def test_stamps_are_of_what_is_there_and_change_with_it(store):
@@ -57,7 +56,7 @@ def test_an_object_goes_to_a_file_whole_or_not_at_all(store, tmp_path):
 
 @pytest.mark.parametrize("size", [10, 6 << 20])  # larger ones are sent in pieces
 def test_files_become_objects_if_nothing_is_raised(store, size):
-    folder = paths.path(f"gs://bucket/write{size}")
+    folder = storage.path(f"gs://bucket/write{size}")
     with bucket.writing(folder) as here:
         (here / "file").write_bytes(bytes(size))
         assert bucket.listing(folder) == []
@@ -79,10 +78,10 @@ def test_copies_do_not_come_by_here_and_folders_go(store):
     assert store.buckets["bucket"]["copied/b"][0] == b"copy/in/b"
     with pytest.raises(OSError, match="Forbidden"):
         bucket.copy(names[:1], ["gs://shut/a"])
-    bucket.remove(paths.path("gs://bucket/copy"))
+    bucket.remove(storage.path("gs://bucket/copy"))
     assert not [name for name in store.names("bucket") if name.startswith("copy/")]
-    assert bucket.size(paths.path("gs://bucket/copied/a")) == 6
-    bucket.remove(paths.path("gs://bucket/copy"))
+    assert bucket.size(storage.path("gs://bucket/copied/a")) == 6
+    bucket.remove(storage.path("gs://bucket/copy"))
 
 
 def test_results_come_in_order():

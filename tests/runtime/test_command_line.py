@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from maeast_jax.runtime import cli as command_line
+from maeast_jax.runtime import cli
 
 # What Orbax does of a full disk: a page a thread, and then the exception itself.
 PROGRAM = """
@@ -66,7 +66,7 @@ def test_a_mistake_has_a_traceback_with_verbosity_alone(capsys, verbosity):
     with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
         flags.FLAGS["verbosity"].present = int(verbosity is not None)
-        command_line._guard(fail, "interrupted")
+        cli._guard(fail, "interrupted")
     told = capsys.readouterr().err
     assert end.value.code == 2 and told.endswith("error: shapes differ\n")
     assert ("Traceback" in told) == (verbosity is not None)
@@ -137,7 +137,7 @@ def test_an_error_that_is_not_known_keeps_its_traceback_and_has_a_code_of_its_ow
 
     with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
-        command_line._guard(fail, "interrupted")
+        cli._guard(fail, "interrupted")
     assert end.value.code == 70
     assert "Traceback" in (told := capsys.readouterr().err) and "core halted" in told
 
@@ -148,7 +148,7 @@ def test_a_package_that_is_missing_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
-        command_line._guard(fail, "interrupted")
+        cli._guard(fail, "interrupted")
     assert end.value.code == 2
     assert re.fullmatch(
         r"error: No module named 'nothing_of_this_name': pip install -r requirements.txt, .*\n",
@@ -162,6 +162,6 @@ def test_memory_that_does_not_suffice_is_one_line_of_the_system(capsys):
 
     with pytest.raises(SystemExit) as end, flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
-        command_line._guard(fail, "interrupted")
+        cli._guard(fail, "interrupted")
     assert end.value.code == 1
     assert capsys.readouterr().err == "error: the devices are out of memory: lower batch_size\n"

@@ -22,15 +22,15 @@ from test_pace import Clock
 
 import maeast_jax
 from maeast_jax import checkpoint
-from maeast_jax.data import dataset as shards
+from maeast_jax.checkpoint import held
+from maeast_jax.data import dataset
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.data.mixture import open_demo
 from maeast_jax.evaluation import plots
 from maeast_jax.inference import pretrained
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 from maeast_jax.train import train
-from maeast_jax.training import metrics_writer as logs
-from maeast_jax.workdir import held
+from maeast_jax.training import metrics_writer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 14
@@ -112,7 +112,7 @@ def test_two_processes_share_a_bucket(store, trained):
         assert code == 0, told
     assert checkpoint.saved_steps("gs://bucket/two") == [10, STEPS]
     curves = [
-        [(row["step"], row["split"], row["loss"]) for row in logs.read_metrics(workdir)]
+        [(row["step"], row["split"], row["loss"]) for row in metrics_writer.read_metrics(workdir)]
         for workdir in ("gs://bucket/two", trained)
     ]
     assert [row[:2] for row in curves[0]] == [row[:2] for row in curves[1]]
@@ -129,7 +129,7 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_a_disk(store, trained):
         np.testing.assert_array_equal(got, wanted)
     rows = [
         [{k: v for k, v in row.items() if k != "clips_per_second"} for row in found]
-        for found in map(logs.read_metrics, ("gs://bucket/run", trained))
+        for found in map(metrics_writer.read_metrics, ("gs://bucket/run", trained))
     ]
     assert rows[0] == rows[1]
     beside = {name.split("/")[1] for name in store.names("bucket") if name.startswith("run/")}
@@ -147,7 +147,7 @@ def synthetic():
 
 def test_a_finished_run_in_a_bucket_is_left_alone(trained):
     config = synthetic()
-    assert train(config, "gs://bucket/run") == logs.last_row("gs://bucket/run", "eval")
+    assert train(config, "gs://bucket/run") == metrics_writer.last_row("gs://bucket/run", "eval")
 
 
 def test_models_load_from_a_bucket(trained):
@@ -190,27 +190,32 @@ def test_a_checkpoint_without_its_last_object_is_none_and_is_cleared(store):
 
 def test_metrics_are_written_anew_now_and_then_and_when_asked(store):
     clock = Clock()
-    writer = logs.MetricsWriter("gs://bucket/logged", clock=clock)
+    writer = metrics_writer.MetricsWriter("gs://bucket/logged", clock=clock)
     assert store.written.count("bucket/logged/metrics.jsonl") == 1
     for step in range(1, 5):
         clock.seconds += 9.0
         writer.write(step, "train", {"loss": 1.0})
     assert store.written.count("bucket/logged/metrics.jsonl") == 2  # at 36 s
-    assert [row["step"] for row in logs.read_metrics("gs://bucket/logged")] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics_writer.read_metrics("gs://bucket/logged")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     writer.write(5, "train", {"loss": 1.0})
     writer.image(5, "picture", np.zeros((4, 6, 3), np.uint8))
-    assert len(logs.read_metrics("gs://bucket/logged")) == 4
+    assert len(metrics_writer.read_metrics("gs://bucket/logged")) == 4
     writer.flush()
     writer.flush()
     assert store.written.count("bucket/logged/metrics.jsonl") == 3
-    assert len(logs.read_metrics("gs://bucket/logged")) == 5
+    assert len(metrics_writer.read_metrics("gs://bucket/logged")) == 5
     writer.write(6, "train", {"loss": 1.0})
     writer.close()
-    assert len(logs.read_metrics("gs://bucket/logged")) == 6
-    writer = logs.MetricsWriter("gs://bucket/logged", resume_step=3)
+    assert len(metrics_writer.read_metrics("gs://bucket/logged")) == 6
+    writer = metrics_writer.MetricsWriter("gs://bucket/logged", resume_step=3)
     writer.write(4, "train", {"loss": 2.0})
     writer.close()
-    rows = logs.read_metrics("gs://bucket/logged")
+    rows = metrics_writer.read_metrics("gs://bucket/logged")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2)]
     assert [name for name in store.names("bucket") if name.startswith("logged")] == [
         "logged/metrics.jsonl"
@@ -224,7 +229,7 @@ def test_pictures_go_to_a_bucket(store):
 
 
 def test_a_bucket_is_not_locked(store):
-    with held(paths.path("gs://bucket/run")), held(paths.path("gs://bucket/run")):
+    with held(storage.path("gs://bucket/run")), held(storage.path("gs://bucket/run")):
         pass
 
 
@@ -293,22 +298,22 @@ def test_data_sets_are_read_from_a_bucket(store, tmp_path):
     for file in tmp_path.rglob("*"):
         if file.is_file():
             store.put("bucket", f"data/{file.relative_to(tmp_path)}", file.read_bytes())
-    local = shards.open_split("sounds", "train", tmp_path).read(range(7))
-    there = shards.open_split("sounds", "train[:6]", "gs://bucket/data").read([5, 0, 3])
+    local = dataset.open_split("sounds", "train", tmp_path).read(range(7))
+    there = dataset.open_split("sounds", "train[:6]", "gs://bucket/data").read([5, 0, 3])
     for got, wanted in zip(there, (local[5], local[0], local[3]), strict=True):
         assert got["id"] == wanted["id"]
         np.testing.assert_array_equal(got["audio"], wanted["audio"])
-    line = one_line(shards.open_split, "others", "train", "gs://bucket/data")
+    line = one_line(dataset.open_split, "others", "train", "gs://bucket/data")
     assert "no data set 'others' in gs://bucket/data, which holds sounds" in line
     assert "gs://bucket/none must be on this machine" in one_line(
         open_demo, "train", "gs://bucket/none"
     )
     (shard,) = (name for name in store.names("bucket") if "sounds-train" in name)
     (local_shard,) = tmp_path.rglob("sounds-train*")
-    size, changed = paths.stamp(f"gs://bucket/{shard}")
+    size, changed = storage.stamp(f"gs://bucket/{shard}")
     assert size == local_shard.stat().st_size and changed > 0
     store.delete("bucket", shard)
-    assert paths.stamp(f"gs://bucket/{shard}") == (0, 0)
+    assert storage.stamp(f"gs://bucket/{shard}") == (0, 0)
     assert f"shard gs://bucket/{shard} of sounds/1.0.0 is missing" in one_line(
-        shards.open_split, "sounds", "train", "gs://bucket/data"
+        dataset.open_split, "sounds", "train", "gs://bucket/data"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maeast_jax.runtime import memory as host_memory
+from maeast_jax.runtime import memory
 
 PROGRAM = """
 import resource, sys
@@ -56,7 +56,7 @@ def test_memory_that_was_freed_is_not_faulted_in_again(platforms):
 
 
 def test_only_a_program_that_began_with_one_heap_keeps():
-    assert not host_memory.keep_freed(0)
+    assert not memory.keep_freed(0)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_limit_is_the_smaller_of_machine_and_group(group, limit, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", read_text)
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert host_memory.limit_bytes() == (limit or machine)
+    assert memory.limit_bytes() == (limit or machine)
 
 
 def test_available_is_four_fifths_of_what_machine_and_group_have_left(monkeypatch):
@@ -86,10 +86,10 @@ def test_available_is_four_fifths_of_what_machine_and_group_have_left(monkeypatc
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert host_memory.available_bytes() == 5000 * 1024 * 4 // 5
+    assert memory.available_bytes() == 5000 * 1024 * 4 // 5
     files["/sys/fs/cgroup/memory.max"] = "2000\n"
-    assert host_memory.available_bytes() == 1000 * 4 // 5
+    assert memory.available_bytes() == 1000 * 4 // 5
     files["/sys/fs/cgroup/memory.max"] = "500\n"
-    assert host_memory.available_bytes() == 0
+    assert memory.available_bytes() == 0
     files.clear()
-    assert host_memory.available_bytes() == host_memory.limit_bytes() * 4 // 5
+    assert memory.available_bytes() == memory.limit_bytes() * 4 // 5

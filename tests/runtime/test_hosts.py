@@ -14,9 +14,9 @@ import pytest
 from recordings import clips_of_noise
 
 from maeast_jax import checkpoint
-from maeast_jax.data import writer as shard_writer
-from maeast_jax.runtime import distributed as hosts
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.data import writer
+from maeast_jax.runtime import distributed
+from maeast_jax.training import metrics_writer
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def data_dir(tmp_path_factory):
         "train": lambda: clips_of_noise(11, 0, "ab"),
         "valid": lambda: clips_of_noise(5, 1, "ab"),
     }
-    shard_writer.write("sounds", folder, parts, label_names=["a", "b"])
+    writer.write("sounds", folder, parts, label_names=["a", "b"])
     return folder
 
 
@@ -71,7 +71,7 @@ def ends(started, timeout=300):
 def curve(workdir):
     return {
         (row["step"], row["split"], name): row[name]
-        for row in logs.read_metrics(workdir)
+        for row in metrics_writer.read_metrics(workdir)
         for name in ("loss", "mse", "info_nce", "grad_norm", "knn_accuracy")
         if name in row
     }
@@ -160,7 +160,7 @@ def test_a_process_that_is_lost_takes_the_other_down_in_time(
     reported(started[0], 1 if checkpoint_every > 1 else 7)
     started[victim].send_signal(end)
     # As long again for the process itself to end.
-    _, told = started[1 - victim].communicate(timeout=2 * hosts.HEARTBEAT_SECONDS)
+    _, told = started[1 - victim].communicate(timeout=2 * distributed.HEARTBEAT_SECONDS)
     assert started[1 - victim].returncode in (75, -signal.SIGABRT)
     assert "another process of this run is gone" in told or "another task died" in told
     started[victim].kill()
@@ -240,6 +240,14 @@ def test_one_process_that_joined_ends_on_sigterm_before_its_loop():
 
 
 def test_one_process_agrees_with_itself():
-    hosts.agree("anything", json.loads('{"a": 1}'))
-    assert hosts.from_first(True) is True and hosts.is_first() and not hosts.is_joined()
-    assert hosts.largest(3) == 3 and hosts.all_true(True) and not hosts.all_true(False)
+    distributed.agree("anything", json.loads('{"a": 1}'))
+    assert (
+        distributed.from_first(True) is True
+        and distributed.is_first()
+        and not distributed.is_joined()
+    )
+    assert (
+        distributed.largest(3) == 3
+        and distributed.all_true(True)
+        and not distributed.all_true(False)
+    )

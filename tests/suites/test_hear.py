@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from maeast_jax import fbank
 from maeast_jax.export import export
 from maeast_jax.inference import embedder, pretrained
-from maeast_jax.interop import fairseq as authors_file
+from maeast_jax.interop import fairseq
 from maeast_jax.model import tokens as patches
 from maeast_jax.suites import hear
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_loaded_is_one_error(path, options, message):
 
 def test_long_sounds_are_cut_into_clips_like_those_it_was_trained_on(tmp_path):
     export(GOLDEN / "tiny_patch.pt", tmp_path / "x.safetensors")
-    file = authors_file.read(tmp_path / "x.safetensors")
+    file = fairseq.read(tmp_path / "x.safetensors")
     file.cfg["task"]["max_sample_size"] = fbank.num_samples(64)
     save_file(file.tensors, tmp_path / "x.safetensors", {"config": json.dumps(file.cfg)})
     audio = noise(1, fbank.num_samples(128))

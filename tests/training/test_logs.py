@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime import terminal
+from maeast_jax.training import metrics_writer
 
 
 class Terminal(io.StringIO):
@@ -21,7 +22,7 @@ def text(workdir):
 
 
 def write_steps(workdir, steps, resume_step=0):
-    writer = logs.MetricsWriter(workdir, resume_step=resume_step)
+    writer = metrics_writer.MetricsWriter(workdir, resume_step=resume_step)
     for step in steps:
         writer.write(step, "train", {"loss": 10.0 / step})
     writer.close()
@@ -40,13 +41,13 @@ def events(workdir):
 
 
 def test_a_line_is_on_disk_at_once_and_comes_back(tmp_path):
-    writer = logs.MetricsWriter(tmp_path / "run")
+    writer = metrics_writer.MetricsWriter(tmp_path / "run")
     writer.write(np.int64(10), "train", {"loss": np.float32(0.5), "clips_per_second": 64})
     line = '{"step": 10, "split": "train", "loss": 0.5, "clips_per_second": 64.0}\n'
     assert text(tmp_path / "run") == line
     writer.write(10, "eval", {"loss": 0.25})
     writer.close()
-    assert logs.read_metrics(tmp_path / "run") == [
+    assert metrics_writer.read_metrics(tmp_path / "run") == [
         {"step": 10, "split": "train", "loss": 0.5, "clips_per_second": 64.0},
         {"step": 10, "split": "eval", "loss": 0.25},
     ]
@@ -56,16 +57,16 @@ def test_values_that_are_not_finite_are_null(tmp_path):
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
 
-    writer = logs.MetricsWriter(tmp_path)
+    writer = metrics_writer.MetricsWriter(tmp_path)
     writer.write(1, "train", {"a": float("nan"), "b": float("inf"), "c": np.float32("-inf")})
     writer.close()
     row = json.loads(text(tmp_path), parse_constant=refuse)
     assert row == {"step": 1, "split": "train", "a": None, "b": None, "c": None}
-    assert logs.read_metrics(tmp_path) == [row]
+    assert metrics_writer.read_metrics(tmp_path) == [row]
 
 
 def test_wrong_splits_and_names_are_refused_and_leave_no_line(tmp_path):
-    writer = logs.MetricsWriter(tmp_path)
+    writer = metrics_writer.MetricsWriter(tmp_path)
     with pytest.raises(ValueError, match="split is 'valid'; it must be one of train, eval"):
         writer.write(1, "valid", {"loss": 1.0})
     with pytest.raises(ValueError, match="a value is named 'step'"):
@@ -77,8 +78,8 @@ def test_wrong_splits_and_names_are_refused_and_leave_no_line(tmp_path):
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     write_steps(tmp_path / "whole", range(10, 70, 10))
     write_steps(tmp_path / "killed", range(10, 50, 10))
-    logs.MetricsWriter(tmp_path / "killed", resume_step=20).close()
-    assert [row["step"] for row in logs.read_metrics(tmp_path / "killed")] == [10, 20]
+    metrics_writer.MetricsWriter(tmp_path / "killed", resume_step=20).close()
+    assert [row["step"] for row in metrics_writer.read_metrics(tmp_path / "killed")] == [10, 20]
     write_steps(tmp_path / "killed", range(30, 70, 10), resume_step=20)
     assert text(tmp_path / "killed") == text(tmp_path / "whole")
 
@@ -89,7 +90,7 @@ def test_resuming_after_a_kill_in_the_middle_of_a_line(tmp_path, cut):
     write_steps(tmp_path / "killed", range(10, 50, 10))
     path = tmp_path / "killed" / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    assert len(logs.read_metrics(tmp_path / "killed")) == (4 if cut == 1 else 3)
+    assert len(metrics_writer.read_metrics(tmp_path / "killed")) == (4 if cut == 1 else 3)
     # The step of the last line is done or is to come: both ways it is there once in the end.
     write_steps(tmp_path / "killed", range(40, 70, 10), resume_step=30 if cut % 2 else 40)
     assert text(tmp_path / "killed") == text(tmp_path / "whole")
@@ -97,13 +98,13 @@ def test_resuming_after_a_kill_in_the_middle_of_a_line(tmp_path, cut):
 
 def test_evaluating_again_at_the_step_of_the_checkpoint_adds_no_line(tmp_path):
     write_steps(tmp_path, [10, 20])
-    writer = logs.MetricsWriter(tmp_path, resume_step=20)
+    writer = metrics_writer.MetricsWriter(tmp_path, resume_step=20)
     writer.write(20, "eval", {"loss": 3.0})
     writer.close()
-    writer = logs.MetricsWriter(tmp_path, resume_step=20)
+    writer = metrics_writer.MetricsWriter(tmp_path, resume_step=20)
     writer.write(20, "eval", {"loss": 3.0})
     writer.close()
-    rows = logs.read_metrics(tmp_path)
+    rows = metrics_writer.read_metrics(tmp_path)
     assert [(row["step"], row["split"]) for row in rows] == [
         (10, "train"),
         (20, "train"),
@@ -112,11 +113,11 @@ def test_evaluating_again_at_the_step_of_the_checkpoint_adds_no_line(tmp_path):
 
 
 def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
-    writer = logs.MetricsWriter(tmp_path)
+    writer = metrics_writer.MetricsWriter(tmp_path)
     writer.write(0, "eval", {"loss": 9.0})
     writer.write(10, "train", {"loss": 8.0})
     writer.close()
-    logs.MetricsWriter(tmp_path).close()
+    metrics_writer.MetricsWriter(tmp_path).close()
     assert text(tmp_path) == ""
     assert not list(tmp_path.glob(".metrics*"))
 
@@ -127,19 +128,19 @@ def test_a_broken_line_that_no_kill_explains_is_named_and_kept(tmp_path):
     path.write_text("oops\n" + path.read_text())
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is b'oops'; .* remove that line"):
-        logs.read_metrics(tmp_path)
+        metrics_writer.read_metrics(tmp_path)
     with pytest.raises(ValueError, match="line 1"):
-        logs.MetricsWriter(tmp_path, resume_step=20)
+        metrics_writer.MetricsWriter(tmp_path, resume_step=20)
     assert path.read_bytes() == before
 
 
 def test_reading_where_nothing_was_written(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
-        logs.read_metrics(tmp_path)
+        metrics_writer.read_metrics(tmp_path)
 
 
 def test_tensorboard_gets_scalars_pictures_and_the_step_to_purge_from(tmp_path):
-    writer = logs.MetricsWriter(tmp_path, resume_step=20)
+    writer = metrics_writer.MetricsWriter(tmp_path, resume_step=20)
     writer.write(30, "eval", {"loss": 0.5, "mse": 0.25})
     writer.image(30, "reconstructions", np.zeros((4, 6, 3), np.uint8))
     writer.close()
@@ -161,7 +162,7 @@ def test_a_resumed_run_keeps_the_event_file_of_the_first(tmp_path):
 
 def test_plain_progress_is_a_line_an_update():
     out = io.StringIO()
-    progress = logs.Progress(1500, start_step=100, stream=out)
+    progress = terminal.Progress(1500, start_step=100, stream=out)
     progress.update(110, np.float32(5.5))
     progress.update(200, 5.1234, 64.06, 1300.0)
     progress.say("saved step 200")
@@ -177,7 +178,7 @@ def test_plain_progress_is_a_line_an_update():
 
 def test_progress_on_a_terminal_is_one_bar_with_lines_above():
     out = Terminal()
-    progress = logs.Progress(200, start_step=50, stream=out)
+    progress = terminal.Progress(200, start_step=50, stream=out)
     progress.update(100, 5.0)
     progress.update(150, 4.0, 320.0, 10.0)
     progress.say("saved step 150")
@@ -191,7 +192,7 @@ def test_progress_on_a_terminal_is_one_bar_with_lines_above():
 
 
 def test_progress_goes_to_stderr(capsys):
-    progress = logs.Progress(2)
+    progress = terminal.Progress(2)
     progress.update(1, 1.0)
     progress.close()
     captured = capsys.readouterr()
@@ -200,9 +201,11 @@ def test_progress_goes_to_stderr(capsys):
 
 
 def test_announcement_is_aligned():
-    table = logs.announce({"model": "mae_ast", "tokens": "128 kept\n384 masked", "to": "/runs/1"})
+    table = terminal.announce(
+        {"model": "mae_ast", "tokens": "128 kept\n384 masked", "to": "/runs/1"}
+    )
     assert table == ("model   mae_ast\ntokens  128 kept\n        384 masked\nto      /runs/1")
-    assert logs.announce({}) == ""
+    assert terminal.announce({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -225,4 +228,4 @@ def test_announcement_is_aligned():
     ],
 )
 def test_quantities_have_three_digits(value, unit, expected):
-    assert logs.si(value, unit) == expected
+    assert terminal.si(value, unit) == expected

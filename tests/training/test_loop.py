@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from maeast_jax import config as configuration
-from maeast_jax.runtime.stops import Interrupted, NonFiniteError
-from maeast_jax.training import metrics_writer as logs
+from maeast_jax.runtime.cli import Interrupted, NonFiniteError
+from maeast_jax.training import metrics_writer
 from maeast_jax.training.loop import Loop
 from maeast_jax.training.steps import TrainState
 
@@ -25,7 +25,7 @@ class Saved:
         assert int(parts["progress"]["step"]) == step
         if step not in self.steps:
             self.steps.append(step)
-            rows = logs.read_metrics(self.workdir)
+            rows = metrics_writer.read_metrics(self.workdir)
             self.logged.append(max([row["step"] for row in rows], default=0))
 
     def latest_step(self):
@@ -82,7 +82,7 @@ def run(
 
 
 def rows(workdir):
-    return [(row["step"], row["split"]) for row in logs.read_metrics(workdir)]
+    return [(row["step"], row["split"]) for row in metrics_writer.read_metrics(workdir)]
 
 
 def test_lines_are_on_the_disk_before_the_checkpoint_they_belong_to(tmp_path):
@@ -140,5 +140,7 @@ def test_lines_of_steps_come_before_the_word_of_saving(tmp_path, capsys):
 
 def test_rows_are_means_of_their_steps(tmp_path):
     run(tmp_path, Saved(tmp_path), losses=[float(n) for n in range(1, 11)])
-    losses = {r["step"]: r["loss"] for r in logs.read_metrics(tmp_path) if r["split"] == "train"}
+    losses = {
+        r["step"]: r["loss"] for r in metrics_writer.read_metrics(tmp_path) if r["split"] == "train"
+    }
     assert losses == {3: 2.0, 5: 4.5, 6: 6.0, 9: 8.0, 10: 10.0}

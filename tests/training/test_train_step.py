@@ -12,9 +12,10 @@ import pytest
 from test_model import TINY, assert_close
 
 from maeast_jax import fbank
-from maeast_jax.interop import parameters as authors
+from maeast_jax.interop import parameters
 from maeast_jax.model import masking
 from maeast_jax.model.dropout import hashed_bits
+from maeast_jax.model.mae_ast import stream_key
 from maeast_jax.runtime import sharding
 from maeast_jax.training.optimizer import OptimizerConfig, adamw
 from maeast_jax.training.steps import (
@@ -26,7 +27,6 @@ from maeast_jax.training.steps import (
     make_reconstruct,
     make_train_step,
     state_from_parts,
-    stream_key,
 )
 
 FRAMES = 192
@@ -45,8 +45,8 @@ SPY = optax.GradientTransformation(
 
 
 def authors_state(golden, optimizer) -> TrainState:
-    params = jax.tree.map(jnp.asarray, authors.parameters(golden["weights"], TINY.heads))
-    statistics = jax.tree.map(jnp.asarray, authors.statistics(golden["weights"]))
+    params = jax.tree.map(jnp.asarray, parameters.parameters(golden["weights"], TINY.heads))
+    statistics = jax.tree.map(jnp.asarray, parameters.statistics(golden["weights"]))
     return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
 
@@ -71,7 +71,7 @@ def test_loss_gradients_and_statistics_are_the_authors(golden, monkeypatch):
         total, count = metrics[name]
         np.testing.assert_allclose(total / count, values[f"pretrain.{name}"], rtol=1e-4)
     named = {name[len("grad.") :]: g for name, g in values.items() if name.startswith("grad.")}
-    expected = authors.parameters(named, TINY.heads)
+    expected = parameters.parameters(named, TINY.heads)
     gradients = after.opt_state
     assert jax.tree.structure(gradients) == jax.tree.structure(expected)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
