@@ -20,12 +20,16 @@ import optax
 from flax import nnx
 
 from benchmarks import beside
-from maeast_jax.model import masking
-from maeast_jax.model.activations import gelu
-from maeast_jax.model.dropout import hashed_bits
-from maeast_jax.model.layer_norm import EPSILON, LayerNorm
-from maeast_jax.model.ops import add_bias, product
-from maeast_jax.model.transformer import take_tokens
+from maeast_jax.model import (
+    EPSILON,
+    LayerNorm,
+    add_bias,
+    gelu,
+    hashed_bits,
+    masking,
+    product,
+    take_tokens,
+)
 from maeast_jax.runtime import memory
 from maeast_jax.training import optimizer
 

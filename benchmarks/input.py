@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.data import mixture, pipeline, writer
-from maeast_jax.data.decode_pool import num_cores
+from maeast_jax.data import mixture, num_cores, pipeline, writer
 
 _NAME = "ten_seconds_of_noise"
 _CLIPS = 400

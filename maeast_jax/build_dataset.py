@@ -28,18 +28,24 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax.data import writer
-from maeast_jax.data.decode_pool import DecodePool, num_cores
-from maeast_jax.ingest import beam, beam_runner, fetched, layouts, shard_file
-from maeast_jax.ingest.examples import SHORTEST_TAIL_SECONDS, Cut, clips_of
-from maeast_jax.ingest.report import Tally, next_steps
-from maeast_jax.ingest.sources import (
+from maeast_jax.data import DecodePool, num_cores, writer
+from maeast_jax.ingest import (
+    SHORTEST_TAIL_SECONDS,
     AudioFile,
+    Cut,
     Listing,
     ManifestError,
+    Tally,
     assign_splits,
+    beam,
+    beam_runner,
+    clips_of,
+    fetched,
+    layouts,
     list_folder,
+    next_steps,
     read_manifest,
+    shard_file,
 )
 from maeast_jax.runtime import cli, storage
 

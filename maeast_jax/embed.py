@@ -21,8 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax.data import audio
-from maeast_jax.data.decode_pool import DecodePool, num_cores
+from maeast_jax.data import DecodePool, audio, num_cores
 
 # What starts jax is imported where it is used: each decoding process imports this file.
 from maeast_jax.inference import embedding_file
@@ -30,7 +29,7 @@ from maeast_jax.ingest import sources
 from maeast_jax.runtime import cli, memory, terminal
 
 if TYPE_CHECKING:
-    from maeast_jax.inference.embedder import Embedder
+    from maeast_jax.inference import Embedder
 
 EXIT_INCOMPLETE = 4
 
@@ -82,8 +81,7 @@ def embed(
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
     num_processes = min(num_processes or num_cores(), len(files))
 
-    from maeast_jax.inference import pretrained
-    from maeast_jax.inference.embedder import Embedder
+    from maeast_jax.inference import Embedder, pretrained
 
     source = pretrained.read(checkpoint)
     window_frames, stride_frames = _window(

@@ -18,10 +18,8 @@ import numpy as np
 from absl import flags
 
 from maeast_jax import checkpoint, config
-from maeast_jax.inference import pretrained
-from maeast_jax.inference.pretrained import FILES, Pretrained
-from maeast_jax.interop import fairseq
-from maeast_jax.interop.fairseq import AuthorsFile
+from maeast_jax.inference import FILES, Pretrained, pretrained
+from maeast_jax.interop import AuthorsFile, fairseq
 from maeast_jax.runtime import cli, storage, terminal
 
 # Names that a user means a file by; anything else is a folder's.

@@ -17,8 +17,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
 from maeast_jax.checkpoint import held
-from maeast_jax.evaluation import metrics, probe, results
-from maeast_jax.evaluation.metrics import Evaluation
+from maeast_jax.evaluation import Evaluation, metrics, probe, results
 from maeast_jax.finetuning.features import Features, statistics
 from maeast_jax.finetuning.length import fold_length
 from maeast_jax.finetuning.run import FinetuneRun, Sets, check_run

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from maeast_jax import config as configuration
-from maeast_jax.data.pipeline import DataConfig
+from maeast_jax.data import DataConfig
 from maeast_jax.finetuning import step
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.run import FeaturesConfig
-from maeast_jax.model.classifier import HeadConfig
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.model import HeadConfig, ModelConfig
 from maeast_jax.train import train
 from maeast_jax.training.optimizer import OptimizerConfig
 from maeast_jax.training.pretraining import check_run

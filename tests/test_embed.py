@@ -16,8 +16,7 @@ from recordings import noise, write_wav
 
 from maeast_jax.data import audio
 from maeast_jax.embed import embed
-from maeast_jax.inference import pretrained
-from maeast_jax.inference.embedder import Embedder
+from maeast_jax.inference import Embedder, pretrained
 from maeast_jax.ingest import sources
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_hosts import ends, free_port
 
-from maeast_jax import checkpoint, workdir
+from maeast_jax import checkpoint
 from maeast_jax.runtime import distributed, storage
 
 ROOT = Path(__file__).parent.parent
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     for _ in range(2):  # and given back
         with (
-            workdir.held(tmp_path),
+            checkpoint.held(tmp_path),
             pytest.raises(ValueError, match=f"another process is training in {tmp_path}; wait"),
-            workdir.held(tmp_path),
+            checkpoint.held(tmp_path),
         ):
             pass
 
@@ -31,42 +31,46 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with workdir.held(tmp_path):
+    with checkpoint.held(tmp_path):
         pass
 
 
 def test_a_run_on_several_hosts_waits_for_the_lock_of_a_lost_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "is_joined", lambda: True)
-    monkeypatch.setattr(workdir, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint, "_POLL_SECONDS", 0.05)
     with (tmp_path / "lock").open("w") as lost:
         assert storage.try_lock(lost)
         threading.Timer(0.3, lambda: fcntl.flock(lost, fcntl.LOCK_UN)).start()
-        with workdir.held(tmp_path):
+        with checkpoint.held(tmp_path):
             assert f"another process holds {tmp_path}: waiting 150 s" in capsys.readouterr().out
-        monkeypatch.setattr(workdir, "_SETTLING_SECONDS", 0.2)
+        monkeypatch.setattr(checkpoint, "_SETTLING_SECONDS", 0.2)
         fcntl.flock(lost, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is training"), workdir.held(tmp_path):
+        with (
+            pytest.raises(ValueError, match="another process is training"),
+            checkpoint.held(tmp_path),
+        ):
             pass
 
 
 def test_the_newest_step_is_waited_for(tmp_path, monkeypatch):
-    assert workdir.newest_step(tmp_path) is None
-    monkeypatch.setattr(workdir, "_POLL_SECONDS", 0.0)
+    assert checkpoint.newest_step(tmp_path) is None
+    monkeypatch.setattr(checkpoint, "_POLL_SECONDS", 0.0)
     listings = iter([[2], [2], [2, 4]])
     monkeypatch.setattr(checkpoint, "saved_steps", lambda folder: next(listings))
     monkeypatch.setattr(distributed, "largest", lambda value: max(value, 4))
     monkeypatch.setattr(distributed, "all_true", bool)
-    assert workdir.newest_step(tmp_path) == 4
+    assert checkpoint.newest_step(tmp_path) == 4
 
 
 PROCESS = """
 import sys
-from maeast_jax import hosts, workdir
-workdir._SETTLING_SECONDS = 1
-hosts.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from maeast_jax import checkpoint
+from maeast_jax.runtime import distributed
+checkpoint._SETTLING_SECONDS = 1
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 try:
-    print(workdir.newest_step(sys.argv[3]), file=sys.stderr)
-    with workdir.held(sys.argv[3]):
+    print(checkpoint.newest_step(sys.argv[3]), file=sys.stderr)
+    with checkpoint.held(sys.argv[3]):
         print("held", file=sys.stderr)
 except ValueError as error:
     print("ValueError", error, file=sys.stderr)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maeast_jax.model.config import COMPUTE_DTYPES
-from maeast_jax.model.ops import product
+from maeast_jax.model import COMPUTE_DTYPES, product
 from maeast_jax.runtime import memory, sharding
 
 # Sides of the square matrices whose products tell the rate: it is the best of them.

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from maeast_jax.data import labelled
-from maeast_jax.data.labelled import Labelled
+from maeast_jax.data import Labelled, labelled
 from maeast_jax.evaluation import probe
-from maeast_jax.inference.embedder import Embedder
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import model_graph
+from maeast_jax.inference import Embedder
+from maeast_jax.model import ModelConfig, model_graph
 
 NEIGHBOURS = 10
 

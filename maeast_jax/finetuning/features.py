@@ -11,12 +11,10 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank
-from maeast_jax.data import labelled, pipeline
-from maeast_jax.data.labelled import Labelled
+from maeast_jax.data import Labelled, labelled, pipeline
 from maeast_jax.finetuning.run import FinetuneRun, Sets
-from maeast_jax.inference.embedder import Embedder
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import MaeAst, stream_key
+from maeast_jax.inference import Embedder
+from maeast_jax.model import MaeAst, ModelConfig, stream_key
 from maeast_jax.runtime import storage
 
 _FOLDER = "features"

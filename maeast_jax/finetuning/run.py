@@ -11,24 +11,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax.data import labelled, mixture, pipeline
-from maeast_jax.data.labelled import Labelled
+from maeast_jax.data import Labelled, labelled, mixture, pipeline
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.length import fold_length
 from maeast_jax.finetuning.step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
-from maeast_jax.inference import pretrained
-from maeast_jax.inference.embedder import POOLS
-from maeast_jax.inference.pretrained import Pretrained
-from maeast_jax.model.classifier import (
+from maeast_jax.inference import POOLS, Pretrained, pretrained
+from maeast_jax.model import (
     LAST,
     HeadConfig,
+    ModelConfig,
     abstract_classifier,
     backbone_config,
     layer_from_0,
     layer_number,
+    split_model,
 )
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import split_model
 from maeast_jax.runtime import sharding, storage
 
 MODES = ("finetune", "linear", "knn")

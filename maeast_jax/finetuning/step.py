@@ -16,9 +16,7 @@ from flax import nnx
 from maeast_jax import fbank
 from maeast_jax.finetuning import augment
 from maeast_jax.finetuning.augment import AugmentConfig
-from maeast_jax.model.classifier import Classifier, HeadConfig
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import split_model, stream_key
+from maeast_jax.model import Classifier, HeadConfig, ModelConfig, split_model, stream_key
 from maeast_jax.training.optimizer import check_ranges, promoting
 from maeast_jax.training.steps import Metrics, accumulate
 

@@ -11,14 +11,13 @@ import numpy as np
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.data import labelled, labelled_batches
-from maeast_jax.data.labelled import Labelled
+from maeast_jax.data import Labelled, labelled, labelled_batches
 from maeast_jax.evaluation import metrics
 from maeast_jax.finetuning import step as steps
 from maeast_jax.finetuning.length import fold_length
 from maeast_jax.finetuning.run import FinetuneRun, Sets
 from maeast_jax.finetuning.step import FinetuneState
-from maeast_jax.model.classifier import backbone_config, classifier_graph
+from maeast_jax.model import backbone_config, classifier_graph
 from maeast_jax.runtime import sharding, terminal
 from maeast_jax.runtime.cli import Interrupted, NonFiniteError, stop_signals
 from maeast_jax.training import metrics_writer

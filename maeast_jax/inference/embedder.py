@@ -19,7 +19,7 @@ from maeast_jax.data import pipeline
 from maeast_jax.inference import windows
 from maeast_jax.inference.batching import Batch, Bucket, Row, Stream
 from maeast_jax.inference.windows import Window
-from maeast_jax.model.encoder import SpectrogramEncoder
+from maeast_jax.model import SpectrogramEncoder
 
 POOLS = ("mean", "time", "moments", "none")
 ALL_LAYERS = "all"

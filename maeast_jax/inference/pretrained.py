@@ -14,9 +14,7 @@ from flax import nnx
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax.interop import authors_config, fairseq
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.encoder import SpectrogramEncoder
-from maeast_jax.model.mae_ast import model_graph
+from maeast_jax.model import ModelConfig, SpectrogramEncoder, model_graph
 from maeast_jax.runtime import storage
 
 # The paper's clips: what a checkpoint that does not say was trained on.

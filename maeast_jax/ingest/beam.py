@@ -16,9 +16,7 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
-from maeast_jax.data import staging, writer
-from maeast_jax.data.decode_pool import DecodePool
-from maeast_jax.data.writer import DataError, Example
+from maeast_jax.data import DataError, DecodePool, Example, staging, writer
 from maeast_jax.ingest import beam_runner, fetched, shard_file
 from maeast_jax.ingest.examples import Cut, clips_of
 from maeast_jax.ingest.report import Tally

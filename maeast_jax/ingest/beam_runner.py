@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from maeast_jax.data.decode_pool import DecodePool, num_cores
+from maeast_jax.data import DecodePool, num_cores
 from maeast_jax.ingest.sources import ManifestError
 
 _DIRECT = "DirectRunner"

@@ -4,8 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from maeast_jax.data.audio import SAMPLE_RATE_HZ
-from maeast_jax.data.writer import Example
+from maeast_jax.data import SAMPLE_RATE_HZ, Example
 from maeast_jax.ingest.sources import AudioFile
 
 SHORTEST_TAIL_SECONDS = 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maeast_jax.data.decode_pool import DecodePool
+from maeast_jax.data import DecodePool
 from maeast_jax.runtime import bucket, storage
 
 _AHEAD = 8

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maeast_jax.data.audio import SAMPLE_RATE_HZ
-from maeast_jax.data.writer import DataError, Example
+from maeast_jax.data import SAMPLE_RATE_HZ, DataError, Example
 from maeast_jax.ingest.sources import AudioFile, Listing
 
 # Of each layout its file in configs/, the splits that this names, and in which fields.

@@ -10,8 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from maeast_jax.data import writer
-from maeast_jax.data.writer import Example
+from maeast_jax.data import Example, writer
 
 
 @dataclasses.dataclass(frozen=True)

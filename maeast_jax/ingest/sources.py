@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from etils import epath
 
-from maeast_jax.data.audio import AUDIO_SUFFIXES
+from maeast_jax.data import AUDIO_SUFFIXES
 from maeast_jax.runtime import bucket
 from maeast_jax.runtime import storage as paths
 

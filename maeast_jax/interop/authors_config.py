@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maeast_jax import fbank
-from maeast_jax.model import tokens
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.model import ModelConfig, tokens
 
 Cfg = dict[str, dict[str, Any]]
 

@@ -16,9 +16,7 @@ import numpy as np
 from maeast_jax import fbank
 from maeast_jax.interop import authors_config, parameters, torch_file
 from maeast_jax.interop.authors_config import AuthorsFileError
-from maeast_jax.model import tokens
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import abstract_model, split_model
+from maeast_jax.model import ModelConfig, abstract_model, split_model, tokens
 
 # 164 s of patches or of frames; the longest clip of VoxCeleb1 has 145 s.
 MAX_TOKEN_LENGTH = 8192

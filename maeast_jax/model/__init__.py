@@ -1,1 +1,58 @@
 """The network, from log-mel energies to predictions."""
+
+from maeast_jax.model.activations import gelu
+from maeast_jax.model.classifier import (
+    LAST,
+    Classifier,
+    HeadConfig,
+    abstract_classifier,
+    backbone_config,
+    classifier_graph,
+    layer_from_0,
+    layer_number,
+)
+from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
+from maeast_jax.model.dropout import hashed_bits
+from maeast_jax.model.encoder import SpectrogramEncoder
+from maeast_jax.model.layer_norm import EPSILON, LayerNorm
+from maeast_jax.model.mae_ast import (
+    MaeAst,
+    abstract_model,
+    build,
+    model_graph,
+    split_model,
+    stream_key,
+)
+from maeast_jax.model.ops import add_bias, product
+from maeast_jax.model.tokens import unpatchify
+from maeast_jax.model.transformer import put_tokens, split_key, take_tokens
+
+__all__ = [
+    "COMPUTE_DTYPES",
+    "EPSILON",
+    "LAST",
+    "Classifier",
+    "HeadConfig",
+    "LayerNorm",
+    "MaeAst",
+    "ModelConfig",
+    "SpectrogramEncoder",
+    "abstract_classifier",
+    "abstract_model",
+    "add_bias",
+    "backbone_config",
+    "build",
+    "classifier_graph",
+    "gelu",
+    "hashed_bits",
+    "layer_from_0",
+    "layer_number",
+    "model_graph",
+    "product",
+    "put_tokens",
+    "split_key",
+    "split_model",
+    "stream_key",
+    "take_tokens",
+    "unpatchify",
+]

@@ -17,13 +17,11 @@ from ml_collections import ConfigDict
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
 from maeast_jax.checkpoint import newest_step
+from maeast_jax.data import Clips
 from maeast_jax.data import pipeline as data
-from maeast_jax.data.mixture import Clips
-from maeast_jax.evaluation.knn_eval import KnnEval, open_knn
-from maeast_jax.inference import pretrained
-from maeast_jax.inference.pretrained import Pretrained
-from maeast_jax.model import masking
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.evaluation import KnnEval, open_knn
+from maeast_jax.inference import Pretrained, pretrained
+from maeast_jax.model import ModelConfig, masking
 from maeast_jax.runtime import sharding, storage
 from maeast_jax.training import metrics_writer
 from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule

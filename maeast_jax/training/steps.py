@@ -10,11 +10,18 @@ import optax
 from flax import nnx
 
 from maeast_jax import fbank
-from maeast_jax.model import masking
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import build, model_graph, split_model, stream_key
-from maeast_jax.model.tokens import unpatchify
-from maeast_jax.model.transformer import put_tokens, split_key, take_tokens
+from maeast_jax.model import (
+    ModelConfig,
+    build,
+    masking,
+    model_graph,
+    put_tokens,
+    split_key,
+    split_model,
+    stream_key,
+    take_tokens,
+    unpatchify,
+)
 from maeast_jax.training import losses
 
 Batch = dict[str, jax.Array]

@@ -8,8 +8,7 @@ import jax
 
 from maeast_jax import checkpoint
 from maeast_jax.data import pipeline
-from maeast_jax.model import flops, masking
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.model import ModelConfig, flops, masking
 from maeast_jax.runtime import storage, terminal
 from maeast_jax.training import metrics_writer
 from maeast_jax.training.loop import CURVES, RECONSTRUCTIONS

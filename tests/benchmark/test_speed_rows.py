@@ -10,7 +10,7 @@ from maeast_jax import config as configuration
 from maeast_jax.benchmark import cases as speed_rows
 from maeast_jax.benchmark import measure as speed
 from maeast_jax.benchmark.cases import Case
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.model import ModelConfig
 from maeast_jax.runtime import memory
 
 

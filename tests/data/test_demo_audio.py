@@ -50,7 +50,7 @@ def test_a_clip_does_not_depend_on_what_was_made_before_it(clips):
 
 def test_another_process_makes_the_same_clips(clips):
     program = (
-        "import hashlib; from maeast_jax import demo_audio as d;"
+        "import hashlib; from maeast_jax.data import demo_corpus as d;"
         "print(hashlib.sha256(b''.join(d.clip(f, 5).tobytes() for f in d.FAMILIES)).hexdigest())"
     )
     there = subprocess.run(

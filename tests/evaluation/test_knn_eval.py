@@ -5,12 +5,10 @@ import tiny
 from flax import nnx
 from recordings import TONES, tones
 
-from maeast_jax.data import writer
-from maeast_jax.data.dataset import DataError
+from maeast_jax.data import DataError, writer
 from maeast_jax.evaluation import knn_eval
 from maeast_jax.inference import embedder
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import MaeAst, split_model
+from maeast_jax.model import MaeAst, ModelConfig, split_model
 from maeast_jax.train import train
 from maeast_jax.training import metrics_writer
 

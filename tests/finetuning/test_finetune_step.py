@@ -10,8 +10,7 @@ import pytest
 
 from maeast_jax.finetuning import step as steps
 from maeast_jax.finetuning.augment import AugmentConfig
-from maeast_jax.model.classifier import HeadConfig, classifier_graph
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.model import HeadConfig, ModelConfig, classifier_graph
 
 MODEL = ModelConfig(
     encoder_layers=2, decoder_layers=0, width=16, heads=2, mlp_width=32, decoder_width=16,

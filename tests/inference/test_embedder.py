@@ -11,8 +11,7 @@ from flax import nnx
 from maeast_jax import fbank
 from maeast_jax.inference import embedder, pretrained
 from maeast_jax.inference.embedder import Embedder
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import MaeAst
+from maeast_jax.model import MaeAst, ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WINDOW = 64

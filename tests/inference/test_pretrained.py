@@ -16,7 +16,7 @@ from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax.inference import pretrained
 from maeast_jax.interop import torch_file
-from maeast_jax.model.mae_ast import MaeAst, split_model
+from maeast_jax.model import MaeAst, split_model
 from maeast_jax.train import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from maeast_jax.data.decode_pool import num_cores
+from maeast_jax.data import num_cores
 from maeast_jax.ingest import beam_runner, sources
 
 pytest.importorskip("apache_beam")

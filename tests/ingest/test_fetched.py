@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from recordings import noise, write_wav
 
-from maeast_jax.data.decode_pool import DecodePool
+from maeast_jax.data import DecodePool
 from maeast_jax.ingest import fetched
 from maeast_jax.runtime import bucket
 

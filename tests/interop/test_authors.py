@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from maeast_jax.interop import parameters
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import abstract_model, split_model
+from maeast_jax.model import ModelConfig, abstract_model, split_model
 
 # What takes part in no result, and so has no place in our parameters.
 IDLE = {"encoder_mask_emb", "layer_norm.weight", "layer_norm.bias"}

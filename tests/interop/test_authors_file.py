@@ -11,9 +11,7 @@ from flax import nnx
 from maeast_jax.interop import authors_config, fairseq
 from maeast_jax.interop.authors_config import AuthorsFileError
 from maeast_jax.interop.fairseq import AuthorsFile
-from maeast_jax.model import tokens
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import MaeAst, split_model
+from maeast_jax.model import MaeAst, ModelConfig, split_model, tokens
 
 CONFIG = ModelConfig(
     encoder_layers=2, decoder_layers=1, width=16, heads=2, mlp_width=32, decoder_width=16

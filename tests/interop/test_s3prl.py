@@ -12,9 +12,8 @@ from maeast_jax import config as configuration
 from maeast_jax.data import demo_corpus
 from maeast_jax.export import export
 from maeast_jax.inference import pretrained
+from maeast_jax.model import MaeAst, ModelConfig, split_model
 from maeast_jax.model import tokens as patches
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.mae_ast import MaeAst, split_model
 
 torch = pytest.importorskip("torch")
 

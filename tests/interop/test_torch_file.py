@@ -250,7 +250,7 @@ def test_neither_torch_nor_omegaconf_nor_argparse_is_needed(tmp_path):
         import sys
         for name in ("torch", "omegaconf", "argparse"):
             sys.modules[name] = None  # an import of it raises
-        from maeast_jax import torch_file
+        from maeast_jax.interop import torch_file
         print(torch_file.read(sys.argv[1]))
     """
     command = [sys.executable, "-c", program, tmp_path / "a.pt"]

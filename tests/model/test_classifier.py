@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 
 from maeast_jax import fbank
-from maeast_jax.inference import pretrained
-from maeast_jax.inference.embedder import Embedder
+from maeast_jax.inference import Embedder, pretrained
 from maeast_jax.model import classifier as classifiers
 from maeast_jax.model.classifier import Classifier, Head, HeadConfig
 from maeast_jax.model.config import ModelConfig

@@ -23,9 +23,8 @@ from test_pace import Clock
 import maeast_jax
 from maeast_jax import checkpoint
 from maeast_jax.checkpoint import held
-from maeast_jax.data import dataset
+from maeast_jax.data import dataset, open_demo
 from maeast_jax.data import writer as shard_writer
-from maeast_jax.data.mixture import open_demo
 from maeast_jax.evaluation import plots
 from maeast_jax.inference import pretrained
 from maeast_jax.runtime import storage

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.model import ModelConfig
 from maeast_jax.runtime import sharding
 from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule
 from maeast_jax.training.steps import init_state

@@ -13,9 +13,7 @@ from test_model import TINY, assert_close
 
 from maeast_jax import fbank
 from maeast_jax.interop import parameters
-from maeast_jax.model import masking
-from maeast_jax.model.dropout import hashed_bits
-from maeast_jax.model.mae_ast import stream_key
+from maeast_jax.model import hashed_bits, masking, stream_key
 from maeast_jax.runtime import sharding
 from maeast_jax.training.optimizer import OptimizerConfig, adamw
 from maeast_jax.training.steps import (
