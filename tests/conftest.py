@@ -1,22 +1,21 @@
 """Eight CPU devices and strict type promotion for every test, set before jax starts."""
 
-# ruff: noqa: E402 (what jax reads when it is imported is set first)
+# ruff: noqa: E402 (jax reads the environment when it is imported)
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Half the compile time; what is compiled is small and runs a few steps.
+# Programs of tests are small and run a few steps: compiling them fast matters, their speed does not.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 )
-# Programs that several tests compile, and runs in other processes resume, are compiled once.
-_CACHE = tempfile.mkdtemp(prefix="maeast_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# Compiled programs are kept between test runs, and shared with the processes that tests start.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import numpy as np
@@ -28,8 +27,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def pytest_unconfigure():
-    shutil.rmtree(_CACHE, ignore_errors=True)
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs():
+    """Frees the programs that a module compiled: they would add up to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session", params=["patch", "frame"])
