@@ -463,7 +463,7 @@ print(train.train(config, sys.argv[1] + "/trained")["loss"] > 0)
 import numpy as np
 from flax import nnx
 from maeast_jax.model import MaeAst
-from maeast_jax.model_config import ModelConfig
+from maeast_jax.model import ModelConfig
 model = MaeAst(ModelConfig(**config.model.to_dict()), nnx.Rngs(0))
 out = model.encode(np.zeros((1, 5360), np.float32), np.array([5360]))
 print(out.hidden_states.shape == (2, 1, 16, 16))

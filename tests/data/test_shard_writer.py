@@ -201,7 +201,7 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 import numpy as np
-from maeast_jax import shard_writer
+from maeast_jax.data import writer
 
 def examples():
     yield "a", np.arange(9, dtype=np.int16), None
@@ -227,7 +227,7 @@ def killing_rmtree(path, **kwargs):
 rmtree = shutil.rmtree
 shutil.rmtree = killing_rmtree
 
-shard_writer.write("birds", sys.argv[1], {"train": examples}, finish=finish, overwrite=True)
+writer.write("birds", sys.argv[1], {"train": examples}, finish=finish, overwrite=True)
 """
 
 
@@ -270,15 +270,15 @@ def test_killed_while_overwriting_one_of_the_two_is_there(tmp_path, moment, clip
 ONE_OF_TWO = """
 import sys
 import numpy as np
-from maeast_jax import shard_writer
+from maeast_jax.data import writer
 
 def examples():
     print("building", flush=True)
     if sys.stdin.readline() == "fail\\n":
-        raise shard_writer.DataError("told to fail")
+        raise writer.DataError("told to fail")
     yield sys.argv[2], np.arange(9, dtype=np.int16), None
 
-print(shard_writer.write("birds", sys.argv[1], {"train": examples}, wait=True))
+print(writer.write("birds", sys.argv[1], {"train": examples}, wait=True))
 """
 
 

@@ -238,10 +238,12 @@ def test_other_recordings_of_the_same_names_are_another_build(store, farm, monke
 
 
 PROGRAM = f"""
-from maeast_jax import build_dataset, command_line, shard_file, shard_plan
+from maeast_jax import build_dataset
+from maeast_jax.ingest import shard_file, shard_plan
+from maeast_jax.runtime import cli
 shard_plan._SHARD_BYTES = {SHARD_BYTES}
 build_dataset._define_flags()
-command_line.run_flags(build_dataset.main, required=("data_dir", "name"))
+cli.run_flags(build_dataset.main, required=("data_dir", "name"))
 """
 
 

@@ -18,10 +18,12 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("apache_beam")
 
 PROGRAM = """
-from maeast_jax import build_dataset, command_line, shard_plan
+from maeast_jax import build_dataset
+from maeast_jax.ingest import shard_plan
+from maeast_jax.runtime import cli
 shard_plan._SHARD_BYTES = 1 << 19
 build_dataset._define_flags()
-command_line.run_flags(build_dataset.main, required=("data_dir", "name"))
+cli.run_flags(build_dataset.main, required=("data_dir", "name"))
 """
 
 

@@ -78,7 +78,7 @@ import hashlib, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_shard_file import SCHEMA, examples
-from maeast_jax import shard_file
+from maeast_jax.ingest import shard_file
 shard_file.write_shard(Path(sys.argv[1]), SCHEMA, reversed(list(examples(0, 9))))
 """
 

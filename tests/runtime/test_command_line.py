@@ -15,7 +15,7 @@ from maeast_jax.runtime import cli
 PROGRAM = """
 import threading
 from absl import logging
-from maeast_jax import command_line
+from maeast_jax.runtime import cli
 
 def write():
     try:
@@ -30,7 +30,7 @@ def main(config, workdir):
     logging.warning("a warning")
     raise OSError(28, "No space left on device")
 
-command_line.run(main)
+cli.run(main)
 """
 
 

@@ -13,10 +13,10 @@ PROGRAM = """
 import resource, sys
 import jax
 import jax.numpy as jnp
-from maeast_jax import host_memory
+from maeast_jax.runtime import memory
 
 if sys.argv[1] != "nothing":
-    host_memory.share_heap()
+    memory.share_heap()
 
 
 @jax.jit
@@ -32,7 +32,7 @@ def faults(steps):
 
 
 x = jnp.ones((1000, 16_000))
-host_memory.keep_freed(0 if sys.argv[1] == "keep" else 1 << 60)
+memory.keep_freed(0 if sys.argv[1] == "keep" else 1 << 60)
 faults(20)
 print(faults(20))
 """

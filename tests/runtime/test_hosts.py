@@ -231,9 +231,9 @@ def test_flags_that_do_not_fit_are_one_line(tmp_path, flags, message):
 def test_one_process_that_joined_ends_on_sigterm_before_its_loop():
     """jax would note the signal for a question that is asked of several processes alone."""
     code = (
-        "import os, signal, time\nfrom maeast_jax import hosts\n"
-        f"hosts.initialize('127.0.0.1:{free_port()}', 1, 0)\n"
-        "assert hosts.is_joined()\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(20)"
+        "import os, signal, time\nfrom maeast_jax.runtime import distributed\n"
+        f"distributed.initialize('127.0.0.1:{free_port()}', 1, 0)\n"
+        "assert distributed.is_joined()\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(20)"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == -15
