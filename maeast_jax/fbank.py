@@ -60,14 +60,19 @@ class _Constants(NamedTuple):
     mel: np.ndarray  # [256, 128]
 
 
+def frame_count(num_samples):
+    """Whole frames in `num_samples` of at least 400, numbers or arrays (Kaldi's snip_edges)."""
+    return 1 + (num_samples - FRAME_LENGTH) // FRAME_SHIFT
+
+
 def num_frames(num_samples: int) -> int:
-    """Whole frames in so many samples (Kaldi's snip_edges); ValueError for fewer than 400."""
+    """Whole frames in so many samples; ValueError for fewer than 400."""
     if num_samples < FRAME_LENGTH:
         raise ValueError(
             f"a waveform of {num_samples} samples is shorter than one frame of {FRAME_LENGTH} "
             f"({1000 * FRAME_LENGTH // SAMPLE_RATE_HZ} ms at {SAMPLE_RATE_HZ} Hz); pad with zeros"
         )
-    return 1 + (num_samples - FRAME_LENGTH) // FRAME_SHIFT
+    return frame_count(num_samples)
 
 
 def num_samples(num_frames: int) -> int:
@@ -127,7 +132,7 @@ def fbank_tf(waveform, variant: str = "mae_ast"):
             size, FRAME_LENGTH, f"a waveform is shorter than one frame of {FRAME_LENGTH} samples"
         )
         with tf.control_dependencies([too_short] if too_short is not None else []):
-            count = 1 + (size - FRAME_LENGTH) // FRAME_SHIFT
+            count = frame_count(size)
     whole, rest = divmod(FRAME_LENGTH, FRAME_SHIFT)
     num_blocks = -(-count // _BLOCK_FRAMES)
     block = -(-count // num_blocks)  # frames of one; the last one's may go past the end

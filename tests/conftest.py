@@ -1,13 +1,11 @@
 """Eight CPU devices and strict type promotion for every test, set before jax starts."""
 
-# ruff: noqa: E402 (jax reads the environment when it is imported)
-
 import os
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs of tests are small and run a few steps: compiling them fast matters, their speed does not.
+# Programs of tests run a few steps on little data: only the time to compile them matters.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 )

@@ -223,7 +223,7 @@ def make_train_step(
         audio_BxS, target_BxC = augment.mixup(
             key("mixup"), batch["audio"], batch["target"], batch["num_samples"], augmentation
         )
-        num_frames_B = frames(batch["num_samples"])
+        num_frames_B = fbank.frame_count(batch["num_samples"])
         fbank_BxTxF = augment.spec_augment(
             key("spec_augment"), fbank.fbank(audio_BxS), num_frames_B, augmentation
         )
@@ -273,12 +273,8 @@ def make_predict(graph: nnx.GraphDef, loss: LossConfig) -> Callable[[Any, Any, B
 
     def predict(params: Any, statistics: Any, batch: Batch) -> jax.Array:
         classifier = nnx.merge(graph, params, statistics)
-        num_frames_B = frames(batch["num_samples"])
+        num_frames_B = fbank.frame_count(batch["num_samples"])
         normalized_BxTxF = classifier.normalize(fbank.fbank(batch["audio"]), num_frames_B)
         return squash(classifier(normalized_BxTxF, num_frames_B))
 
     return predict
-
-
-def frames(num_samples_B: jax.Array) -> jax.Array:
-    return 1 + (num_samples_B - fbank.FRAME_LENGTH) // fbank.FRAME_SHIFT

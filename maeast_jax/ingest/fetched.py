@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from maeast_jax.data import DecodePool
-from maeast_jax.runtime import bucket, storage
+from maeast_jax.runtime import bucket, storage, terminal
 
 _AHEAD = 8
 
@@ -78,5 +78,5 @@ def _fetch(name: str, file: str) -> str | None:
     except Exception as error:  # The libraries that reach it share no base class of errors.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return NotFetched(f"cannot be fetched: {storage.reason(error)}")
+        return NotFetched(f"cannot be fetched: {terminal.one_line(error)}")
     return None

@@ -11,7 +11,7 @@ from maeast_jax.model.classifier import (
     layer_from_0,
     layer_number,
 )
-from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
+from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig, parse_layer
 from maeast_jax.model.dropout import hashed_bits
 from maeast_jax.model.encoder import SpectrogramEncoder
 from maeast_jax.model.layer_norm import EPSILON, LayerNorm
@@ -48,6 +48,7 @@ __all__ = [
     "layer_from_0",
     "layer_number",
     "model_graph",
+    "parse_layer",
     "product",
     "put_tokens",
     "split_key",

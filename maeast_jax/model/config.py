@@ -1,6 +1,7 @@
 """What a model is: its architecture and its masking, checked."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -111,3 +112,25 @@ class ModelConfig:
                 f"of a {self.tokens} token"
             )
         return patches.grid_shape(num_frames, fbank.NUM_MEL_BANDS, self.patch_shape)
+
+
+def parse_layer(
+    field: str, layer: str | int, num_layers: int, words: Sequence[str] = ()
+) -> int | str:
+    """Returns the layer's number from 0, or the word among `words` that stands for it.
+
+    A number may count backwards from -1, the last layer. Raises ValueError, naming `field`, for
+    anything else.
+    """
+    if layer in words:
+        return layer
+    try:
+        number = int(layer)
+    except ValueError:
+        number = num_layers  # no layer has this number
+    if not -num_layers <= number < num_layers:
+        known = ", ".join((*words, f"0 to {num_layers - 1}", f"-{num_layers} to -1"))
+        raise ValueError(
+            f"{field}={layer!r} is not one of the model's {num_layers}; known: {known}"
+        )
+    return number % num_layers

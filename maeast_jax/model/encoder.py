@@ -162,5 +162,4 @@ def mask_token(width: int, rngs: nnx.Rngs) -> nnx.Param:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(graph: nnx.GraphDef, state, waveforms_BxS: jax.Array, lengths_B: jax.Array) -> Encoding:
     fbank_BxTxF = fbank.fbank(waveforms_BxS)
-    lengths_frames_B = 1 + (lengths_B - fbank.FRAME_LENGTH) // fbank.FRAME_SHIFT
-    return nnx.merge(graph, state).encode_fbank(fbank_BxTxF, lengths_frames_B)
+    return nnx.merge(graph, state).encode_fbank(fbank_BxTxF, fbank.frame_count(lengths_B))

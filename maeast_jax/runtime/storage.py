@@ -8,12 +8,16 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from etils import epath
+
+from maeast_jax.runtime import terminal
 
 # Brings google-cloud-storage along, which Orbax asks about the bucket.
 INSTALL = "pip install gcsfs"
@@ -53,17 +57,34 @@ def check_local(name: str | os.PathLike) -> None:
         )
 
 
-def write_whole(file: epath.Path, data: bytes) -> None:
-    """A reader, or a kill, meets the old file or the new one, never half of one."""
-    if is_remote(file):
-        file.write_bytes(data)
-        return
-    partial = file.with_name(f".{file.name}.partial")
+@contextmanager
+def whole(target: str | os.PathLike) -> Iterator[Path]:
+    """A path on this machine to write a file or a folder at; it becomes `target` at the end.
+
+    A reader, or a kill, meets the old `target` or the new one, never half of one. What is written
+    lies beside `target`, so that the last step is a rename; after an exception it is removed.
+
+    Raises OSError where `target` is a folder that is not empty.
+    """
+    target = Path(target)
+    # The suffix stays last: some libraries append their own where it is missing.
+    partial = target.with_name(f".{os.getpid()}.partial.{target.name}")
     try:
-        partial.write_bytes(data)
-        os.replace(partial, file)
+        yield partial
+        os.replace(partial, target)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def write_whole(file: str | os.PathLike, data: bytes) -> None:
+    """Writes a file, here or on gs://, so that nobody meets half of it."""
+    if is_remote(file):
+        path(file).write_bytes(data)  # an object appears whole
+        return
+    with whole(file) as partial:
+        partial.write_bytes(data)
 
 
 def stamp(name: str | os.PathLike) -> tuple[int, int]:
@@ -95,7 +116,9 @@ def make_writable(folder: epath.Path, flag: str) -> None:
             probe.write_bytes(b"")
             probe.unlink()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({reason(error)}); {remedy}") from error
+        raise ValueError(
+            f"{folder} cannot be written ({terminal.one_line(error)}); {remedy}"
+        ) from error
 
 
 @contextmanager
@@ -116,9 +139,11 @@ def reaching(
     except ValueError:
         raise
     except ImportError as error:
-        raise ValueError(f"{name} needs gcsfs: {INSTALL} ({reason(error)})") from error
+        raise ValueError(f"{name} needs gcsfs: {INSTALL} ({terminal.one_line(error)})") from error
     except Exception as error:
-        raise ValueError(f"{name} cannot be {done} ({reason(error)}); {remedy}") from error
+        raise ValueError(
+            f"{name} cannot be {done} ({terminal.one_line(error)}); {remedy}"
+        ) from error
 
 
 def try_lock(file: IO) -> bool:
@@ -155,15 +180,6 @@ def _ask_for_bucket(folder: epath.Path) -> None:
     from google.cloud import storage
 
     storage.Client().get_bucket(os.fspath(folder).split("/")[2])
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in one line that is not long."""
-    text = getattr(error, "strerror", None)
-    if not text and isinstance(error, FileNotFoundError):
-        text = "not found"  # of an object gcsfs says its path alone
-    text = text or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
 
 
 class Rewritten:

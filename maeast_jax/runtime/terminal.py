@@ -88,3 +88,11 @@ def _clock_face(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters."""
+    text = getattr(error, "strerror", None)
+    if not text and isinstance(error, FileNotFoundError):
+        text = "not found"  # gcsfs gives the path alone
+    return " ".join((text or str(error) or type(error).__name__).split())[:200]
