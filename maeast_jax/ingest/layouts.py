@@ -1,7 +1,8 @@
 """Labelled data sets as their authors publish them: which file is which clip, class and split.
 
-Each function here lists one such folder. Classes come in the data set's own order. A clip that the
-set's own lists name and the folder lacks is in the listing's `missing`.
+Each function `list_*` lists one such folder, and LAYOUTS names them. Classes come in the data set's
+own order. A clip that the data set's own lists name and the folder lacks is in the listing's
+`missing`.
 """
 
 import csv
@@ -48,10 +49,10 @@ _AUDIOSET_STEM = re.compile(r"Y?(?P<id>[\w-]{11})(_\d+(\.\d+)?([_-]\d+(\.\d+)?)?
 
 
 def list_layout(layout: str, audio_dir: str | Path, test_dir: str | Path | None = None) -> Listing:
-    """The listing of a folder in one of LAYOUTS; every file has a split.
+    """Returns the listing of a folder in one of LAYOUTS; every file has a split.
 
     Args:
-      test_dir: the folder of the separate test archive, of speech_commands_v1 alone.
+      test_dir: the folder of the separate test archive, which speech_commands_v1 alone has.
 
     Raises:
       ManifestError: no such layout or folder, a list that is missing or broken, no clip at all.
@@ -80,19 +81,20 @@ def list_layout(layout: str, audio_dir: str | Path, test_dir: str | Path | None 
 
 
 def list_audioset(root: Path) -> Listing:
-    """The clips of AudioSet: multi-label, 527 classes named and numbered by its csv.
+    """Returns AudioSet (Gemmeke et al. 2017): multi-label, 527 classes numbered by its csv.
 
     `root` holds the csv files as AudioSet publishes them, `class_labels_indices.csv`,
-    `balanced_train_segments.csv`, `eval_segments.csv` and, where wanted,
-    `unbalanced_train_segments.csv`; and below it, at any depth, the clips: ten-second segments, not
-    whole videos, in any format that decodes, named `ID`, `YID`, `ID_START` or `ID_START_END`. Of
-    several files of one clip the first by path is taken; files of no listed clip are left out.
+    `balanced_train_segments.csv`, `eval_segments.csv` and optionally
+    `unbalanced_train_segments.csv`. Below it, at any depth, lie the clips: ten-second segments, not
+    whole videos, in any format that decodes, named `ID`, `YID`, `ID_START` or `ID_START_END`. Where
+    a clip has several files, the first by path is taken; files of clips that no csv lists are left
+    out.
 
     Splits: `train` is the balanced list (AudioSet-20K: 22,160 clips), `unbalanced` the other
     2,041,789 (AudioSet-2M is `train+unbalanced`), `test` the evaluation list (20,371).
 
     Raises:
-      ManifestError: a csv file that is missing or not of that form, or a clip listed twice.
+      ManifestError: a csv file is missing or has another form, or a clip is listed twice.
     """
     names = _audioset_class_names(root / _AUDIOSET_CLASSES)
     paths = _audioset_clip_paths(root)
@@ -113,7 +115,7 @@ def list_audioset(root: Path) -> Listing:
 
 
 def list_esc50(root: Path) -> Listing:
-    """ESC-50 (Piczak 2015): 2,000 clips of 50 classes in the order of `target`.
+    """Returns ESC-50 (Piczak 2015): 2,000 clips of 50 classes in the order of `target`.
 
     `root` holds `meta/esc50.csv` and `audio/`. Splits `fold1` to `fold5`.
     """
@@ -137,22 +139,23 @@ def list_esc50(root: Path) -> Listing:
 
 
 def list_speech_commands_v1(root: Path, test_root: Path) -> Listing:
-    """Keyword spotting with 12 classes, as SUPERB defines it on Speech Commands V1 (Warden 2018).
+    """Returns the 12-class keyword task of SUPERB on Speech Commands V1 (Warden 2018).
 
     The classes, in SUPERB's order: ten words, `_unknown_` for any other word, `_silence_`. `root`
-    holds a folder a word, `validation_list.txt`, `testing_list.txt` and `_background_noise_`;
-    `test_root` a folder a class, the separate archive speech_commands_test_set_v0.01.
+    holds one folder per word, `validation_list.txt`, `testing_list.txt` and `_background_noise_`.
+    `test_root` is the separate archive speech_commands_test_set_v0.01, with one folder per class.
 
-    Splits: `test` is that archive (3,081 clips); `valid` what `validation_list.txt` names (6,798)
-    and `train` what neither list names (51,088). SUPERB's code has the same three, by the hash of
-    the speaker that made the lists; it too leaves out what `testing_list.txt` names.
+    Splits: `test` is that archive (3,081 clips). `valid` holds the clips that `validation_list.txt`
+    names (6,798), and `train` those that neither list names (51,088). SUPERB's code makes the same
+    three splits, by the hash of the speaker that made the lists; it too leaves out the clips that
+    `testing_list.txt` names.
 
     For `_silence_` SUPERB draws seconds of the six noise files, the same ones in training and
     validation. Here they are cut into seconds once, and `running_tap.wav` is kept for `valid`, as
-    TFDS does with V2: some 400 clips in all, so training wants to be balanced by class.
+    TFDS does with V2. These are only some 400 clips, so training should balance the classes.
 
     V2's two archives give the 12-class task of V2. So does TFDS' `speech_commands` (splits `train`,
-    `validation`, `test`; other class order and silence twice as dense), which needs pydub to
+    `validation`, `test`; another class order and twice as much silence), which needs pydub to
     prepare and opens by name like any set here.
     """
     words = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -184,10 +187,10 @@ def list_speech_commands_v1(root: Path, test_root: Path) -> Listing:
 
 
 def list_speech_commands_v2(root: Path) -> Listing:
-    """Speech Commands V2 (Warden 2018): 35 words, in alphabetical order.
+    """Returns Speech Commands V2 (Warden 2018): 35 words, in alphabetical order.
 
-    `root` holds a folder a word, `validation_list.txt` and `testing_list.txt`. Splits: `valid`
-    (9,981 clips) and `test` (11,005) are what the lists name, `train` the rest (84,843).
+    `root` holds one folder per word, `validation_list.txt` and `testing_list.txt`. The lists name
+    the splits `valid` (9,981 clips) and `test` (11,005); `train` is the rest (84,843).
     """
     _need_folders(root, WORDS, "--audio_dir")
     valid, test = _word_list(root, "validation_list.txt"), _word_list(root, "testing_list.txt")
@@ -200,12 +203,12 @@ def list_speech_commands_v2(root: Path) -> Listing:
 
 
 def list_voxceleb1(root: Path) -> Listing:
-    """VoxCeleb1 identification (Nagrani et al. 2017): 1,251 speakers in the order of their ids.
+    """Returns VoxCeleb1 identification (Nagrani et al. 2017): 1,251 speakers, by their ids.
 
     `root` holds `iden_split.txt` (www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt) and
-    `wav/SPEAKER/VIDEO/NUMBER.wav`; or the two archives apart, `dev/wav/` and `test/wav/`, each
-    holding some of the speakers. Splits by that list: `train` (138,361 clips), `valid` (6,904) and
-    `test` (8,251).
+    `wav/SPEAKER/VIDEO/NUMBER.wav`; or the two archives lie apart in `dev/wav/` and `test/wav/`,
+    each with some of the speakers. The list names the splits: `train` (138,361 clips), `valid`
+    (6,904) and `test` (8,251).
     """
     path = root / "iden_split.txt"
     lines = read_lines(path, f"{path}, which --layout=voxceleb1 needs")
@@ -227,11 +230,12 @@ def list_voxceleb1(root: Path) -> Listing:
 
 
 def list_iemocap(root: Path) -> Listing:
-    """IEMOCAP (Busso et al. 2008), the four emotions of SUPERB: 5,531 sentences, its order.
+    """Returns IEMOCAP (Busso et al. 2008) with SUPERB's four emotions: 5,531 sentences.
 
-    `neutral`, `happy` (excited is counted as happy), `angry`, `sad`; sentences of other labels are
-    left out. `root` holds `Session1` to `Session5`, each with `dialog/EmoEvaluation/*.txt` and
-    `sentences/wav/DIALOG/SENTENCE.wav`. Splits `session1` to `session5`.
+    The classes, in SUPERB's order: `neutral`, `happy` (which includes excited), `angry`, `sad`.
+    Sentences with other labels are left out. `root` holds `Session1` to `Session5`, each with
+    `dialog/EmoEvaluation/*.txt` and `sentences/wav/DIALOG/SENTENCE.wav`. Splits: `session1` to
+    `session5`.
     """
     wanted = []
     for session in (f"Session{number}" for number in range(1, 6)):
@@ -282,7 +286,7 @@ def _need_folders(root: Path, names: tuple[str, ...], flag: str) -> None:
 
 
 def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...]) -> Listing:
-    """The listing of (path below `root`, label, split) by whether the file is there."""
+    """Returns the listing of (path below `root`, label, split): files that exist, and missing."""
     files, missing = [], []
     for path, label, split in wanted:
         if (root / path).is_file():
@@ -293,7 +297,7 @@ def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...
 
 
 def _wavs(root: Path, folder: str) -> list[str]:
-    """Paths below `root`, sorted, without hidden files."""
+    """Returns the paths of wav files below `root`, sorted, without hidden files."""
     return sorted(f"{folder}/{path.name}" for path in (root / folder).glob("[!.]*.wav"))
 
 
@@ -310,7 +314,7 @@ def _without(paths: list[str], listed: list[str]) -> list[str]:
 
 
 def _audioset_clip_paths(root: Path) -> dict[str, str]:
-    """YouTube id -> path below `root`."""
+    """Returns {YouTube id: path below `root`} of the files that are named like clips."""
     found = {}
     for path in sorted(path.relative_to(root).as_posix() for path in audio_paths(root)):
         if match := _AUDIOSET_STEM.fullmatch(Path(path).stem):
@@ -319,7 +323,7 @@ def _audioset_clip_paths(root: Path) -> dict[str, str]:
 
 
 def _audioset_class_names(path: Path) -> dict[str, str]:
-    """Machine id -> name of each class, in the order of their numbers."""
+    """Returns {machine id: name} of the classes, in the order of their numbers."""
     rows = list(_audioset_rows(path))
     if not rows or tuple(rows[0][1]) != _AUDIOSET_COLUMNS:
         raise ManifestError(
@@ -341,7 +345,7 @@ def _audioset_class_names(path: Path) -> dict[str, str]:
 
 
 def _audioset_segments(path: Path, names: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(YouTube id, names of its classes) of each line."""
+    """Yields (YouTube id, names of its classes) for each line."""
     for line, row in _audioset_rows(path):
         machine_ids = row[3].split(",") if len(row) == 4 else []
         if not machine_ids or not set(machine_ids) <= names.keys():
@@ -353,7 +357,7 @@ def _audioset_segments(path: Path, names: dict[str, str]) -> Iterator[tuple[str,
 
 
 def _audioset_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of a csv file without its comments, read as it goes: one has two million."""
+    """Yields (line, cells) of a csv file without its comments; one file has two million lines."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             for number, line in enumerate(file, 1):

@@ -133,10 +133,10 @@ def test_a_pipeline_that_fails_is_one_line(farm, tmp_path, monkeypatch):
     monkeypatch.setattr(beam.storage, "write_whole", fill_the_disk)
     with pytest.raises(DataError) as caught:
         build_list(farm / "list.tsv", tmp_path)
-    assert str(caught.value) == (
-        "Beam's pipeline failed: OSError: [Errno 28] No space left on device [while running 'test:"
-        " keep the counts']"
+    assert str(caught.value).startswith(
+        "Beam's pipeline failed: OSError: [Errno 28] No space left on device [while running '"
     )
+    assert "\n" not in str(caught.value)
     assert visible(tmp_path) == []
 
 
