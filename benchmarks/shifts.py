@@ -13,7 +13,7 @@ import numpy as np
 from maeast_jax import fbank
 from maeast_jax.data import labelled
 from maeast_jax.evaluation import probe
-from maeast_jax.finetuning.features import fbank_moments
+from maeast_jax.finetuning import fbank_moments
 from maeast_jax.inference import Embedder, pretrained
 
 WAYS = (("time", 1), ("time", 4), ("moments", 1), ("moments", 4))
