@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from maeast_jax.evaluation import confusion, metrics, plots
+from maeast_jax.evaluation import metrics, plots
 from maeast_jax.evaluation.metrics import Evaluation
 
 PREDICTIONS_FILE = "predictions.tsv"
@@ -75,7 +75,7 @@ def write(
     if evaluation.confusion is None:
         (folder / CONFUSION_FILE).unlink(missing_ok=True)
     else:
-        plots.write_png(folder / CONFUSION_FILE, confusion.draw(evaluation.confusion, names))
+        plots.write_png(folder / CONFUSION_FILE, plots.confusion(evaluation.confusion, names))
     content = {**summary(evaluation), "settings": dict(settings or {})}
     text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
     _write_text(folder / RESULTS_FILE, text + "\n")
