@@ -28,7 +28,7 @@ METHODS = (
 
 
 def configuration(method: str, options: argparse.Namespace, name: str, percent: float, seed: int):
-    """Returns the configuration of one row, which always has the pretrained model's architecture."""
+    """Returns the configuration of one row, with the architecture of the pretrained model."""
     from configs.finetune_folder import get_config
 
     config = get_config()
