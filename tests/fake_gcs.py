@@ -24,9 +24,7 @@ _REWRITE = re.compile(
     r"/storage/v1/b/(?P<source>[^/]+)/o/(?P<name>[^/]+)"
     r"/rewriteTo/b/(?P<bucket>[^/]+)/o/(?P<target>[^/]+)"
 )
-_MOVE = re.compile(
-    r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)/moveTo/o/(?P<target>[^/]+)"
-)
+_MOVE = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)/moveTo/o/(?P<target>[^/]+)")
 _UPLOAD = re.compile(r"/upload/storage/v1/b/(?P<bucket>[^/]+)/o")
 _TIME = "2026-01-01T00:00:00.000Z"
 
