@@ -43,7 +43,7 @@ def train(
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; PeerLostError where
     another process of the run is gone; MemoryError where a step does not fit the devices.
     """
-    with distributed.others_alive(), memory.out_of_memory(_REMEDY):
+    with memory.out_of_memory(_REMEDY):
         checked = pretraining.check_run(config, workdir, batches)
         distributed.agree("the configuration", checked.config.to_dict())
         distributed.agree("the data sets", pretraining.describe_data(checked))
