@@ -159,7 +159,7 @@ def _run(
             print(f"{table.table(rows)}\n", flush=True)
             print("\n".join(table.remarks(rows, options.find)), flush=True)
     if options.picture and any(row["fits"] for row in rows):
-        plots.write_png(options.picture, plots.speeds(rows))
+        plots.write_png(options.picture, table.chart(rows))
     elif options.picture:
         _say(f"no picture {options.picture}: no row fits; choose a smaller --batch")
     return None

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from maeast_jax.benchmark import __main__ as program
-from maeast_jax.benchmark import cases, measure
+from maeast_jax.benchmark import cases, measure, table
 from maeast_jax.data import pipeline
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import memory
@@ -217,7 +217,7 @@ def test_ctrl_c_leaves_the_rows_and_its_exit_code(start, fake, monkeypatch, tmp_
 
 def test_the_picture_shows_the_rows(start, fake, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "speeds", lambda rows: drawn.append(rows))
+    monkeypatch.setattr(table, "chart", lambda rows: drawn.append(rows))
     monkeypatch.setattr(plots, "write_png", lambda name, picture: drawn.append(name))
     rows, picture = tmp_path / "rows", tmp_path / "a.png"
     start(f"--json={rows}", f"--picture={picture}")
