@@ -11,7 +11,7 @@
 # --restarts=3             starts again after a lost process, so often in a row; a run that
 #                          lasted ten minutes begins the count anew
 # --grace=60               seconds the others have to end after one failed, before they are killed;
-#                          more than HEARTBEAT_SECONDS of hosts.py, so that they can say why
+#                          more than HEARTBEAT_SECONDS of distributed.py, so that they can say why
 # --log_dir=DIR            for the output of processes 1 and up; that of process 0 goes to the
 #                          terminal. Without it a new folder in /tmp, removed if all ends well
 # --dry_run                prints the commands, one a line, and runs none

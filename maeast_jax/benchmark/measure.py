@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 # What a row's time is shared among, and how many of them a median is taken over at least.
 SAMPLES = 20
 LEAST_SAMPLES = 3
-# On a CPU the heap that is kept (host_memory.py) grows until about the fourth step.
+# On a CPU the heap that is kept (runtime/memory.py) grows until about the fourth step.
 WARM_STEPS = 4
 
 

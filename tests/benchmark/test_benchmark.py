@@ -204,9 +204,7 @@ def test_lists_and_fields_reach_the_rows(start, fake, tmp_path, monkeypatch, cap
 def test_a_search_ends_at_the_memory_named_and_says_what_it_found(start, fake, capsys):
     start("--find=largest", "--memory_gb=0.013", "--model=mae_ast")
     out = capsys.readouterr().out
-    assert (
-        "mae_ast, 2 layers, patch, float32: the largest batch is 12, 2.00 clips/s, 12.0 MB" in out
-    )
+    assert "mae_ast, 2 layers, patch, float32: the largest batch is 12, 2.00 clips/s, 12.0MB" in out
     assert [line.split(" | ")[3] for line in out.splitlines() if line.startswith("| mae_ast")] == [
         "2", "4", "8", "16", "12", "14",
     ]  # fmt: skip

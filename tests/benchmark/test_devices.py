@@ -53,15 +53,3 @@ def test_memory_is_the_devices_limit_or_a_share_of_what_the_machine_has_left(mon
     (device,) = fake_mesh({"bytes_limit": 123, "peak_bytes_in_use": 45}, size=1).devices
     assert devices.peak_bytes(device) == 45
     assert devices.peak_bytes(jax.devices()[0]) is None
-
-
-def test_running_out_of_memory_is_one_line_and_other_failures_are_what_they_were():
-    failure = jax.errors.JaxRuntimeError
-    with pytest.raises(memory.OutOfMemoryError) as caught, memory.out_of_memory("eat less"):
-        raise failure("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ...")
-    assert str(caught.value) == (
-        "the devices are out of memory: eat less "
-        "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)"
-    )
-    with pytest.raises(failure, match="INTERNAL"), memory.out_of_memory():
-        raise failure("INTERNAL: no")

@@ -87,14 +87,14 @@ def test_remarks_name_the_devices_the_rates_and_what_a_search_found():
         row("mae_ast", 4, clips=4.0, memory=3e9), unfit("mae_ast", 8), unfit("ssast", 1),
     ]  # fmt: skip
     fastest = table.remarks(rows, "fastest")
-    assert fastest[:2] == ["1 x cpu", "matrix products in float32: 150 GFLOP/s"]
+    assert fastest[:2] == ["1 x cpu", "matrix products in float32: 150GFLOP/s"]
     setting = "12 layers, patch, float32"
     assert fastest[2:] == [
-        f"mae_ast, {setting}: the fastest batch is 2, 5.00 clips/s, 2.00 GB",
+        f"mae_ast, {setting}: the fastest batch is 2, 5.00 clips/s, 2.00GB",
         f"ssast, {setting}: no batch fits",
     ]
     assert table.remarks(rows, "largest")[2] == (
-        f"mae_ast, {setting}: the largest batch is 4, 4.00 clips/s, 3.00 GB"
+        f"mae_ast, {setting}: the largest batch is 4, 4.00 clips/s, 3.00GB"
     )
     assert table.remarks(rows) == fastest[:2]
 
