@@ -7,9 +7,8 @@ import pytest
 import tiny
 from jax.sharding import AxisType, PartitionSpec
 
-from maeast_jax import config as configuration
 from maeast_jax.runtime import sharding
-from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule
+from maeast_jax.training.optimizer import AdamWConfig, adamw
 from maeast_jax.training.steps import init_state
 
 WIDE = {"encoder_layers": 2, "width": 48, "heads": 6, "mlp_width": 96, "decoder_width": 24}
@@ -17,8 +16,7 @@ WIDE = {"encoder_layers": 2, "width": 48, "heads": 6, "mlp_width": 96, "decoder_
 
 def abstract_state():
     """Shapes of a training state whose width no five devices divide, and whose heads no four."""
-    config = OptimizerConfig(**configuration.pretrain().optimizer)
-    optimizer = adamw(config, schedule(config, 100_000))
+    optimizer = adamw(AdamWConfig(**tiny.section("optimizer")), lambda step: 1e-3)
     return jax.eval_shape(lambda: init_state(tiny.model_config(**WIDE), optimizer, 0))
 
 
