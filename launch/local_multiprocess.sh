@@ -10,7 +10,7 @@
 # --devices_per_process=N  gives each process N CPU devices; default: jax chooses the devices
 # --restarts=3             restarts in a row; a run of ten minutes or more resets the count
 # --grace=60               seconds until the remaining processes are killed after one has failed; more
-#                          than HEARTBEAT_SECONDS of runtime/distributed.py, so that they can report
+#                          than MAEAST_JAX_HEARTBEAT_SECONDS, 30 by default, so that they can report
 #                          the loss first
 # --log_dir=DIR            output of processes 1 and up; process 0 prints to the terminal. Default: a
 #                          new folder in /tmp, removed when all processes succeed

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_hosts import ends, free_port
+from processes import ends, free_port
 
 from maeast_jax import checkpoint
 from maeast_jax.runtime import distributed, storage

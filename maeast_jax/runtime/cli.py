@@ -25,7 +25,7 @@ _EXIT_CTRL_C = 128 + signal.SIGINT
 # All processes of a run come to these ends together.
 _AGREED_ENDS = (0, 128 + signal.SIGTERM, EXIT_NON_FINITE)
 # After Ctrl-C a program has this long to remove its partial files.
-_UNWINDING_SECONDS = 10.0
+_UNWINDING_SECONDS = 30.0
 _JOIN_FLAGS = ("coordinator", "num_processes", "process_id")
 _STOPPED_EARLY = (
     "stopped before it could save: the same command starts it again, from its newest checkpoint if "
@@ -88,7 +88,7 @@ def run(
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            _define_flags(default_config, names, join)
+            _define_flags(default_config, names, join is not None)
             left = flags.FLAGS(argv)
             _check_given(names)
             flags.FLAGS.config.keys()  # ml_collections reports a missing file only when it is used
@@ -183,8 +183,10 @@ def _ctrl_c(message: str) -> Iterator[None]:
         return
 
     def end() -> None:
-        print(f"error: {message}", file=sys.stderr)
-        _leave(_EXIT_CTRL_C)
+        try:
+            _told(message, _EXIT_CTRL_C)
+        finally:
+            _leave(_EXIT_CTRL_C)
 
     timer = threading.Timer(_UNWINDING_SECONDS, end)
     timer.daemon = True
@@ -202,7 +204,7 @@ def _ctrl_c(message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _define_flags(default_config: str | None, names: Sequence[str], join: object) -> None:
+def _define_flags(default_config: str | None, names: Sequence[str], may_join: bool) -> None:
     config_flags.DEFINE_config_file(
         "config",
         default_config,
@@ -214,7 +216,7 @@ def _define_flags(default_config: str | None, names: Sequence[str], join: object
         flags.DEFINE_string(
             "workdir", None, "Folder of the run. The same command continues the run in it."
         )
-    if join:
+    if may_join:
         names = (*names, "distributed", *_JOIN_FLAGS)
         flags.DEFINE_bool(
             "distributed",
@@ -330,6 +332,8 @@ def _end(code: int) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from processes import ends, free_port
 from test_checkpoint import CONFIG, parts, placed
-from test_hosts import ends, free_port
 from test_pace import Clock
 
 import maeast_jax
