@@ -28,6 +28,9 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 _LOCK = "lock"
 _COMPLETE = "commit_success.txt"
+_SAVING = ocp.Context()
+# By default a thread makes the folders; where that fails, other threads wait for them for minutes.
+_SAVING.asynchronous.create_directories_asynchronously = False
 
 
 class CheckpointError(ValueError):
@@ -79,7 +82,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         self.wait()
-        with _errors_of_a_save():
+        with _errors_of_a_save(), ocp.Context(_SAVING):
             self._saving = ocp.save_checkpointables_async(
                 self._folder / str(step), parts, custom_metadata={"config": self._config}
             )

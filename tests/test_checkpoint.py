@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fake_gcs
@@ -171,6 +172,18 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert checkpoint.stamp(checkpoint.find(whole)) > stamp
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path, monkeypatch):
+    def fail(folder, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    threads = threading.active_count()
+    monkeypatch.setattr(type(storage.path(tmp_path)), "mkdir", fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(1, parts(1))
+    assert threading.active_count() == threads  # no thread waits for the folder
+
+
 class FailedSave:
     """Orbax' answer for a save that fails in the background."""
 
@@ -312,6 +325,7 @@ def store():
 
 def test_a_checkpoint_on_gs_is_complete_with_its_last_object(store):
     workdir = "gs://bucket/run"
+    checkpoint.write_config(workdir, CONFIG)
     write(workdir, 5)
     store.copy("bucket", "run/checkpoints/5/", "run/checkpoints/10/")
     assert checkpoint.saved_steps(workdir) == [5, 10]
