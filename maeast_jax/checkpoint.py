@@ -82,7 +82,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         self.wait()
-        with _errors_of_a_save(), ocp.Context(_SAVING):
+        with _errors_of_a_save(), _SAVING:
             self._saving = ocp.save_checkpointables_async(
                 self._folder / str(step), parts, custom_metadata={"config": self._config}
             )
