@@ -86,7 +86,8 @@ def kill_once(workdir: Path, steps: int, processes: int, draw: random.Random) ->
     if any(code not in _STARTED_AGAIN for code in others):
         raise SystemExit(f"process {victim} was killed, and the others ended with {others}\n{told}")
     folder = workdir / checkpoint.CHECKPOINTS
-    half = [entry.name for entry in folder.iterdir() if not entry.name.isdigit()]
+    entries = folder.iterdir() if folder.exists() else ()
+    half = [entry.name for entry in entries if not entry.name.isdigit()]
     text = f"killed with {len(half)} half-written save(s)"
     return text + (f", process {victim}; the others ended with {others}" if others else "")
 
