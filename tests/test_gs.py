@@ -22,7 +22,6 @@ import maeast_jax
 from maeast_jax import checkpoint
 from maeast_jax.data import dataset, open_demo
 from maeast_jax.data import writer as shard_writer
-from maeast_jax.evaluation import plots
 from maeast_jax.inference import pretrained
 from maeast_jax.runtime import storage
 from maeast_jax.train import train
@@ -143,11 +142,11 @@ def clips():
     return waves, np.array([10480, 5360])
 
 
-def test_metrics_on_gs_are_read_back_and_cut_at_the_step_of_a_resumed_run(store):
+def test_metrics_and_pictures_on_gs_are_read_back_and_cut_at_a_resumed_step(store):
     writer = metrics_writer.MetricsWriter("gs://bucket/logged")
     for step in range(1, 7):
         writer.write(step, "train", {"loss": 1.0})
-    writer.image(5, "picture", np.zeros((4, 6, 3), np.uint8))
+    writer.picture(5, "picture", np.zeros((4, 6, 3), np.uint8))
     writer.close()
     assert len(metrics_writer.read_metrics("gs://bucket/logged")) == 6
     writer = metrics_writer.MetricsWriter("gs://bucket/logged", resume_step=3)
@@ -156,14 +155,10 @@ def test_metrics_on_gs_are_read_back_and_cut_at_the_step_of_a_resumed_run(store)
     rows = metrics_writer.read_metrics("gs://bucket/logged")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2)]
     assert [name for name in store.names("bucket") if name.startswith("logged")] == [
-        "logged/metrics.jsonl"
+        "logged/metrics.jsonl",
+        "logged/picture.png",
     ]
-
-
-def test_pictures_go_to_a_bucket(store):
-    plots.write_png("gs://bucket/pictures/a.png", np.zeros((4, 6, 3), np.uint8))
-    data, _ = store.buckets["bucket"]["pictures/a.png"]
-    assert data.startswith(b"\x89PNG")
+    assert store.buckets["bucket"]["logged/picture.png"][0].startswith(b"\x89PNG")
 
 
 def one_line(call, *arguments):
