@@ -20,7 +20,7 @@ from etils import epath
 
 from maeast_jax.runtime import terminal
 
-INSTALL = "pip install gcsfs"  # brings google-cloud-storage along
+_INSTALL = "pip install gcsfs"  # brings google-cloud-storage along
 # Google allows one write per second to an object, and the run waits for each write.
 _REWRITE_SECONDS = 30.0
 
@@ -168,7 +168,7 @@ def reaching(
     except ValueError:
         raise
     except ImportError as error:
-        raise ValueError(f"{name} needs gcsfs: {INSTALL} ({terminal.one_line(error)})") from error
+        raise ValueError(f"{name} needs gcsfs: {_INSTALL} ({terminal.one_line(error)})") from error
     except Exception as error:
         is_missing = isinstance(error, FileNotFoundError)
         reason = "no such bucket or object" if is_missing else terminal.one_line(error)
