@@ -1,8 +1,11 @@
+"""A training run on a disk that is full."""
+
 import pytest
 
 from benchmarks import full_disk
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not full_disk.available(), reason="mounting a tmpfs is not allowed here")
 def test_a_run_whose_disk_is_full_says_so_and_goes_on_from_what_was_saved():
     size, code, last, whole, again = full_disk.fill(10.0)
