@@ -61,6 +61,13 @@ class Embedder:
         window overlaps.
       batch_tokens: tokens per batch. None: 1,024 on a CPU, 16,384 elsewhere.
 
+    Attributes:
+      pool: as above.
+      num_layers: layers of the whole encoder.
+      layer: from 0, or "all".
+      window_frames, stride_frames: frames of both, 0 where clips are never cut.
+      embedding_size: the length of an embedding's last axis.
+
     Raises ValueError, in one line, for values that do not fit the model.
     """
 
@@ -89,7 +96,7 @@ class Embedder:
         self._bands = fbank.NUM_MEL_BANDS // patch_bands
         if window_frames is None:
             window_frames = model.window_frames or self._default_steps() * self._patch_frames
-        self._window_steps, self._stride_steps = _window_and_stride(
+        self.window_frames, self.stride_frames = _window_and_stride(
             window_frames, stride_frames, self._patch_frames
         )
         if batch_tokens is None:
@@ -157,7 +164,8 @@ class Embedder:
 
     def _cut(self, samples: np.ndarray) -> list[Window]:
         num_steps = self.num_steps(len(samples))
-        return batching.cut(num_steps, self._window_steps, self._stride_steps)
+        window_steps = self.window_frames // self._patch_frames
+        return batching.cut(num_steps, window_steps, self.stride_frames // self._patch_frames)
 
     def _rows(self, samples: np.ndarray, cut: list[Window]) -> list[Row]:
         """Returns the windows with their samples. Only a clip shorter than a step lacks frames."""
@@ -174,7 +182,8 @@ class Embedder:
         return rows
 
     def _bucket(self, num_steps: int, dtype: str) -> Bucket:
-        steps = pipeline.bucket_steps(num_steps, self._window_steps or self._default_steps())
+        window_steps = self.window_frames // self._patch_frames or self._default_steps()
+        steps = pipeline.bucket_steps(num_steps, window_steps)
         num_rows = max(1, self._batch_tokens // (steps * self._bands))
         return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows, dtype)
 
@@ -234,7 +243,10 @@ def _checked(number: int, samples: np.ndarray) -> np.ndarray:
 def _window_and_stride(
     window_frames: int, stride_frames: int | None, patch_frames: int
 ) -> tuple[int, int]:
-    """Returns window and stride in time steps; ValueError where windows would leave frames out."""
+    """Returns the frames of window and stride, 0 and 0 where clips are never cut.
+
+    Raises ValueError where they are not whole tokens or would leave frames out.
+    """
     if not window_frames:
         if stride_frames:
             raise ValueError(
@@ -254,7 +266,7 @@ def _window_and_stride(
             f"a stride of {_length(stride_frames)} is longer than the window, "
             f"{_length(window_frames)}, and would leave frames out; shorten it"
         )
-    return window_frames // patch_frames, stride_frames // patch_frames
+    return window_frames, stride_frames
 
 
 def _length(frames: int) -> str:

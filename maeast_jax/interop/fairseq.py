@@ -147,7 +147,7 @@ def write(path: str | os.PathLike, file: AuthorsFile) -> None:
         return
     from safetensors.numpy import save
 
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in file.tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in file.tensors.items()}
     # Readers for PyTorch look for "format". `save_file` would make a file for its owner alone.
     Path(path).write_bytes(save(tensors, {"format": "pt", "config": json.dumps(file.cfg)}))
 
@@ -339,7 +339,7 @@ def build(
     tensors = parameters.tensors_of(params, statistics)
     if config.is_encoder_only:
         tensors |= _stand_ins(config.width, config.patch_shape[0] * config.patch_shape[1])
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     count = tensors["batch_norm.num_batches_tracked"]
     tensors["batch_norm.num_batches_tracked"] = count.astype(np.int64).reshape(())
     tensors |= {name: make(config) for name, make in _IDLE.items()}

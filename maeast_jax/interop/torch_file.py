@@ -120,7 +120,7 @@ class _Archive:
     def read(self, keys: Collection[str]) -> dict[str, Any]:
         """Returns the plain values of `keys`."""
         saved = _Unpickler(io.BytesIO(self._member("data.pkl"))).load()
-        if isinstance(saved, _Named) and type(saved).__name__ == "collections.OrderedDict":
+        if type(saved).__name__ == "collections.OrderedDict":
             saved = saved.items
         if not isinstance(saved, dict) or not set(keys) <= set(saved):
             found = str(list(saved)) if isinstance(saved, dict) else "no dict"
@@ -150,7 +150,7 @@ class _Archive:
                 return type(value)(map(self._plain, value))
         name = type(value).__name__
         match name, value:
-            case "collections.OrderedDict", _Named():
+            case "collections.OrderedDict", _Named(arguments=()):
                 return self._plain(value.items)
             case "argparse.Namespace", _Named():
                 return self._plain(value.fields)
