@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from maeast_jax.data import DecodePool, audio, num_cores
 from maeast_jax.ingest import sources
-from maeast_jax.runtime import cli, memory, terminal
+from maeast_jax.runtime import cli, terminal
 
 if TYPE_CHECKING:  # Each decoding process imports this file, and does not need jax.
     from maeast_jax.inference import Embedder
@@ -73,6 +73,7 @@ def embed(
       OSError: the output cannot be written; nothing of it is left.
     """
     from maeast_jax.inference import Embedder, embedding_file, pretrained
+    from maeast_jax.runtime import memory
 
     output = Path(output).expanduser()
     embedding_file.check(output, overwrite)
