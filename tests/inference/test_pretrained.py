@@ -182,6 +182,7 @@ def test_training_starts_from_a_file_and_takes_its_architecture(tmp_path, capsys
     assert "resumed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_from_an_encoder_alone_starts_a_new_decoder(tmp_path, monkeypatch, capsys):
     encoder = pretrained.read(GOLDEN / "tiny_patch.pt").encoder_only()
     monkeypatch.setattr(pretrained, "read", lambda path: encoder)

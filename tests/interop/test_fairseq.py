@@ -8,11 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 
 from maeast_jax.interop import fairseq
 from maeast_jax.interop.fairseq import AuthorsFile, AuthorsFileError
-from maeast_jax.model import MaeAst, split_model, tokens
+from maeast_jax.model import abstract_model, split_model, tokens
 
 CONFIG = tiny.model_config(
     encoder_layers=2, decoder_layers=1, width=16, heads=2, mlp_width=32, decoder_width=16
@@ -20,8 +19,12 @@ CONFIG = tiny.model_config(
 
 
 def split(config):
-    """(parameters, statistics) of a random model."""
-    return split_model(MaeAst(config, nnx.Rngs(0)))[1:]
+    """Random (parameters, statistics) of a model."""
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: np.asarray(random.normal(size=leaf.shape), leaf.dtype),
+        split_model(abstract_model(config))[1:],
+    )
 
 
 def build(config):
