@@ -1,11 +1,11 @@
 """Workdirs of runs, made without training."""
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 import tiny
-from flax import nnx
 
 from maeast_jax import checkpoint
-from maeast_jax.model import MaeAst, split_model
+from maeast_jax.model import abstract_model, split_model
 
 
 def write(workdir, seed=0, **model_fields):
@@ -15,10 +15,15 @@ def write(workdir, seed=0, **model_fields):
     """
     config = tiny.get_config()
     config.model.update(model_fields)
-    model = MaeAst(tiny.model_config(**config.model), nnx.Rngs(seed))
-    _, params, statistics = split_model(model)
+    random = np.random.default_rng(seed)
+    _, params, statistics = split_model(abstract_model(tiny.model_config(**config.model)))
+    params = jax.tree.map(lambda leaf: np.float32(0.3 * random.normal(size=leaf.shape)), params)
+    statistics = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), statistics)
     # Statistics of log energies, as training would find them.
-    statistics["input_norm"] |= {"mean": jnp.float32(-6.5), "variance": jnp.float32(17)}
+    statistics["input_norm"] |= {
+        "mean": np.asarray(-6.5, np.float32),
+        "variance": np.asarray(17, np.float32),
+    }
     weights = {"params": params, "statistics": statistics}
     checkpoint.write_parts(workdir, {"weights": weights}, {"config": config.to_dict()})
     return workdir

@@ -149,15 +149,9 @@ def test_the_package_knows_its_modules_and_no_others():
 
 
 def training(**model_fields):
-    """A configuration of one training step on synthetic noise."""
-    config = tiny.get_config()
-    config.total_steps = config.log_every = config.eval_every = config.checkpoint_every = 1
-    config.eval.max_clips = 4
-    config.eval.pictures = 0
-    config.optimizer.warmup_steps = 0
+    """A configuration of a short training that changes weights by less than rounding."""
+    config = tiny.short_config()
     config.optimizer.learning_rate = 1e-12
-    config.data.update(source="synthetic", train="", eval="")
-    config.mesh.data = 1
     config.model.update(model_fields)
     return config
 
@@ -169,7 +163,7 @@ def test_training_starts_from_a_file_and_takes_its_architecture(tmp_path, capsys
     train(config, tmp_path)
     said = capsys.readouterr().out
     assert "the architecture is that of" in said
-    assert "model.encoder_layers 2 -> 3" in said and "model.tokens 'patch' -> 'frame'" in said
+    assert "model.encoder_layers 1 -> 3" in said and "model.tokens 'patch' -> 'frame'" in said
     assert "3 + 2 layers of 64" in said and "weights of" in said
     model = pretrained.read(tmp_path)
     assert model.config.tokens == "frame"
@@ -177,20 +171,19 @@ def test_training_starts_from_a_file_and_takes_its_architecture(tmp_path, capsys
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), model.read_weights()[0], wanted
     )
-    config.total_steps = 3  # the same configuration resumes, although it says patches
+    config.total_steps = 8  # the same configuration resumes, although it says patches
     train(config, tmp_path)
     assert "resumed" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_training_from_an_encoder_alone_starts_a_new_decoder(tmp_path, monkeypatch, capsys):
+def test_training_from_an_encoder_alone_starts_a_new_decoder(tmp_path, monkeypatch):
     encoder = pretrained.read(GOLDEN / "tiny_patch.pt").encoder_only()
     monkeypatch.setattr(pretrained, "read", lambda path: encoder)
     config = training(decoder_width=32)
     config.init_from = "encoder.pt"
     train(config, tmp_path)
     monkeypatch.undo()
-    assert "no decoder: the decoder starts from initial" in capsys.readouterr().out
     params, _ = pretrained.read(tmp_path).read_weights()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9),

@@ -1,17 +1,16 @@
 """Our model against s3prl's expert: the same checkpoint file and clips, equal hidden states."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import soundfile
-import tiny
 from flax import nnx
 
-from maeast_jax import checkpoint, fbank
+from maeast_jax import fbank
 from maeast_jax.data import demo_corpus
 from maeast_jax.export import export
 from maeast_jax.inference import pretrained
-from maeast_jax.model import MaeAst, split_model
+from maeast_jax.model import MaeAst
 from maeast_jax.model import tokens as patches
 
 pytestmark = pytest.mark.slow
@@ -167,14 +166,8 @@ def test_a_clip_of_whole_patches_has_equal_hidden_states_in_any_batch(tiny_model
 @pytest.mark.parametrize("encoder_only", [False, True], ids=["whole", "encoder"])
 @pytest.mark.parametrize("changes", [{}, {"decoder_width": 32}, {"pre_norm": True}], ids=str)
 def test_an_exported_file_loads_strictly_in_s3prl(changes, encoder_only, tmp_path):
-    config = tiny.get_config()
-    config.model.update(encoder_layers=2, width=64, heads=4, decoder_width=64, mlp_width=96)
-    config.model.update(changes)
-    model = MaeAst(tiny.model_config(**config.model), nnx.Rngs(0))
-    _, params, statistics = split_model(model)
-    statistics["input_norm"] |= {"mean": jnp.float32(-6.5), "variance": jnp.float32(17)}
-    weights = {"params": params, "statistics": statistics}
-    checkpoint.write_parts(tmp_path / "run", {"weights": weights}, {"config": config.to_dict()})
+    sizes = {"width": 64, "heads": 4, "decoder_width": 64, "mlp_width": 96}
+    runs.write(tmp_path / "run", **sizes | changes)
     export(tmp_path / "run", tmp_path / "x.pt", encoder_only=encoder_only)
     expert = reference.expert(tmp_path / "x.pt")  # load_state_dict(strict=True)
     ours = pretrained.load(tmp_path / "run")
