@@ -24,6 +24,7 @@ _REWRITE = re.compile(
     r"/storage/v1/b/(?P<source>[^/]+)/o/(?P<name>[^/]+)"
     r"/rewriteTo/b/(?P<bucket>[^/]+)/o/(?P<target>[^/]+)"
 )
+_MOVE = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)/moveTo/o/(?P<target>[^/]+)")
 _UPLOAD = re.compile(r"/upload/storage/v1/b/(?P<bucket>[^/]+)/o")
 _TIME = "2026-01-01T00:00:00.000Z"
 
@@ -209,6 +210,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self, path: str, query: dict):
         if match := _REWRITE.fullmatch(path):
             return self._rewrite(match)
+        if match := _MOVE.fullmatch(path):
+            bucket, name = self._writable(match), unquote(match["name"])
+            moved = self.server.buckets[bucket].pop(name, None)
+            if moved is None:
+                raise _Failure(404, f"No such object: {bucket}/{name}")
+            return self._store(bucket, unquote(match["target"]), moved[0], {})
         match = _UPLOAD.fullmatch(path)
         if not match:
             raise _Failure(404, f"no such address: {path}")

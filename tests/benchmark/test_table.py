@@ -1,10 +1,11 @@
-"""What is said of rows whose numbers the test chose."""
+"""The table and the remarks, of rows whose numbers the test chose."""
 
 import numpy as np
 import pytest
 
 from maeast_jax.benchmark import table
-from maeast_jax.benchmark.cases import _FIELDS
+from maeast_jax.benchmark.cases import FIELDS
+from maeast_jax.runtime.terminal import si
 
 
 def row(model, batch=8, clips=2.0, memory=4e9, **changes):
@@ -17,7 +18,7 @@ def row(model, batch=8, clips=2.0, memory=4e9, **changes):
         "device": "cpu", "devices": 1, "fits": True, "input": "none", "recompiles": 0,
         "matrix_rate": 1.5e11,
     }  # fmt: skip
-    return dict.fromkeys(_FIELDS) | known | changes
+    return dict.fromkeys(FIELDS) | known | changes
 
 
 def unfit(model, batch):
@@ -29,7 +30,7 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_table_has_a_line_a_row_and_its_numbers():
+def test_the_table_has_a_line_per_row_with_its_numbers():
     rows = [row("mae_ast", clips=5.4321), unfit("ssast", 1024)]
     head, rule, *lines = table.table(rows).splitlines()
     assert set(cells(rule)) == {"---"} and len(lines) == 2
@@ -37,28 +38,28 @@ def test_the_table_has_a_line_a_row_and_its_numbers():
     assert first == {
         "model": "mae_ast", "tokens": "patch", "layers": "12", "batch": "8", "type": "float32",
         "frames": "1024", "clips/s": "5.43", "10 to 90 %": "4.89 to 6.79", "step, s": "1.47",
-        "GFLOP a clip": "86.4", "of the matrix rate": "46 %", "memory, GB": "4.00",
-        "compiled in, s": "31.4",
+        "GFLOP per clip": "86.4", "of the matrix rate": "46 %", "memory, GB": "4.00",
+        "compilation, s": "31.4",
     }  # fmt: skip
     assert (second["clips/s"], second["10 to 90 %"]) == ("-", "does not fit")
 
 
-def test_columns_of_the_input_and_the_devices_own_count_are_there_where_measured():
+def test_columns_of_the_input_and_of_the_devices_own_count_appear_if_measured():
     fed = row("mae_ast", input_clips_per_second=1925.0, together_clips_per_second=600.0)
     assert cells(table.table([fed]).splitlines()[-1])[-2:] == ["1,925", "600"]
     counted = row("mae_ast", device_peak_bytes=5e9)
     assert cells(table.table([counted]).splitlines()[-1])[-1] == "5.00"
 
 
-def test_a_dash_for_the_devices_own_count_is_explained():
+def test_a_dash_in_place_of_the_devices_own_count_is_explained():
     counted, hidden = row("mae_ast", device_peak_bytes=5e9), row("mae_ast", batch=4)
-    told = "memory by the device: a dash where an earlier row held as much"
+    told = "memory, device's count: a dash if an earlier row held as much"
     assert any(line.startswith(told) for line in table.remarks([counted, hidden]))
     for rows in ([counted], [hidden], [counted, unfit("ssast", 99)]):
         assert not any(line.startswith(told) for line in table.remarks(rows))
 
 
-def test_models_are_compared_at_equal_settings_alone():
+def test_models_are_compared_only_at_equal_settings():
     rows = [
         row("mae_ast", clips=5.4, memory=1.6e9),
         row("ssast", clips=2.0, memory=4e9),
@@ -76,7 +77,7 @@ def test_models_are_compared_at_equal_settings_alone():
     ]
 
 
-def test_frames_are_named_where_they_differ():
+def test_frames_are_named_if_they_differ():
     rows = [row(model, num_frames=n) for n in (512, 1024) for model in ("mae_ast", "ssast")]
     assert [line.split(":")[0] for line in table.comparisons(rows)] == [
         "12 layers, patch, batch 8, float32, 512 frames",
@@ -90,21 +91,21 @@ def test_remarks_name_the_devices_the_rates_and_what_a_search_found():
         row("mae_ast", 4, clips=4.0, memory=3e9), unfit("mae_ast", 8), unfit("ssast", 1),
     ]  # fmt: skip
     fastest = table.remarks(rows, "fastest")
-    assert fastest[:2] == ["1 x cpu", "matrix products in float32: 150 GFLOP/s"]
+    assert fastest[:2] == ["1 x cpu", f"matrix products in float32: {si(1.5e11, 'FLOP/s')}"]
     setting = "12 layers, patch, float32"
     assert fastest[2:] == [
-        f"mae_ast, {setting}: the fastest batch is 2, 5.00 clips/s, 2.00 GB",
+        f"mae_ast, {setting}: the fastest batch is 2, 5.00 clips/s, {si(2e9, 'B')}",
         f"ssast, {setting}: no batch fits",
     ]
     assert table.remarks(rows, "largest")[2] == (
-        f"mae_ast, {setting}: the largest batch is 4, 4.00 clips/s, 3.00 GB"
+        f"mae_ast, {setting}: the largest batch is 4, 4.00 clips/s, {si(3e9, 'B')}"
     )
     assert table.remarks(rows) == fastest[:2]
 
 
-def test_a_row_that_was_slowed_by_compiling_is_told():
+def test_a_row_that_a_compilation_slowed_down_is_counted():
     last = table.remarks([row("mae_ast", recompiles=2), row("ssast")])[-1]
-    assert last == "slowed by compiling while they were timed: 1 of 2"
+    assert last == "rows slowed by a compilation meanwhile: 1 of 2"
 
 
 BLUE, RED = (0x4C, 0x78, 0xA8), (0xE4, 0x57, 0x56)

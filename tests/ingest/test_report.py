@@ -1,5 +1,5 @@
 import importlib.util
-import json
+import pickle
 import re
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_the_next_command_names_splits_that_exist(splits, train, evaluation):
 
 
 def fields(command):
-    """{field of data: its value} of a command of fine-tuning."""
+    """Returns {field of data: its value} from a fine-tuning command."""
     return {
         match[1]: match[2]
         for match in re.finditer(r"--config\.data\.(?!dir)(\w+)=([^ ']+)", command or "")
@@ -51,7 +51,7 @@ def fields(command):
         (["test", "valid"], {"train": "farm@test", "valid": "farm"}),
     ],
 )
-def test_so_does_the_command_of_fine_tuning(splits, expected):
+def test_the_fine_tuning_command_names_splits_that_exist(splits, expected):
     command = report.finetune_command("farm", Path("my data"), splits)
     assert fields(command) == expected
     assert command.startswith(
@@ -107,11 +107,11 @@ def test_layouts_are_not_pretrained_on():
     assert next_steps("cow", folds[1:], "esc50") == "its splits: fold2, fold3, fold4, fold5"
 
 
-def test_tallies_add_up_also_by_way_of_json():
+def test_tallies_of_parts_add_up_also_when_pickled():
     files = [AudioFile(name, name, None, split) for name, split in
              [("a", "train"), ("b", "train"), ("c", "train"), ("d", "valid")]]  # fmt: skip
     samples = np.zeros(48_000, np.int16)
-    whole, first, second = (Tally(Listing(files, None)) for _ in range(3))
+    whole, first, second = Tally(), Tally(), Tally()
     for tally, file, decoded, lengths in (
         (first, files[0], samples, [32_000, 16_000]),
         (second, files[1], samples[:100], []),
@@ -126,5 +126,5 @@ def test_tallies_add_up_also_by_way_of_json():
     assert whole.samples == {"train": 48_000, "valid": 48_000}
     assert whole.unreadable == [("c", "not found")]
     assert whole.too_short == [("b", "0.01 s, shorter than --min_seconds")]
-    second.add_counts(json.loads(json.dumps(first.counts())))
+    second.merge(pickle.loads(pickle.dumps(first)))
     assert second == whole
