@@ -1,17 +1,18 @@
-"""Names and layouts, there and back, to the bit."""
+"""The authors' names and layouts to ours and back, to the bit."""
 
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from maeast_jax.interop import parameters
-from maeast_jax.model import ModelConfig, abstract_model, split_model
+from maeast_jax.model import abstract_model, split_model
 
-# What takes part in no result, and so has no place in our parameters.
+# Tensors that take part in no result, and so have no place in our parameters.
 IDLE = {"encoder_mask_emb", "layer_norm.weight", "layer_norm.bias"}
 
 
-def test_there_and_back_is_exact(golden):
+def test_a_conversion_to_ours_and_back_is_exact(golden):
     weights = golden["weights"]
     heads = golden["cfg"]["encoder_attention_heads"]
     back = parameters.tensors_of(
@@ -38,11 +39,9 @@ def test_queries_keys_and_values_are_not_exchanged(golden):
     [{}, {"decoder_width": 32}, {"decoder_projection": True}, {"decoder_layers": 0}],
     ids=str,
 )
-def test_the_tree_is_the_models(changes):
-    config = ModelConfig(
-        encoder_layers=2, decoder_layers=1, width=64, heads=2, mlp_width=32, decoder_width=64
-    )
-    config = ModelConfig(**{**vars(config), **changes})
+def test_the_tree_is_that_of_the_model(changes):
+    sizes = {"encoder_layers": 2, "decoder_layers": 1, "width": 64, "heads": 2, "mlp_width": 32}
+    config = tiny.model_config(**sizes | {"decoder_width": 64} | changes)
     _, params, statistics = split_model(abstract_model(config))
     shapes = jax.eval_shape(parameters.tensors_of, params, statistics)
     tensors = {name: np.zeros(t.shape, t.dtype) for name, t in shapes.items()}
