@@ -152,7 +152,9 @@ class Pretraining:
         if weights is None:
             return state
         if weights.config.is_encoder_only:
-            print(f"{weights.path} has no decoder: the decoder starts from initial values", flush=True)
+            print(
+                f"{weights.path} has no decoder: the decoder starts from initial values", flush=True
+            )
         params, statistics = weights.read_weights()
         loaded = {"params": {**state.params, **params}, "statistics": statistics}
         places = {name: getattr(self._shardings, name) for name in loaded}
