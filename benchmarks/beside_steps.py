@@ -139,7 +139,6 @@ def build_ours(
     if keeps_freed:
         memory.share_heap()
     from maeast_jax import config as configuration
-    from maeast_jax.data import pipeline
     from maeast_jax.model import masking
     from maeast_jax.training import pretraining as run
     from maeast_jax.training.programs import Programs
@@ -155,7 +154,7 @@ def build_ours(
     config.mesh.data = 1
     checked = run.check_run(config, workdir, batches=[])
     if from_audio:
-        synthetic = pipeline.DataConfig(source="synthetic")
+        synthetic = dataclasses.replace(checked.data, source="synthetic")
         host = next(run.train_stream(dataclasses.replace(checked, data=synthetic, batches=None)))
     else:
         # As data.fbank=host, without the data set and TensorFlow that it would open.

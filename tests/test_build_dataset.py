@@ -7,11 +7,11 @@ import pytest
 from recordings import digests, noise, records, write_wav
 
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset, decode_pool
+from maeast_jax.data import audio, dataset
 from maeast_jax.ingest import sources
 
 pytest.importorskip("tensorflow_datasets")
-decode = decode_pool._decode
+decode = audio._decode
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +111,12 @@ def test_a_manifest_with_labels_splits_and_files_that_fail(tmp_path, capsys):
 
 
 def decode_or_die(path):
-    """What a process runs in place of `decode_pool._decode`."""
+    """What a process runs in place of `audio._decode`."""
     return os._exit(1) if path.endswith("cow/4.wav") else decode(path)
 
 
 def test_a_file_that_kills_its_decoder_is_skipped(farm, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(decode_pool, "_decode", decode_or_die)
+    monkeypatch.setattr(audio, "_decode", decode_or_die)
     directory = build(audio_dir=farm, data_dir=tmp_path, name="farm", valid_percent=0,
                       max_skipped_percent=10, num_processes=2)  # fmt: skip
     assert set(records(tmp_path, "train")) == {

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from maeast_jax import config as configuration
-from maeast_jax.data import DataConfig
 from maeast_jax.finetuning import step
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.run import FeaturesConfig
@@ -119,7 +118,6 @@ def test_the_typed_sections_have_the_same_defaults():
     assert ModelConfig(**sections["model"]) == ModelConfig(dtype="bfloat16", unroll=True)
     assert OptimizerConfig(**sections["optimizer"]) == OptimizerConfig()
     assert LossConfig(**sections["loss"]) == LossConfig()
-    assert DataConfig(**sections["data"]) == DataConfig()
 
 
 def test_the_typed_sections_of_fine_tuning_have_the_same_defaults():

@@ -4,6 +4,7 @@ ARG is the folder of the data set `sounds` that the test built.
 """
 
 from maeast_jax import config as configuration
+from maeast_jax.data import DataConfig
 from maeast_jax.model import ModelConfig
 
 
@@ -11,6 +12,11 @@ def model_config(**changes) -> ModelConfig:
     """The paper's model in float32, its layers in a scan, with `changes`."""
     fields = configuration.pretrain().model.to_dict()
     return ModelConfig(**(fields | {"dtype": "float32", "unroll": False} | changes))
+
+
+def data_config(**changes) -> DataConfig:
+    """The `data` section of pretraining with `changes`."""
+    return DataConfig(**(configuration.pretrain().data.to_dict() | changes))
 
 
 def get_config(data_dir: str = ""):

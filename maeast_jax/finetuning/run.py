@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax.data import Labelled, labelled, mixture, pipeline
+from maeast_jax.data import Labelled, labelled, mixture
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.length import fold_length
 from maeast_jax.finetuning.step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
@@ -209,7 +209,6 @@ def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:
 
 
 def _open(config: ConfigDict) -> Sequence[Sets]:
-    pipeline.prepare_tensorflow()
     section = config.data
     if not section.train:
         raise ValueError("data.train is empty: name a labelled data set (docs/finetuning.md)")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
 from maeast_jax.checkpoint import newest_step
-from maeast_jax.data import Clips
+from maeast_jax.data import Clips, prepare_tensorflow
 from maeast_jax.data import pipeline as data
 from maeast_jax.evaluation import KnnEval, open_knn
 from maeast_jax.inference import Pretrained, pretrained
@@ -171,7 +171,7 @@ def eval_stream(run: Run) -> Iterator[Batch]:
 
 def _open_knn(config: ConfigDict, data_config: data.DataConfig) -> KnnEval:
     try:
-        data.prepare_tensorflow()
+        prepare_tensorflow()
     except ValueError as error:
         raise ValueError(f"eval.knn={config.eval.knn!r}: {error}") from error
     rate = data_config.sample_rate_hz or None

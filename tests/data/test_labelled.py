@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 
-from maeast_jax.data import labelled, labelled_batches, writer
+from maeast_jax.data import labelled, writer
 from maeast_jax.data.dataset import DataError
 from maeast_jax.data.mixture import Clips
 
@@ -98,9 +98,10 @@ class Records(list):
 def test_a_label_that_is_no_class_is_an_error_that_names_its_clip(data_dir, label):
     animals = open_one(data_dir)
     (split,) = animals.clips.splits
-    records = Records(split.records.read(range(len(split))))
+    records = Records(map(split.decode, split.records.read(range(len(split)))))
     records[4]["label"] = label
-    clips = Clips((dataclasses.replace(split, records=records),), None)
+    decoded = dataclasses.replace(split, records=records, decode=lambda record: record)
+    clips = Clips((decoded,), None)
     name = records[4]["id"].decode()
     broken = dataclasses.replace(animals, clips=clips)
     assert len(broken.read(np.array([3]))) == 1
@@ -108,26 +109,24 @@ def test_a_label_that_is_no_class_is_an_error_that_names_its_clip(data_dir, labe
         labelled.read_classes(broken)
 
 
-def test_every_epoch_holds_each_clip_once_in_an_order_of_its_own(data_dir):
-    animals = open_one(data_dir)
-    stream = np.concatenate(
-        [labelled_batches.train_index(animals, step, 4, seed=3) for step in range(11)]
-    )
+def test_every_epoch_holds_each_clip_once_in_its_own_order():
+    index = labelled.train_index(11, 4, seed=3)
+    stream = np.concatenate([index(step) for step in range(11)])
     epochs = stream.reshape(4, 11)
     for epoch in epochs:
         assert sorted(epoch) == list(range(11))
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    again = labelled_batches.train_index(animals, 7, 4, seed=3)
+    again = labelled.train_index(11, 4, seed=3)(7)
     np.testing.assert_array_equal(again, stream[28:32])
-    assert np.any(labelled_batches.train_index(animals, 7, 4, seed=4) != again)
+    assert np.any(labelled.train_index(11, 4, seed=4)(7) != again)
 
 
-def test_rare_classes_are_drawn_as_often_as_common_ones(data_dir):
-    animals = open_one(data_dir).subset(np.array([0, 1, 2, 3, 4, 5, 6]))
+def test_rare_classes_are_drawn_as_often_as_common_ones():
     classes = [np.array([0])] * 5 + [np.array([1]), np.array([1, 2])]
     chances = labelled.rarity(classes, 3)
     np.testing.assert_allclose(chances * 3, [0.2] * 5 + [0.5, 1.5])
-    drawn = [labelled_batches.train_index(animals, step, 7, 0, chances) for step in range(1000)]
+    index = labelled.train_index(7, 7, 0, chances)
+    drawn = [index(step) for step in range(1000)]
     shares = np.bincount(np.concatenate(drawn), minlength=7) / 7000
     np.testing.assert_allclose(shares, chances, atol=0.02)
 
@@ -151,12 +150,8 @@ def test_a_share_that_is_held_out_leaves_every_class_a_clip(percent, counts):
 
 def test_batches_resume_at_any_step(data_dir):
     options = {"seed": 0, "batch_size": 4, "num_frames": 20, "max_frames": 64, "threads": 2}
-    whole = list(
-        labelled_batches.train_batches(open_one(data_dir), start_step=0, total_steps=8, **options)
-    )
-    rest = list(
-        labelled_batches.train_batches(open_one(data_dir), start_step=5, total_steps=8, **options)
-    )
+    whole = list(labelled.train_batches(open_one(data_dir), start_step=0, total_steps=8, **options))
+    rest = list(labelled.train_batches(open_one(data_dir), start_step=5, total_steps=8, **options))
     assert (len(whole), len(rest)) == (8, 3)
     for a, b in zip(whole[5:], rest, strict=True):
         for name, values in a.items():
@@ -165,7 +160,7 @@ def test_batches_resume_at_any_step(data_dir):
 
 def test_fixed_lengths_cut_and_pad(data_dir):
     (batch,) = itertools.islice(
-        labelled_batches.train_batches(
+        labelled.train_batches(
             open_one(data_dir), seed=0, batch_size=11, start_step=0, total_steps=1,
             num_frames=10, max_frames=64,
         ), 1,
@@ -177,22 +172,19 @@ def test_fixed_lengths_cut_and_pad(data_dir):
 
 def test_own_lengths_are_padded_to_few_shapes_and_masked():
     lengths = [120, 500, 2_000, 9_000]
-    batch = labelled_batches.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
+    batch = labelled.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
     assert batch["audio"].shape == (4, 400 + 63 * 160)
     np.testing.assert_array_equal(batch["num_samples"], [400, 500, 2_000, 9_000])
     np.testing.assert_array_equal(batch["audio"].sum(axis=1), lengths)
     shapes = {
-        labelled_batches.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape
-        for n in range(1, 10_480, 37)
+        labelled.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape for n in range(1, 10_480, 37)
     }
     assert len(shapes) <= 9
 
 
 def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):
     held_out = labelled.open_labelled("animals", "valid", data_dir)
-    batches = list(
-        labelled_batches.eval_batches(held_out, batch_size=3, num_frames=4, max_frames=64)
-    )
+    batches = list(labelled.eval_batches(held_out, batch_size=3, num_frames=4, max_frames=64))
     assert [len(real) for _, real in batches] == [3, 2]
     assert all(batch["audio"].shape == (3, 880) for batch, _ in batches)
     everything = wanted(5, 1)
@@ -208,26 +200,24 @@ def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):
 
 def test_every_thread_has_a_batch_to_read(data_dir, monkeypatch):
     together = threading.Barrier(6, timeout=10)
-    pad = labelled_batches.pad
+    pad = labelled.pad
 
     def wait_and_pad(*given):
         together.wait()
         return pad(*given)
 
-    monkeypatch.setattr(labelled_batches, "pad", wait_and_pad)
+    monkeypatch.setattr(labelled, "pad", wait_and_pad)
     options = {"seed": 0, "batch_size": 2, "num_frames": 4, "max_frames": 4, "threads": 6}
-    batches = labelled_batches.train_batches(
-        open_one(data_dir), start_step=0, total_steps=6, **options
-    )
+    batches = labelled.train_batches(open_one(data_dir), start_step=0, total_steps=6, **options)
     assert len(list(batches)) == 6
 
 
 def test_what_reading_raises_comes_out(data_dir, monkeypatch):
     animals = open_one(data_dir)
-    monkeypatch.setattr(labelled_batches, "pad", lambda *_: 1 / 0)
+    monkeypatch.setattr(labelled, "pad", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(
-            labelled_batches.train_batches(
+            labelled.train_batches(
                 animals, seed=0, batch_size=2, start_step=0, total_steps=2, num_frames=4,
                 max_frames=4,
             )
@@ -265,5 +255,5 @@ def test_what_is_embedded_is_let_go_of(data_dir, monkeypatch):
 def test_classes_are_read_without_the_samples(data_dir, monkeypatch):
     found = open_one(data_dir)
     wanted = [clip.classes for clip in labelled.each(found)]
-    monkeypatch.setattr(labelled.data, "samples_of", None)
+    monkeypatch.setattr(labelled.pipeline, "samples_of", None)
     np.testing.assert_array_equal(labelled.read_classes(found), wanted)

@@ -10,7 +10,7 @@ import pytest
 from recordings import digests, records, write_wav
 
 from maeast_jax.build_dataset import build
-from maeast_jax.data import dataset, decode_pool, staging
+from maeast_jax.data import audio, dataset, staging
 from maeast_jax.ingest import beam, beam_runner, shard_file, shard_plan, sources
 from maeast_jax.ingest.examples import Cut
 
@@ -18,7 +18,7 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("apache_beam")
 
 HERE = "direct_running_mode=in_memory"  # where what a test puts in place of a function is seen
-decode = decode_pool._decode
+decode = audio._decode
 write_shard = shard_file.write_shard
 
 
@@ -103,7 +103,7 @@ def test_a_shard_that_is_done_is_not_built_again(farm, tmp_path):
     )
     plan.open()
     task = str(plan.shards[0].task_path)
-    with decode_pool.DecodePool(1) as pool:
+    with audio.DecodePool(1) as pool:
         beam.build_shard(task, pool)
     before = os.stat(plan.shards[0].path)
     beam.build_shard(task, None)  # as a runner may that loses sight of a worker
@@ -206,12 +206,12 @@ def test_an_existing_set_is_replaced_on_demand(farm, tmp_path):
 
 
 def decode_or_die(path):
-    """What a pool's process runs in place of `decode_pool._decode`."""
+    """What a pool's process runs in place of `audio._decode`."""
     return os._exit(1) if path.endswith("cow/4.wav") else decode(path)
 
 
 def test_a_file_that_kills_its_decoder_is_skipped(farm, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(decode_pool, "_decode", decode_or_die)
+    monkeypatch.setattr(audio, "_decode", decode_or_die)
     directory = build_list(farm, tmp_path, max_skipped_percent=15)
     assert "cow/4.wav" not in records(tmp_path, "train")
     assert len(records(tmp_path, "train")) == 9

@@ -1,6 +1,9 @@
+"""Opening TFDS data sets and reading their records: the right ones, in order, in few reads."""
+
 import concurrent.futures
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,15 +56,6 @@ def test_records_come_in_the_order_asked_for(data_dir):
     asked = np.array([7, 0, 19, 7, 3])
     assert [record["id"] for record in split.read(asked)] == [in_order[index] for index in asked]
     assert split.read([]) == []
-
-
-def test_reading_from_several_threads(data_dir):
-    split = dataset.open_split("birds", "train", data_dir)
-    in_order = [record["id"] for record in split.read(range(20))]
-    batches = [np.random.default_rng(seed).integers(0, 20, 8) for seed in range(40)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for batch, records in zip(batches, pool.map(split.read, batches), strict=True):
-            assert [record["id"] for record in records] == [in_order[index] for index in batch]
 
 
 def test_plain_tfds_opens_it(data_dir):
@@ -255,8 +249,8 @@ def test_a_tfds_audio_feature_among_others(tmp_path):
     (read,) = split.read([0])
     assert read["audio"].tolist() == [1, -2, 3]
     assert (read["label"], read["id"]) == (None, None)
-    # The picture would otherwise be decoded, only to be dropped.
-    assert isinstance(split.records.read([0])[0]["picture"], bytes)
+    # Nobody reads the picture, so it stays encoded.
+    assert isinstance(split.decode(split.records.read([0])[0])["picture"], bytes)
 
 
 def test_speech_commands_of_tfds_own_catalogue(tmp_path, monkeypatch):
@@ -333,3 +327,89 @@ def test_tfrecord_of_no_catalogue_is_refused_with_a_conversion(data_dir, tmp_pat
     message = error_of(directory, "train")
     assert "convert it in place" in message
     assert f"convert_dataset(None, 'array_record', None, None, [Path('{directory}')])" in message
+
+
+# --- records of several files -----------------------------------------------------------------
+
+SIZES = 40, 1, 25
+PARTS = ((3, 30), (0, 1), (5, 20))  # skip and take of each file
+
+
+def record(file, number):
+    """300 to 400 kB, as of ten seconds, of random bytes, which no compression makes smaller."""
+    random = np.random.default_rng((file, number))
+    return random.bytes(int(random.integers(300_000, 400_000)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    array_record = pytest.importorskip("array_record.python.array_record_module")
+    folder = tmp_path_factory.mktemp("records")
+    for file, size in enumerate(SIZES):
+        writer = array_record.ArrayRecordWriter(str(folder / str(file)), "group_size:1")
+        for number in range(size):
+            writer.write(record(file, number))
+        writer.close()
+    return [
+        types.SimpleNamespace(filename=folder / str(file), skip=skip, take=take)
+        for file, (skip, take) in enumerate(PARTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return [
+        record(file, skip + number)
+        for file, (skip, take) in enumerate(PARTS)
+        for number in range(take)
+    ]
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        range(51), range(50, -1, -1), [50], [29, 30, 31], [30, 30], [7, 0, 50, 7, 8, 31, 30, 29],
+        np.array([], int),
+    ],
+)  # fmt: skip
+def test_records_of_all_files_in_the_order_asked_for(files, wanted, indices):
+    records = dataset.Records(files)
+    assert len(records) == 51
+    assert records.read(indices) == [wanted[index] for index in indices]
+
+
+def test_threads_share_the_files(files, wanted):
+    records = dataset.Records(files)
+    orders = [np.random.default_rng(seed).permutation(51)[:20] for seed in range(15)]
+    orders += [np.arange(start, start + 20) for start in range(15)]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for order, got in zip(orders, threads.map(records.read, orders), strict=True):
+            assert got == [wanted[index] for index in order]
+
+
+@pytest.mark.parametrize("indices", [[0, 51], [-1]])
+def test_an_unknown_number_is_an_error(files, indices):
+    with pytest.raises(IndexError, match="of 51"):
+        dataset.Records(files).read(indices)
+
+
+def test_neighbours_are_one_read(files):
+    """As the system counts reads; reading the count is one read itself."""
+    count = Path("/proc/self/io")
+    if not count.exists():
+        pytest.skip("the system does not count reads")
+
+    def reads():
+        return int(count.read_text().split("syscr:")[1].split()[0])
+
+    def taken(indices):
+        before = reads()
+        records.read(indices)
+        between = reads()
+        return between - before - (reads() - between)
+
+    records = dataset.Records(files)
+    records.read([0, 30, 31])  # opens the files
+    blocks = [*range(2, 10), *range(12, 20), *range(33, 41), *range(42, 50)]
+    assert taken(blocks) == 4
+    assert taken(range(1, 51, 3)) == 17

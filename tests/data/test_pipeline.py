@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import tiny
 
 from maeast_jax import fbank
 from maeast_jax.data import dataset, demo_corpus, pipeline, writer
 from maeast_jax.data.mixture import Clips
-from maeast_jax.data.pipeline import DataConfig
 
 FRAMES = 16
 SAMPLES = fbank.num_samples(FRAMES)
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **fields):
-    return DataConfig(dir=str(folder), train="ramps", eval="ramps", threads=2, **fields)
+    return tiny.data_config(dir=str(folder), train="ramps", eval="ramps", threads=2, **fields)
 
 
 def share(process, processes, batch_size=4):
@@ -130,7 +130,7 @@ def test_evaluation_on_two_processes_has_full_batches_on_both(folder):
 
 
 def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
-    settings = DataConfig(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
+    settings = tiny.data_config(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
     clips = pipeline.open_eval(settings)
     (batch,) = pipeline.eval_batches(
         settings, clips, seed=0, batch_size=12, num_frames=FRAMES, max_clips=9
@@ -142,7 +142,9 @@ def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
 
 def test_weights_have_no_place_in_evaluation(folder):
     with pytest.raises(ValueError, match="has weights, but every clip counts once"):
-        pipeline.open_eval(DataConfig(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5"))
+        pipeline.open_eval(
+            tiny.data_config(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5")
+        )
 
 
 def test_host_fbank_is_the_devices(folder):
@@ -159,7 +161,7 @@ def test_host_fbank_is_the_same_for_any_number_of_processes(folder):
 
 
 def test_mixtures_read_from_several_sets(folder):
-    settings = DataConfig(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
+    settings = tiny.data_config(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
     clips = pipeline.open_train(settings)
     batches = pipeline.train_batches(
         settings, clips, seed=0, batch_size=100, num_frames=FRAMES, start_step=0, total_steps=4
@@ -169,7 +171,7 @@ def test_mixtures_read_from_several_sets(folder):
 
 
 def test_synthetic_noise_is_a_function_of_seed_and_position():
-    settings = DataConfig(source="synthetic")
+    settings = tiny.data_config(source="synthetic")
 
     def noise(start, rows=None, seed=0):
         return next(
@@ -191,7 +193,7 @@ def test_synthetic_noise_is_a_function_of_seed_and_position():
 def test_synthetic_noise_is_drawn_once_for_all_steps(monkeypatch):
     """An accelerator takes thousands of clips a second, drawing one takes a millisecond."""
     common = {"seed": 0, "batch_size": 4, "num_frames": FRAMES}
-    settings = DataConfig(source="synthetic")
+    settings = tiny.data_config(source="synthetic")
     train = pipeline.train_batches(settings, None, start_step=0, total_steps=3, **common)
     held_out = pipeline.eval_batches(settings, None, max_clips=6, rows=np.array([2, 3]), **common)
     for stream in (train, held_out):
@@ -255,7 +257,7 @@ def test_a_clip_that_is_none_is_named(stored, message):
 
 def test_a_clip_that_is_none_stops_the_stream_with_its_own_message():
     batches = pipeline.train_batches(
-        DataConfig(train="hollow", threads=1), Clips((Hollow(np.zeros(0, np.int64)),), None),
+        tiny.data_config(train="hollow", threads=1), Clips((Hollow(np.zeros(0, np.int64)),), None),
         seed=0, batch_size=1, num_frames=FRAMES, start_step=0, total_steps=1,
     )  # fmt: skip
     with pytest.raises(dataset.DataError, match="holds no samples"):
@@ -272,14 +274,14 @@ def test_a_clip_that_is_none_stops_the_stream_with_its_own_message():
 )
 def test_fields_that_contradict_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        DataConfig(**fields)
+        tiny.data_config(**fields)
 
 
 def test_the_embedded_corpus_is_built_once_and_named_in_no_config(tmp_path, monkeypatch):
     built = []
     real = writer.write
     monkeypatch.setattr(writer, "write", lambda *a, **k: built.append(a[0]) or real(*a, **k))
-    settings = DataConfig(dir=str(tmp_path))
+    settings = tiny.data_config(dir=str(tmp_path))
     assert settings.is_demo and settings.has_eval
     assert len(pipeline.open_train(settings)) == 900
     assert len(pipeline.open_eval(settings)) == 100
