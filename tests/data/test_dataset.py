@@ -20,14 +20,14 @@ def clip(index):
     return np.random.default_rng(index).integers(-32768, 32768, 100 + index).astype(np.int16)
 
 
-def examples(start, stop, labelled=True):
+def examples(start, stop):
     for index in range(start, stop):
-        yield f"clip{index}", clip(index), LABELS[index % 2] if labelled else None
+        yield f"clip{index}", clip(index), LABELS[index % 2]
 
 
-def write(data_dir, name="birds", **kwargs):
+def write(data_dir):
     splits = {"train": lambda: examples(0, 20), "valid": lambda: examples(20, 23)}
-    return writer.write(name, data_dir, splits, **{"label_names": LABELS, **kwargs})
+    return writer.write("birds", data_dir, splits, label_names=LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def data_dir(tmp_path_factory):
     return directory
 
 
-def test_what_is_read_is_what_was_written(data_dir):
+def test_reading_returns_the_clips_that_were_written(data_dir):
     split = dataset.open_split("birds", "train", data_dir)
     assert (len(split), split.sample_rate_hz, split.label_names) == (20, 16_000, ("zebra", "ant"))
     records = {record["id"]: record for record in split.read(range(20))}
@@ -50,11 +50,17 @@ def test_what_is_read_is_what_was_written(data_dir):
     assert len(dataset.open_split("birds", "valid", data_dir)) == 3
 
 
-def test_records_come_in_the_order_asked_for(data_dir):
+def ids(split, indices=None):
+    return [
+        record["id"] for record in split.read(range(len(split)) if indices is None else indices)
+    ]
+
+
+def test_clips_come_in_the_order_asked_for(data_dir):
     split = dataset.open_split("birds", "train", data_dir)
-    in_order = [record["id"] for record in split.read(range(20))]
+    in_order = ids(split)
     asked = np.array([7, 0, 19, 7, 3])
-    assert [record["id"] for record in split.read(asked)] == [in_order[index] for index in asked]
+    assert ids(split, asked) == [in_order[index] for index in asked]
     assert split.read([]) == []
 
 
@@ -68,11 +74,8 @@ def test_plain_tfds_opens_it(data_dir):
 
 
 def test_slices_and_sums_of_splits(data_dir):
-    whole = [
-        record["id"] for record in dataset.open_split("birds", "train", data_dir).read(range(20))
-    ]
-    part = dataset.open_split("birds", "train[50%:]", data_dir)
-    assert [record["id"] for record in part.read(range(len(part)))] == whole[10:]
+    whole = ids(dataset.open_split("birds", "train", data_dir))
+    assert ids(dataset.open_split("birds", "train[50%:]", data_dir)) == whole[10:]
     assert len(dataset.open_split("birds", "train[:5]+valid", data_dir)) == 8
 
 
@@ -96,13 +99,6 @@ def test_the_default_directory_is_tfds_own(data_dir, tmp_path, monkeypatch):
     assert len(dataset.open_split("birds", "train")) == 20
 
 
-def test_without_labels(tmp_path):
-    writer.write("plain", tmp_path, {"train": lambda: examples(0, 3, labelled=False)})
-    split = dataset.open_split("plain", "train", tmp_path)
-    assert split.label_names is None
-    assert [record["label"] for record in split.read([0, 1, 2])] == [None] * 3
-
-
 def test_several_labels(tmp_path):
     label = tfds.features.ClassLabel(names=LABELS)
     features = {
@@ -117,7 +113,7 @@ def test_several_labels(tmp_path):
     assert record["label"].tolist() == [1, 0]
 
 
-def test_labels_that_are_no_classes(tmp_path):
+def test_labels_that_are_not_classes_are_left_out(tmp_path):
     features = {
         "audio": tfds.features.Audio(sample_rate=8000),
         "label": tfds.features.Text(),
@@ -145,7 +141,7 @@ def test_the_newest_version_is_opened_and_others_by_name(data_dir, tmp_path):
         dataset.open_split("birds:1.0.0", "train", tmp_path)
 
 
-# --- what does not open ----------------------------------------------------------------------
+# --- sets that do not open ---------------------------------------------------------------------
 
 
 def error_of(*args, kind=dataset.DataError, **kwargs):
@@ -156,7 +152,7 @@ def error_of(*args, kind=dataset.DataError, **kwargs):
     return message
 
 
-def test_not_there_says_what_is_and_how_to_make_it(data_dir, tmp_path):
+def test_an_unknown_name_is_answered_with_known_ones_and_a_remedy(data_dir, tmp_path):
     message = error_of("bird", "train", data_dir, kind=dataset.NotPreparedError)
     assert "no data set 'bird'" in message
     assert "which holds birds:" in message
@@ -179,13 +175,13 @@ def test_not_there_says_what_is_and_how_to_make_it(data_dir, tmp_path):
         ("train[50:]", "incompatible with 20 examples"),
     ],
 )
-def test_bad_splits_say_which_there_are(data_dir, split, pattern):
+def test_an_unknown_split_is_answered_with_the_known_ones(data_dir, split, pattern):
     message = error_of("birds", split, data_dir)
     assert pattern in message
     assert "train (20), valid (3)" in message
 
 
-def test_a_lost_shard(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     (shard,) = write(tmp_path).glob("*train*")
     shard.unlink()
     assert f"shard {shard} of birds/1.0.0 is missing" in error_of("birds", "train", tmp_path)
@@ -193,7 +189,7 @@ def test_a_lost_shard(tmp_path):
 
 
 def prepare(name, features, records, data_dir, file_format="array_record", configs=()):
-    """A data set of TFDS' own making, in its catalogue."""
+    """Writes a data set by a builder in TFDS' catalogue, as other people's are."""
 
     def info(self):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))

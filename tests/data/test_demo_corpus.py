@@ -9,22 +9,22 @@ import pytest
 
 from maeast_jax.data import demo_corpus
 
-CLIPS_A_FAMILY = 24
+CLIPS_PER_FAMILY = 24
 
 
 @pytest.fixture(scope="module")
 def clips():
-    """[families, CLIPS_A_FAMILY] clips of the train split."""
+    """[families, CLIPS_PER_FAMILY] clips of the train split."""
     return np.array(
         [
-            [demo_corpus.clip(family, index) for index in range(CLIPS_A_FAMILY)]
+            [demo_corpus.clip(family, index) for index in range(CLIPS_PER_FAMILY)]
             for family in demo_corpus.FAMILIES
         ]
     )
 
 
 def features(clip):
-    """Of the log energy in some 25 bands: level, spread and change over time, and flatness."""
+    """The log energy in some 25 bands: level, spread and change over time, and flatness."""
     frames = np.lib.stride_tricks.sliding_window_view(clip / 32_768, 512)[::256]
     energy = np.abs(np.fft.rfft(frames * np.hanning(512)))[:, 1:] ** 2 + 1e-7
     edges = np.unique(np.geomspace(1, 257, 33).astype(int)) - 1
@@ -42,7 +42,7 @@ def test_clips_have_the_stated_form(clips):
     assert clips.shape[-1] == 2.5 * 16_000 == demo_corpus.CLIP_SECONDS * demo_corpus.SAMPLE_RATE_HZ
 
 
-def test_a_clip_does_not_depend_on_what_was_made_before_it(clips):
+def test_a_clip_does_not_depend_on_earlier_clips(clips):
     for family, index in ((9, 3), (0, 23), (4, 0), (0, 1)):
         again = demo_corpus.clip(demo_corpus.FAMILIES[family], index)
         np.testing.assert_array_equal(again, clips[family, index])
@@ -81,7 +81,7 @@ def test_clips_of_a_family_differ(clips):
         assert distance[~np.eye(len(rows), dtype=bool)].min() > 0.1
 
 
-def test_families_can_be_told_apart(clips):
+def test_families_differ_enough_to_be_classified(clips):
     train = np.array([[features(clip) for clip in family] for family in clips])
     valid = np.array(
         [
