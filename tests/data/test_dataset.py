@@ -249,50 +249,28 @@ def test_a_tfds_audio_feature_among_others(tmp_path):
     assert isinstance(split.decode(split.records.read([0])[0])["picture"], bytes)
 
 
-def test_speech_commands_of_tfds_own_catalogue(tmp_path, monkeypatch):
-    builder = tfds.builder("speech_commands", data_dir=tmp_path, file_format="array_record")
-    record = {"audio": clip(0), "label": "_silence_"}
-    # Its features, without its download.
-    generators = {"validation": iter([("a", record)])}
-    monkeypatch.setattr(type(builder), "_split_generators", lambda self, manager: generators)
-    builder.download_and_prepare()
-    split = dataset.open_split("speech_commands", "validation", tmp_path)
-    assert (split.sample_rate_hz, len(split.label_names), split.has_id) == (16_000, 12, False)
-    (read,) = split.read([0])
-    np.testing.assert_array_equal(read["audio"], clip(0))
-    assert split.label_names[read["label"]] == "_silence_"
-
-
-def test_float_audio_with_two_channels(tmp_path):
-    features = {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
+def test_an_unknown_sample_rate_names_its_field(tmp_path, data_dir):
+    features = audio_of() | {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
     stereo = np.array([[0.5, -0.5], [0.25, 1.0]], np.float32)
-    prepare("stereo", features, [{"audio": stereo}], tmp_path)
-    split = dataset.open_split("stereo", "train", tmp_path, sample_rate_hz=22_050)
-    np.testing.assert_array_equal(split.read([0])[0]["audio"], stereo)
-    assert split.sample_rate_hz == 22_050
-
-
-def test_an_unknown_sample_rate_names_its_field(tmp_path):
-    prepare("rateless", audio_of(), [RECORD], tmp_path)
+    prepare("rateless", features, [{"audio": stereo, "label": 2}], tmp_path)
     assert "set data.sample_rate_hz" in error_of("rateless", "train", tmp_path)
     split = dataset.open_split("rateless", "train", tmp_path, sample_rate_hz=44_100)
-    assert split.sample_rate_hz == 44_100
-    assert split.label_names == ("0", "1", "2")
-    assert split.read([0])[0]["label"] == 2
+    assert (split.sample_rate_hz, split.label_names) == (44_100, ("0", "1", "2"))
+    (read,) = split.read([0])
+    np.testing.assert_array_equal(read["audio"], stereo)
+    assert read["label"] == 2
+    # A set that states its rate keeps it.
+    stated = dataset.open_split("birds", "train", data_dir, sample_rate_hz=8000)
+    assert stated.sample_rate_hz == 16_000
 
 
-def test_a_set_that_states_its_rate_keeps_it_beside_one_that_does_not(data_dir):
-    split = dataset.open_split("birds", "train", data_dir, sample_rate_hz=8000)
-    assert split.sample_rate_hz == 16_000
-
-
-def test_no_audio(tmp_path):
+def test_a_set_without_audio_is_refused(tmp_path):
     features = {"audio": tfds.features.Text(), "speech": np.int64}
     prepare("silent", features, [{"audio": "a", "speech": 1}], tmp_path)
     assert "its features are audio, speech" in error_of("silent", "train", tmp_path)
 
 
-def test_configs(tmp_path):
+def test_a_config_must_be_named(tmp_path):
     prepare("many", audio_of(sample_rate=8000), [RECORD], tmp_path, configs=("clean", "other"))
     message = error_of("many", "train", tmp_path)
     assert "configs clean, other: name one, e.g. many/clean" in message
@@ -310,7 +288,7 @@ def test_tfrecord_is_refused_with_a_line_that_works(tmp_path, config):
     assert "is prepared as tfrecord" in message
     other = tmp_path / "array_record"
     assert f"set data.dir={other}" in message
-    # The command itself, but here, where TFDS' catalogue knows the data set.
+    # The command runs in this process, where TFDS' catalogue knows the data set.
     exec(message.split('python -c "')[1].rstrip('"'))
     assert len(dataset.open_split(f"{name}/{config}".strip("/"), "train", other)) == 3
 

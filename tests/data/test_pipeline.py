@@ -194,7 +194,7 @@ def test_synthetic_noise_is_a_function_of_seed_and_position():
 
 
 def test_synthetic_noise_is_drawn_once_for_all_steps(monkeypatch):
-    """An accelerator takes thousands of clips a second, drawing one takes a millisecond."""
+    """An accelerator takes thousands of clips per second; drawing one takes a millisecond."""
     common = {"seed": 0, "batch_size": 4, "num_frames": FRAMES}
     settings = tiny.data_config(source="synthetic")
     train = pipeline.train_batches(settings, None, start_step=0, total_steps=3, **common)
