@@ -26,6 +26,7 @@ SAMPLE_RATE_HZ = 16_000
 FRAME_LENGTH = 400  # samples: 25 ms
 FRAME_SHIFT = 160  # samples: 10 ms
 NUM_MEL_BANDS = 128
+LOWEST_HZ = 20.0  # lower edge of band 0
 
 # Kaldi's default window, "povey": a symmetric Hann window to this power.
 _WINDOW_POWER = 0.85
@@ -33,7 +34,6 @@ _WINDOW_POWER = 0.85
 _FFT_LENGTH = 512
 _NUM_BINS = _FFT_LENGTH // 2  # Kaldi's mel bands leave out the bin at the Nyquist frequency
 _PRE_EMPHASIS = 0.97
-_LOWEST_HZ = 20.0
 _HOP = math.gcd(FRAME_LENGTH, FRAME_SHIFT)  # samples; divides a frame's length and shift
 _ENERGY_FLOOR = np.finfo(np.float32).eps
 
@@ -248,7 +248,7 @@ def _spectrum_matrix() -> np.ndarray:
 
 def _mel_matrix() -> np.ndarray:
     """float64 [256, 128]: triangles of height 1 and equal width on Kaldi's mel scale."""
-    edges_mel = np.linspace(_mel(_LOWEST_HZ), _mel(SAMPLE_RATE_HZ / 2), NUM_MEL_BANDS + 2)
+    edges_mel = np.linspace(_mel(LOWEST_HZ), _mel(SAMPLE_RATE_HZ / 2), NUM_MEL_BANDS + 2)
     bins_mel = _mel(np.arange(_NUM_BINS) * SAMPLE_RATE_HZ / _FFT_LENGTH)[:, None]
     left, centre, right = edges_mel[:-2], edges_mel[1:-1], edges_mel[2:]
     rising = (bins_mel - left) / (centre - left)

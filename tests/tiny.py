@@ -1,10 +1,9 @@
-"""A configuration that trains in seconds, for tests that run whole programs.
+"""Configurations that train in seconds. As a file for --config, ARG is the folder of data sets."""
 
-ARG is the folder of the data set `sounds` that the test built.
-"""
+import importlib.util
+from pathlib import Path
 
 from maeast_jax import config as configuration
-from maeast_jax.data import DataConfig
 from maeast_jax.model import ModelConfig
 
 
@@ -14,9 +13,9 @@ def model_config(**changes) -> ModelConfig:
     return ModelConfig(**(fields | {"dtype": "float32", "unroll": False} | changes))
 
 
-def data_config(**changes) -> DataConfig:
-    """The `data` section of pretraining with `changes`."""
-    return DataConfig(**(configuration.pretrain().data.to_dict() | changes))
+def section(name: str, of=configuration.pretrain, /, **changes) -> dict:
+    """Returns a section of the default configuration as keywords, with `changes`."""
+    return of()[name].to_dict() | changes
 
 
 def get_config(data_dir: str = ""):
@@ -39,4 +38,44 @@ def get_config(data_dir: str = ""):
     config.data.train = "sounds"
     config.data.eval = "sounds"
     config.data.threads = 1
+    return config
+
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def load(path: Path):
+    """Returns the configuration of a file in configs/."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def shrink(config, steps=4):
+    """Returns the same configuration at a size that a test can afford, on synthetic noise.
+
+    Keep `steps`: the schedule's constants are in the program, so that another number compiles anew.
+    """
+    config.total_steps = steps
+    config.batch_size = 8
+    config.num_frames = 64
+    config.log_every = config.eval_every = config.checkpoint_every = steps
+    config.eval.max_clips = 8
+    config.eval.pictures = 0
+    config.model.update(
+        encoder_layers=1, decoder_layers=min(1, config.model.decoder_layers), width=16, heads=2,
+        mlp_width=32, decoder_width=16, unroll=False,
+    )  # fmt: skip
+    config.optimizer.warmup_steps = 0
+    config.data.source = "synthetic"
+    config.mesh.data = 1
+    return config
+
+
+def short_config(**changes):
+    """Returns the paper's configuration, shrunk, in float32 and without dropout."""
+    config = shrink(configuration.pretrain())
+    config.model.update(dtype="float32", input_dropout=0.0, dropout=0.0, attention_dropout=0.0)
+    config.update(changes)
     return config

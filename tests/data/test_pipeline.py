@@ -17,6 +17,10 @@ FRAMES = 16
 SAMPLES = fbank.num_samples(FRAMES)
 
 
+def data_config(**changes):
+    return pipeline.DataConfig(**tiny.section("data", **changes))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """`ramps`: clip i's sample j is 100 i + j % 100, so that a window shows its clip and place."""
@@ -32,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **fields):
-    return tiny.data_config(dir=str(folder), train="ramps", eval="ramps", threads=2, **fields)
+    return data_config(dir=str(folder), train="ramps", eval="ramps", threads=2, **fields)
 
 
 def share(process, processes, batch_size=4):
@@ -135,7 +139,7 @@ def test_evaluation_on_two_processes_has_full_batches_on_both(folder):
 
 
 def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
-    settings = tiny.data_config(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
+    settings = data_config(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
     clips = pipeline.open_eval(settings)
     (batch,) = pipeline.eval_batches(
         settings, clips, seed=0, batch_size=12, num_frames=FRAMES, max_clips=9
@@ -147,9 +151,7 @@ def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
 
 def test_weights_have_no_place_in_evaluation(folder):
     with pytest.raises(ValueError, match="has weights, but every clip counts once"):
-        pipeline.open_eval(
-            tiny.data_config(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5")
-        )
+        pipeline.open_eval(data_config(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5"))
 
 
 def test_host_fbank_is_the_devices(folder):
@@ -164,7 +166,7 @@ def test_host_fbank_is_the_devices(folder):
 
 
 def test_mixtures_read_from_several_sets(folder):
-    settings = tiny.data_config(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
+    settings = data_config(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
     clips = pipeline.open_train(settings)
     batches = pipeline.train_batches(
         settings, clips, seed=0, batch_size=100, num_frames=FRAMES, start_step=0, total_steps=4
@@ -174,7 +176,7 @@ def test_mixtures_read_from_several_sets(folder):
 
 
 def test_synthetic_noise_is_a_function_of_seed_and_position():
-    settings = tiny.data_config(source="synthetic")
+    settings = data_config(source="synthetic")
 
     def noise(start, rows=None, seed=0):
         return next(
@@ -196,7 +198,7 @@ def test_synthetic_noise_is_a_function_of_seed_and_position():
 def test_synthetic_noise_is_drawn_once_for_all_steps(monkeypatch):
     """An accelerator takes thousands of clips per second; drawing one takes a millisecond."""
     common = {"seed": 0, "batch_size": 4, "num_frames": FRAMES}
-    settings = tiny.data_config(source="synthetic")
+    settings = data_config(source="synthetic")
     train = pipeline.train_batches(settings, None, start_step=0, total_steps=3, **common)
     held_out = pipeline.eval_batches(settings, None, max_clips=6, rows=np.array([2, 3]), **common)
     for stream in (train, held_out):
@@ -337,7 +339,7 @@ def test_an_open_stream_does_not_keep_the_interpreter_from_ending():
 )
 def test_fields_that_contradict_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        tiny.data_config(**fields)
+        data_config(**fields)
 
 
 def test_the_embedded_corpus_is_built_once_and_named_in_no_config(tmp_path, monkeypatch):
@@ -345,7 +347,7 @@ def test_the_embedded_corpus_is_built_once_and_named_in_no_config(tmp_path, monk
     built = []
     real = writer.write
     monkeypatch.setattr(writer, "write", lambda *a, **k: built.append(a[0]) or real(*a, **k))
-    settings = tiny.data_config(dir=str(tmp_path))
+    settings = data_config(dir=str(tmp_path))
     assert settings.is_demo and settings.has_eval
     assert len(pipeline.open_train(settings)) == 20
     assert len(pipeline.open_eval(settings)) == 10
