@@ -1,11 +1,12 @@
 """python -m benchmarks.beside_kaldi [FOLDER]: log-mel energies on a CPU, ours beside torchaudio's.
 
-Ten-second clips, drawn from FOLDER's recordings laid end to end, or noise; int16 in, float32
-[998, 128] a clip out. torchaudio.compliance.kaldi.fbank takes a clip at a time, ours a batch:
-fbank_tf in a tf.data pipeline as data.fbank=host runs it, and fbank under jax.jit. On one core and
-on all (torchaudio with torch's own threads: a data loader of so many processes would take one
-core's time divided by them). The sides work in turn; a ratio is taken each round. Tables in
-Markdown. Needs what requirements-test.txt and requirements-reference.txt name.
+The input is ten-second clips, int16, cut from FOLDER's recordings laid end to end, or noise. The
+output is float32 [998, 128] per clip. torchaudio.compliance.kaldi.fbank takes single clips, ours
+take a batch: fbank_tf in a tf.data pipeline, as data.fbank=host runs it, and fbank under jax.jit.
+They run on one core and on all cores. There torchaudio uses torch's own threads; a data loader of
+as many processes would take the time of one core divided by their number. The sides work in turn,
+and each round gives a ratio. The tables are in Markdown. This needs the packages in
+requirements-test.txt and requirements-reference.txt.
 """
 
 import argparse
@@ -26,7 +27,7 @@ SIDES = ("torchaudio", "fbank_tf", "fbank")
 
 
 def clips(folder: Path | None, count: int) -> np.ndarray:
-    """int16 [count, NUM_SAMPLES]; ValueError where the folder holds too little."""
+    """int16 [count, NUM_SAMPLES]; raises ValueError where the folder holds too little."""
     random = np.random.default_rng(0)
     if folder is None:
         return random.integers(-8192, 8192, (count, NUM_SAMPLES), np.int16)
@@ -114,7 +115,7 @@ BUILD = dict(zip(SIDES, (torchaudio_side, fbank_tf_side, fbank_side), strict=Tru
 
 
 def measure(audio_BxS: np.ndarray, cores: list[int], rounds: int, count: int) -> dict[str, Any]:
-    """Milliseconds a clip, ratios to torchaudio's and greatest deviations from it, a side each."""
+    """For each side milliseconds per clip, ratio to torchaudio and greatest deviation from it."""
     sides = []
     with beside.ending(sides):
         for name in SIDES:
@@ -123,15 +124,15 @@ def measure(audio_BxS: np.ndarray, cores: list[int], rounds: int, count: int) ->
         for side in sides:
             side.close()
     amount = count * len(audio_BxS)
-    clips_a_second = {side.name: beside.rates(side, amount) for side in sides}
+    clips_per_second = {side.name: beside.rates(side, amount) for side in sides}
     wanted = sides[0].facts["energies"]
     return {
         side.name: {
             "cores": len(cores),
-            "ms_a_clip": beside.spread(1000 / clips_a_second[side.name]),
-            "cpu_ms_a_clip": 1000 / amount * np.median([turn.cpu_seconds for turn in side.turns]),
+            "ms_per_clip": beside.spread(1000 / clips_per_second[side.name]),
+            "cpu_ms_per_clip": 1000 / amount * np.median([turn.cpu_seconds for turn in side.turns]),
             "times_torchaudio": beside.spread(
-                clips_a_second[side.name] / clips_a_second["torchaudio"]
+                clips_per_second[side.name] / clips_per_second["torchaudio"]
             ),
             "deviation": float(np.abs(side.facts["energies"] - wanted).max()),
             "waiting_load": side.waiting_load,
@@ -141,9 +142,9 @@ def measure(audio_BxS: np.ndarray, cores: list[int], rounds: int, count: int) ->
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    (middle, low, high), (ratio, *_) = found["ms_a_clip"], found["times_torchaudio"]
+    (middle, low, high), (ratio, *_) = found["ms_per_clip"], found["times_torchaudio"]
     cells = [name, found["cores"], f"{middle:.2f} ({low:.2f}-{high:.2f})"]
-    cells += [f"{found['cpu_ms_a_clip']:.2f}", f"{ratio:.2f}", f"{found['deviation']:.1e}"]
+    cells += [f"{found['cpu_ms_per_clip']:.2f}", f"{ratio:.2f}", f"{found['deviation']:.1e}"]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -152,10 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--batch", type=beside.positive, default=32, help="clips a batch")
+    parser.add_argument("--batch", type=beside.positive, default=32, help="clips per batch")
     parser.add_argument("--rounds", type=beside.positive, default=25)
-    parser.add_argument("--count", type=beside.positive, default=4, help="batches a turn")
-    parser.add_argument("--json", type=Path, help="a file to write what was found to")
+    parser.add_argument("--count", type=beside.positive, default=4, help="batches per turn")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(arguments)
     if message := reference.missing():
         sys.exit(f"error: {message}")
@@ -169,10 +170,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, beside.SideError) as error:
         sys.exit(f"error: {error}")
     print(
-        f"{options.batch} clips of 10 s a batch, of {options.folder or 'noise'}; {options.rounds} "
-        f"rounds of {options.count} batches.\n\n| | cores | ms a clip, median (10th-90th) | ms of "
-        "all cores | times as fast as torchaudio, median of rounds | greatest deviation from it, "
-        "nepers |\n|---|---|---|---|---|---|"
+        f"{options.batch} clips of 10 s per batch, of {options.folder or 'noise'}; "
+        f"{options.rounds} rounds of {options.count} batches.\n\n"
+        "| | cores | ms per clip, median (10th-90th) | ms of all cores | times as fast as "
+        "torchaudio, median of rounds | greatest deviation from it, nepers |\n"
+        "|---|---|---|---|---|---|"
     )
     for sides in found:
         for name, side in sides.items():

@@ -1,11 +1,11 @@
 """python -m benchmarks.input [--data_dir=DIR --data=NAME]: the input pipeline of pretraining alone.
 
-The batches that training would get, in step with nothing: clips a second by the clock, and by the
-seconds of CPU that the process spends on them, with log-mel energies left to the device and on the
-host. Then where those seconds go: the parts called alone, each but the last with what it is built
-on. Without a data set, one of ten-second clips of noise is written first (130 MB) and read from the
-page cache. For one core by the clock too: `taskset -c 0 python -m benchmarks.input --threads=1`.
-Tables in Markdown.
+It takes the batches of training as fast as they come and prints two tables in Markdown. The first
+holds clips per second and clips per CPU second, with log-mel energies left to the device and with
+energies computed on the host. The second holds the CPU time per clip of the parts, called alone;
+each part but the last includes the parts above it. Without a data set the benchmark first writes
+ten-second clips of noise (130 MB) and reads them from the page cache. For the figures of one core:
+`taskset -c 0 python -m benchmarks.input --threads=1`.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from maeast_jax import config as configuration
 from maeast_jax import fbank
-from maeast_jax.data import mixture, num_cores, pipeline, writer
+from maeast_jax.data import Batch, DataConfig, Example, mixture, num_cores, pipeline, writer
 
 _NAME = "ten_seconds_of_noise"
 _CLIPS = 400
@@ -25,13 +26,13 @@ _STAGE_SECONDS = 2.0
 _TOTAL_STEPS = 1_000_000_000
 
 
-def noise(num_samples: int) -> Iterator[writer.Example]:
+def noise(num_samples: int) -> Iterator[Example]:
     random = np.random.default_rng(0)
     for index in range(_CLIPS):
         yield str(index), random.integers(-9000, 9000, num_samples).astype(np.int16), None
 
 
-def batches(options: argparse.Namespace, place: str) -> Iterator[pipeline.Batch]:
+def batches(options: argparse.Namespace, place: str) -> Iterator[Batch]:
     settings = _settings(options, place)
     return pipeline.train_batches(
         settings, pipeline.open_train(settings), seed=0, batch_size=options.batch,
@@ -40,9 +41,9 @@ def batches(options: argparse.Namespace, place: str) -> Iterator[pipeline.Batch]
 
 
 def throughput(options: argparse.Namespace, place: str) -> list[str]:
-    """A row of the table."""
+    """A row of the first table."""
     stream = batches(options, place)
-    # More than threads and queue hold ready, so that all clips counted are made while counting.
+    # Threads and queue hold fewer, so all clips that count are loaded while the clock runs.
     for _ in range(4 + 2 * (options.threads or num_cores())):
         next(stream)
     clips = size = 0
@@ -62,7 +63,7 @@ def throughput(options: argparse.Namespace, place: str) -> list[str]:
 
 
 def stages(options: argparse.Namespace) -> dict[str, float]:
-    """CPU milliseconds a clip of each part, from first to last."""
+    """CPU milliseconds per clip of each part, from first to last."""
     import tensorflow as tf
 
     clips = pipeline.open_train(_settings(options, "device"))
@@ -78,7 +79,7 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
         return address(step)[2]
 
     def records(step: int) -> list[bytes]:
-        return split.records.read_bytes(examples(step))
+        return split.records.read(examples(step))
 
     def crop(step: int) -> np.ndarray:
         return pipeline.read(clips, *address(step), 0, num_samples)
@@ -86,17 +87,17 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
     same = tf.data.Dataset.from_tensors(crop(0)).repeat()
     energies = same.map(fbank.fbank_tf).as_numpy_iterator()
     calls = {
-        "which clips: address": address,
-        "and their records, read and decompressed": records,
-        "and decoded: Split.read": lambda step: split.read(examples(step)),
-        "and cropped: data.read": crop,
+        "addresses: mixture.address": address,
+        "records read and decompressed: Records.read": records,
+        "records decoded: Split.read": lambda step: split.read(examples(step)),
+        "clips cropped: pipeline.read": crop,
         "log-mel energies alone: fbank_tf": lambda step: next(energies),
     }
     return {name: _cpu_ms(call, options.batch) for name, call in calls.items()}
 
 
 def _cpu_ms(call: Callable[[int], object], clips: int) -> float:
-    """CPU milliseconds a clip of `call(step)`, over so many clips each."""
+    """CPU milliseconds per clip of `call(step)`, which handles `clips` clips."""
     call(0)
     step, before, start = 0, time.process_time(), time.monotonic()
     while time.monotonic() - start < _STAGE_SECONDS:
@@ -105,10 +106,10 @@ def _cpu_ms(call: Callable[[int], object], clips: int) -> float:
     return 1e3 * (time.process_time() - before) / (step * clips)
 
 
-def _settings(options: argparse.Namespace, place: str) -> pipeline.DataConfig:
-    return pipeline.DataConfig(
-        dir=options.data_dir, train=options.data, fbank=place, threads=options.threads
-    )
+def _settings(options: argparse.Namespace, place: str) -> DataConfig:
+    section = configuration.pretrain().data
+    section.update(dir=options.data_dir, train=options.data, fbank=place, threads=options.threads)
+    return DataConfig(**section.to_dict())
 
 
 def _report(options: argparse.Namespace) -> str:
@@ -116,13 +117,13 @@ def _report(options: argparse.Namespace) -> str:
         f"Batches of {options.batch} clips of {options.num_frames} frames, {options.data}, "
         f"{num_cores()} cores.",
         "",
-        "| fbank | clips/s | clips per CPU second | MB/s | user, ms a clip | system, ms a clip | "
-        "cores busy |",
+        "| fbank | clips/s | clips per CPU second | MB/s | user, ms per clip | "
+        "system, ms per clip | cores busy |",
         "|---|---|---|---|---|---|---|",
     ]
     for place in [options.fbank] if options.fbank else pipeline.FBANK_PLACES:
         lines.append(f"| {' | '.join(throughput(options, place))} |")
-    lines += ["", "| one thread | CPU, ms a clip |", "|---|---|"]
+    lines += ["", "| one thread | CPU, ms per clip |", "|---|---|"]
     lines += [f"| {name} | {cost:.3f} |" for name, cost in stages(options).items()]
     return "\n".join(lines)
 
@@ -132,12 +133,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data_dir", default="")
-    parser.add_argument("--data", help="a data set's name, as in data.train; none: noise")
-    parser.add_argument("--fbank", choices=pipeline.FBANK_PLACES, help="one place only")
+    parser.add_argument("--data", help="as data.train; the default is noise")
+    parser.add_argument("--fbank", choices=pipeline.FBANK_PLACES, help="measure this place only")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--num_frames", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=0, help="as data.threads")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each place")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per place")
     options = parser.parse_args()
     # As the programs set them.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

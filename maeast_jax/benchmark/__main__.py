@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax.benchmark import cases, measure, table
 from maeast_jax.benchmark.cases import Case, Row
-from maeast_jax.data import pipeline, writer
+from maeast_jax.data import prepare_tensorflow, writer
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import cli, memory, storage, terminal
 from maeast_jax.training import Pretraining
@@ -204,7 +204,7 @@ def _input(base: ConfigDict, options: flags.FlagValues) -> Iterator[None]:
         yield
         return
     try:
-        pipeline.prepare_tensorflow()
+        prepare_tensorflow()
     except ValueError as error:
         raise ValueError(f"--input={options.input}: {error}, or pass --input=none") from None
     base.data.update(source="tfds", fbank=options.input)

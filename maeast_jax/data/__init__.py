@@ -1,7 +1,7 @@
 """Data sets: written, read, and drawn from in batches. Nothing here imports jax."""
 
-from maeast_jax.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE_HZ
-from maeast_jax.data.decode_pool import DecodePool, num_cores
+from maeast_jax.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE_HZ, DecodePool, num_cores
+from maeast_jax.data.dataset import prepare_tensorflow
 from maeast_jax.data.labelled import Labelled
 from maeast_jax.data.mixture import Clips, open_demo
 from maeast_jax.data.pipeline import Batch, DataConfig
@@ -19,4 +19,5 @@ __all__ = [
     "Labelled",
     "num_cores",
     "open_demo",
+    "prepare_tensorflow",
 ]

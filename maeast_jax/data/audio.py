@@ -1,10 +1,18 @@
-"""Audio files and arrays of any kind to 16 kHz mono 16-bit samples.
+"""Decodes audio files and arrays of any kind to int16 samples, mono, 16 kHz.
 
-Decoders and resampler are imported where they are used: training and the benchmark need none.
+`decode` reads one file, `DecodePool` many files in several processes. Decoders and resamplers are
+imported where they are used, because training and the benchmark need none.
 """
 
+import collections
+import concurrent.futures
+import itertools
+import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
@@ -17,13 +25,18 @@ AUDIO_SUFFIXES = frozenset({
 })
 # fmt: on
 
-_FULL_SCALE = 32_768  # of int16; soundfile and FFmpeg divide by it, so 16-bit files return exactly
-_LOUDEST = 100.0  # times full scale: no recording, but what integers kept as floats look like
+# Full scale of int16. soundfile and FFmpeg divide by it, so 16-bit files come back exactly.
+_FULL_SCALE = 32_768
+# Samples this many times above full scale are not audio but integers stored as floats.
+_LOUDEST = 100.0
 _BLOCK_FRAMES = 1 << 18
+_DIED = "its decoder died (crashed, or out of memory)"
+# After this many deaths in a row the machine is out of memory; so many files are not broken.
+_MOST_DEATHS = 10
 
 
 class UndecodableError(ValueError):
-    """No decoder reads the file, or what it holds is no audio.
+    """No decoder reads the file, or the file holds no audio.
 
     Attributes:
       path: the file.
@@ -31,7 +44,7 @@ class UndecodableError(ValueError):
     """
 
     def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)  # both, so that it survives pickling between processes
+        super().__init__(path, reason)  # pickle passes both to the constructor again
         self.path = path
         self.reason = reason
 
@@ -39,18 +52,26 @@ class UndecodableError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def decode(path: str | os.PathLike) -> np.ndarray:
-    """Decodes an audio file, or the first audio stream of a video file.
+class DecoderDiedError(OSError):
+    """Decoding processes die whichever file they decode, for example for lack of memory."""
 
-    soundfile reads it where it can and PyAV (FFmpeg) where soundfile cannot. Channels are averaged,
-    other rates resampled (soxr HQ); a 16-bit 16 kHz mono file comes back bit for bit. The file is
-    read in blocks: at most the int16 result is ever in memory at its full length.
+
+# --- one file or array ------------------------------------------------------------------------
+
+
+def decode(path: str | os.PathLike) -> np.ndarray:
+    """Returns the samples of an audio file, or of the first audio stream of a video file.
+
+    soundfile reads the file if it can, otherwise PyAV (FFmpeg). Channels are averaged, other rates
+    resampled (soxr HQ). A 16-bit mono file at 16 kHz comes back bit for bit. The file is read in
+    blocks: only the int16 result is ever in memory at its full length.
 
     Returns:
       int16 [samples], 16 kHz, at least one sample.
 
     Raises:
-      UndecodableError: not a file; both decoders fail; no sample, or samples that are not audio.
+      UndecodableError: the path is not a file, both decoders fail, or there are no samples or
+        samples that are not audio.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -60,25 +81,25 @@ def decode(path: str | os.PathLike) -> np.ndarray:
         try:
             return _to_mono_int16(read_blocks(path))
         except (ImportError, MemoryError):
-            raise  # about this machine, not about the file
+            raise  # The machine is at fault and not the file.
         except Exception as error:  # Broken files make decoders raise errors of any type.
             reasons.append(f"{decoder}: {_one_line(error, path)}")
     raise UndecodableError(path, "; ".join(reasons))
 
 
 def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
-    """Converts samples in memory, of any rate, to what `decode` returns.
+    """Converts samples in memory, of any rate, to the form that `decode` returns.
 
     Args:
       waveform: [samples] or [samples, channels]. int16; wider integers that hold 16-bit values, as
-        TFDS stores audio; or floats of full scale 1 (what exceeds it is clipped).
-      sample_rate_hz: its rate.
+        TFDS stores audio; or floats of full scale 1, which are clipped beyond it.
+      sample_rate_hz: rate of `waveform`.
 
     Returns:
       int16 [samples], 16 kHz.
 
     Raises:
-      ValueError: another shape or type, a value outside 16 bits, or floats that are no audio.
+      ValueError: another shape or type, a value outside 16 bits, or floats that are not audio.
     """
     waveform = np.asarray(waveform)
     if waveform.ndim not in (1, 2) or 0 in waveform.shape[1:]:
@@ -98,14 +119,17 @@ def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     channels_last = waveform[:, None] if waveform.ndim == 1 else waveform
     mono = _mono(channels_last.astype(np.float32, copy=False))
     if sample_rate_hz != SAMPLE_RATE_HZ:
-        import soxr
+        import librosa  # A second to import, and only data sets of other rates need it.
 
-        mono = soxr.resample(mono, sample_rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+        # With fix=True librosa would append a sample to some lengths.
+        mono = librosa.resample(
+            mono, orig_sr=sample_rate_hz, target_sr=SAMPLE_RATE_HZ, res_type="soxr_hq", fix=False
+        )
     return _quantise(mono)
 
 
 def _narrow(waveform: np.ndarray) -> np.ndarray:
-    """int16 of the same values; ValueError where one does not fit."""
+    """Integers as int16; raises ValueError where a value does not fit."""
     if waveform.dtype != np.int16 and waveform.size:
         for value in (waveform.min(), waveform.max()):
             if not -_FULL_SCALE <= value < _FULL_SCALE:
@@ -117,11 +141,11 @@ def _narrow(waveform: np.ndarray) -> np.ndarray:
 
 
 def _mono(block: np.ndarray) -> np.ndarray:
-    """float32 [samples, channels] to [samples], checked; ValueError where it is no audio."""
+    """float32 [samples, channels] to [samples]; raises ValueError where it is not audio."""
     peak = np.abs(block).max(initial=0.0)
-    if not peak <= _LOUDEST:  # also true of NaN
-        what = f"a peak of {peak:g} times full scale" if np.isfinite(peak) else "NaN or infinity"
-        raise ValueError(f"samples hold {what}, expected finite values in [-1, 1]")
+    if not peak <= _LOUDEST:  # also for NaN
+        found = f"a peak of {peak:g} times full scale" if np.isfinite(peak) else "NaN or infinity"
+        raise ValueError(f"samples hold {found}, expected finite values in [-1, 1]")
     return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
 
 
@@ -132,14 +156,14 @@ def _quantise(mono: np.ndarray) -> np.ndarray:
 
 
 def _to_mono_int16(blocks: Iterator[tuple[np.ndarray, int]]) -> np.ndarray:
-    """Joins (float32 [samples, channels], rate) blocks to int16 [samples] at 16 kHz."""
+    """Joins blocks (float32 [samples, channels], rate in Hz) to int16 [samples] at 16 kHz."""
     pieces = []
     first_rate_hz, resampler = None, None
     for block, rate_hz in blocks:
         if first_rate_hz is None:
             first_rate_hz = rate_hz
             if rate_hz != SAMPLE_RATE_HZ:
-                import soxr
+                import soxr  # librosa resamples whole arrays alone.
 
                 resampler = soxr.ResampleStream(
                     rate_hz, SAMPLE_RATE_HZ, num_channels=1, dtype="float32", quality="HQ"
@@ -167,8 +191,8 @@ def _soundfile_blocks(path: str) -> Iterator[tuple[np.ndarray, int]]:
 def _av_blocks(path: str) -> Iterator[tuple[np.ndarray, int]]:
     import av
 
-    # "file:" keeps a colon in a name from being read as a protocol, and the list of protocols keeps
-    # a playlist that poses as audio from fetching anything.
+    # "file:" keeps FFmpeg from reading a colon in the name as a protocol. The list of protocols
+    # keeps a playlist that poses as audio from fetching anything.
     with av.open(
         f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"}
     ) as container:
@@ -181,7 +205,7 @@ def _av_blocks(path: str) -> Iterator[tuple[np.ndarray, int]]:
 def _frame_samples(frame) -> np.ndarray:
     """float32 [samples, channels] of a frame in any of FFmpeg's sample formats."""
     values = frame.to_ndarray()
-    # A planar frame is [channels, samples], a packed one [1, samples * channels].
+    # A planar frame is [channels, samples], a packed frame [1, samples * channels].
     block = values.T if frame.format.is_planar else values.reshape(frame.samples, -1)
     if block.dtype == np.uint8:
         return (block.astype(np.float32) - 128) / 128
@@ -191,6 +215,123 @@ def _frame_samples(frame) -> np.ndarray:
 
 
 def _one_line(error: Exception, path: str) -> str:
-    """The error's message without FFmpeg's number or the path, which the caller names once."""
+    """The error's message without FFmpeg's number and without the path, which the caller adds."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.replace(f"Error opening {path!r}: ", "").split())
+
+
+# --- many files -------------------------------------------------------------------------------
+
+
+class DecodePool:
+    """Processes that decode audio files. A context manager; leaving it ends the processes."""
+
+    def __init__(self, num_processes: int):
+        self._num_processes = num_processes
+        self._executor = self._start_executor()
+        self._deaths = 0  # in a row
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def decode(self, paths: Sequence[str]) -> Iterator[np.ndarray | str]:
+        """Yields for each path, in order, int16 [samples] at 16 kHz, or why it is undecodable.
+
+        At most four files per process are under way, because results wait in memory. Where a
+        process dies, the files under way are decoded again, each alone. The file that kills its
+        process again is undecodable, and the others go on.
+
+        Raises:
+          DecoderDiedError: a process dies without a file, or processes die on ten files in a row.
+        """
+        rest = iter(paths)
+        under_way = collections.deque()
+        while True:
+            for path in itertools.islice(rest, 4 * self._num_processes - len(under_way)):
+                under_way.append((path, self._submit(path)))
+            if not under_way:
+                return
+            path, future = under_way.popleft()
+            if not _is_broken(future):
+                self._deaths = 0
+                yield future.result()
+                continue
+            self._restart(path)
+            yield self._decoded_alone(path, future)
+            while under_way:
+                yield self._decoded_alone(*under_way.popleft())
+
+    def _decoded_alone(self, path: str, future: concurrent.futures.Future) -> np.ndarray | str:
+        """The future's result or, where its process died beside others, that of another try."""
+        if _is_broken(future):
+            future = self._submit(path)
+        if not _is_broken(future):
+            self._deaths = 0
+            return future.result()
+        self._deaths += 1
+        if self._deaths == _MOST_DEATHS:
+            raise DecoderDiedError(
+                f"decoding processes died on {self._deaths} files in a row, the last of them"
+                f" {path}: take them out, or, if memory ran out, free some"
+            )
+        self._restart(path)
+        return _DIED
+
+    def _start_executor(self) -> concurrent.futures.Executor:
+        # A forked child could wait for ever for locks that TensorFlow's threads hold.
+        context = multiprocessing.get_context("spawn")
+        return concurrent.futures.ProcessPoolExecutor(self._num_processes, context, _start)
+
+    def _submit(self, path: str) -> concurrent.futures.Future:
+        try:
+            return self._executor.submit(_decode, path)
+        except BrokenProcessPool as error:  # A process died after the last result was taken.
+            future = concurrent.futures.Future()
+            future.set_exception(error)
+            return future
+
+    def _restart(self, path: str) -> None:
+        """Replaces the processes; raises DecoderDiedError where new ones die without a file."""
+        self._executor.shutdown()
+        self._executor = self._start_executor()
+        try:
+            self._executor.submit(int).result()
+        except BrokenProcessPool:
+            raise DecoderDiedError(
+                f"a decoding process died at {path}, and so did a new one without a file: if"
+                " memory ran out, free some, or pass a smaller --num_processes"
+            ) from None
+
+
+def num_cores() -> int:
+    """Number of cores that this process may use; in a batch job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _is_broken(future: concurrent.futures.Future) -> bool:
+    """Waits for the future; whether its process died."""
+    return isinstance(future.exception(), BrokenProcessPool)
+
+
+def _decode(path: str) -> np.ndarray | str:
+    """What a decoding process runs."""
+    try:
+        return decode(path)
+    except UndecodableError as error:
+        return error.reason
+    except MemoryError:
+        os._exit(1)  # As if killed: decoded alone, the file may fit into memory.
+
+
+def _start() -> None:
+    """What a decoding process runs first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and ends this process.
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # A killed parent cannot end its children, which would wait for ever.
+
+    threading.Thread(target=follow_parent, daemon=True).start()

@@ -1,66 +1,129 @@
-"""Opens TFDS data sets in array_record shards for random access (`shard_writer` writes them).
+"""Opens TFDS data sets in array_record shards, which `writer` writes, and reads clips by number.
 
-TensorFlow Datasets is imported inside the function that needs it.
+TensorFlow Datasets is imported inside the functions that need it.
 """
 
+import concurrent.futures
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
 
-from maeast_jax.data.records import Records
 from maeast_jax.data.writer import DataError, resolve_data_dir
 from maeast_jax.runtime import storage
 
-__all__ = ["DataError", "NotPreparedError", "Split", "open_split"]
+__all__ = ["DataError", "NotPreparedError", "Records", "Split", "open_split", "prepare_tensorflow"]
 
 _AUDIO_FEATURES = ("audio", "speech")  # the names in TFDS' catalogue
 _INFO_FILE = "dataset_info.json"
 _NAME = re.compile(r"(?P<path>[A-Za-z]\w*(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
+# Reads in flight per split. A network file system takes milliseconds per read, and the records of a
+# batch need not be neighbours.
+_READS_AT_ONCE = 16
+# The most bytes of neighbouring records that are one read: 13 clips of 10 s.
+_READ_BYTES = 4 << 20
+
 
 class NotPreparedError(DataError):
     """There is no data set of that name."""
 
 
+class Records:
+    """The records of several array_record files as one sequence; threads may share it.
+
+    Neighbouring records of a file are one read. array_record's own data source, which TFDS offers,
+    takes one read per record.
+
+    Args:
+      files: TFDS' file instructions: `filename`, and `skip` and `take` in records.
+    """
+
+    def __init__(self, files: Sequence):
+        self._names = [str(file.filename) for file in files]
+        self._ends = np.cumsum([file.take for file in files])
+        # Added to the number of a record, this gives its number in its file.
+        self._shifts = np.array([file.skip + file.take for file in files]) - self._ends
+        self._readers = [None] * len(files)
+        self._opening = threading.Lock()
+        self._threads = concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns the records in the order of `indices`; raises IndexError for one out of range."""
+        indices = np.asarray(indices, np.int64)
+        if not len(indices):
+            return []
+        if not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"records {indices.min()} to {indices.max()} of {len(self)}")
+        numbers, places = np.unique(indices, return_inverse=True)
+        files = np.searchsorted(self._ends, numbers, side="right")
+        numbers += self._shifts[files]
+        starts = 1 + np.flatnonzero((np.diff(numbers) != 1) | (np.diff(files) != 0))
+        runs = np.split(numbers, starts)
+        run_files = files[[0, *starts]]
+        read = self._threads.map if len(runs) > 1 else map
+        records = [record for run in read(self._read_run, run_files, runs) for record in run]
+        return [records[place] for place in places]
+
+    def _read_run(self, file: int, run: np.ndarray) -> list[bytes]:
+        """Records run[0] to run[-1] of a file."""
+        from array_record.python import array_record_module
+
+        with self._opening:
+            if self._readers[file] is None:
+                self._readers[file] = array_record_module.ArrayRecordReader(
+                    self._names[file],
+                    options=f"readahead_buffer_size:{_READ_BYTES}",
+                    # Longer reads pass by this buffer and fetch only the bytes that are wanted.
+                    file_reader_buffer_size=32 << 10,
+                )
+        return self._readers[file].read(int(run[0]), int(run[-1]) + 1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """A split opened for random access.
+    """A split of a data set, opened for random access.
 
     Attributes:
-      name: of the data set, with config and version, as TFDS writes it.
-      split: what was asked for, e.g. "train[:90%]".
-      records: what it holds, as TFDS decodes it.
+      name: the data set's name with config and version, as TFDS writes it.
+      split: the split as the caller named it, e.g. "train[:90%]".
+      records: its records, encoded.
+      decode: decodes a record to a dict by feature.
       audio_feature: the audio's name in a record.
-      sample_rate_hz: of all its audio.
+      sample_rate_hz: rate of all its audio.
       label_names: the classes in the order of their numbers, None without labels.
       has_id: whether records have a text id.
-      is_multi_label: whether a clip may be of several classes, or none.
-      files: the shards that it lies in.
+      is_multi_label: whether a clip may have several classes, or none.
+      files: the paths of its shards.
     """
 
     name: str
     split: str
     records: Records
+    decode: Callable[[bytes], dict]
     audio_feature: str
     sample_rate_hz: int
     label_names: tuple[str, ...] | None
     has_id: bool
-    is_multi_label: bool = False
-    files: tuple[str, ...] = ()
+    is_multi_label: bool
+    files: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def read(self, indices: Sequence[int]) -> list[dict]:
-        """Records in the order of `indices`, a dict each; safe from several threads.
+        """Returns one dict per clip in the order of `indices`; threads may call this at once.
 
-        `audio` is the array as it is stored, of any type and rate; `label` the number of its class,
-        in multi-label sets int64 [classes that hold], or None; `id` str or None.
+        `audio` is the array as it is stored, of any type and rate. `label` is the number of the
+        clip's class, in multi-label sets int64 [its classes], or None. `id` is str or None.
         """
         return [
             {
@@ -68,7 +131,7 @@ class Split:
                 "label": self._label(record),
                 "id": record["id"].decode() if self.has_id else None,
             }
-            for record in self.records.read(indices)
+            for record in map(self.decode, self.records.read(indices))
         ]
 
     def _label(self, record: dict) -> int | np.ndarray | None:
@@ -79,26 +142,44 @@ class Split:
         return int(record["label"])
 
 
+def prepare_tensorflow() -> None:
+    """Keeps TensorFlow, which reads data sets, off the accelerator, which belongs to jax.
+
+    Raises:
+      ValueError: TensorFlow or TFDS is not installed.
+    """
+    try:
+        import tensorflow
+        import tensorflow_datasets  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"reading data sets needs {error.name}: pip install tensorflow-cpu tensorflow-datasets"
+        ) from error
+    tensorflow.config.set_visible_devices([], "GPU")
+
+
 def open_split(
     name_or_directory: str | os.PathLike,
     split: str,
     data_dir: str | os.PathLike | None = None,
     sample_rate_hz: int | None = None,
 ) -> Split:
-    """Opens a split of a prepared TFDS data set, on this machine or on gs://; downloads none.
+    """Opens a split of a prepared TFDS data set, on this machine or on gs://; downloads nothing.
 
     Args:
       name_or_directory: `name`, `name/config`, `name:1.0.0` or `name/config:1.0.0` under
         `data_dir`, or else a directory that holds dataset_info.json or version folders.
       split: in TFDS' syntax, e.g. "train", "train[:90%]", "train+test".
       data_dir: None for TFDS' default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
-      sample_rate_hz: of sets that do not state it.
+      sample_rate_hz: the rate of sets that do not state it.
 
     Raises:
-      NotPreparedError: not there; a DataError as well.
-      DataError: not in array_record format, no such split or an empty one, no audio, or
+      NotPreparedError: there is no such data set; this is a DataError as well.
+      DataError: the set is not in array_record format, has no such split, no examples, no audio, or
         an unknown sample rate.
+      ValueError: TensorFlow or TFDS is not installed.
     """
+    prepare_tensorflow()
     import tensorflow_datasets as tfds
 
     data_dir = storage.path(data_dir or resolve_data_dir(None))
@@ -117,9 +198,8 @@ def open_split(
     return Split(
         name=info.full_name,
         split=split,
-        records=Records(
-            files, lambda record: info.features.deserialize_example_np(record, decoders=decoders)
-        ),
+        records=Records(files),
+        decode=lambda record: info.features.deserialize_example_np(record, decoders=decoders),
         audio_feature=audio_feature,
         sample_rate_hz=_sample_rate_hz(info, audio_feature, sample_rate_hz),
         label_names=label_names,
@@ -129,11 +209,11 @@ def open_split(
     )
 
 
-# --- where it is -----------------------------------------------------------------------------
+# --- finding it -----------------------------------------------------------------------------
 
 
 def _find(name_or_directory: str | os.PathLike, data_dir: epath.Path) -> epath.Path:
-    """The version directory that holds the data set's dataset_info.json."""
+    """Returns the version directory, which holds the data set's dataset_info.json."""
     text = os.fspath(name_or_directory)
     if match := _NAME.fullmatch(text):
         home = data_dir / match["path"]
@@ -160,7 +240,7 @@ def _find(name_or_directory: str | os.PathLike, data_dir: epath.Path) -> epath.P
 
 
 def _versions(home: epath.Path) -> dict[str, epath.Path]:
-    """The version directories in `home`, oldest first."""
+    """Returns the version directories in `home` by version, oldest first."""
     found = [info.parent for info in home.glob(f"*/{_INFO_FILE}")]
     found = [path for path in found if _VERSION.fullmatch(path.name)]
     found.sort(key=lambda path: [int(number) for number in path.name.split(".")])
@@ -187,7 +267,7 @@ def _listing(data_dir: epath.Path) -> str:
     return f"holds {found}" if data_dir.exists() else "does not exist"
 
 
-# --- whether it serves -----------------------------------------------------------------------
+# --- checking it --------------------------------------------------------------------------
 
 
 def _check_format(info, directory: epath.Path, tfds) -> None:
@@ -211,10 +291,10 @@ def _check_format(info, directory: epath.Path, tfds) -> None:
 
 
 def _prepare_command(name: str, data_dir: epath.Path, downloads: epath.Path | None = None) -> str:
-    """The command that prepares a set of TFDS' catalogue for random access.
+    """Returns the command that prepares a set of TFDS' catalogue for random access.
 
-    Not `tfds build`: the command line of TFDS 4.9 starts only with apache_beam and mlcroissant, and
-    it leaves a TFRecord version that is already there as it is.
+    `tfds build` does not serve: in TFDS 4.9 it needs apache_beam and mlcroissant, and it leaves an
+    existing TFRecord version as it is.
     """
     arguments = f"download_dir='{downloads}'" if downloads else ""
     return (
@@ -224,7 +304,7 @@ def _prepare_command(name: str, data_dir: epath.Path, downloads: epath.Path | No
 
 
 def _convert_command(directory: epath.Path) -> str:
-    """The command that adds array_record shards to a prepared set; TFDS' module imports Beam."""
+    """Returns the command that adds array_record shards to a set; TFDS' module imports Beam."""
     return (
         'pip install apache-beam && python -c "from etils.epath import Path; from'
         " tensorflow_datasets.scripts.cli import convert_format_utils as convert;"
@@ -237,7 +317,9 @@ def _check_split(info, split: str) -> None:
     try:
         count = info.splits[split].num_examples
     except ValueError as error:
-        reason = str(error).splitlines()[0].split(". Should be")[0].rstrip(".")  # it lists them too
+        reason = (
+            str(error).splitlines()[0].split(". Should be")[0].rstrip(".")
+        )  # TFDS lists the splits too
         raise DataError(
             f"split {split!r} of {info.full_name}: {reason}; its splits are {there or 'none'}"
         ) from None
@@ -255,10 +337,10 @@ def _audio_feature(data_set: str, features: dict, tfds) -> str:
     for name in _AUDIO_FEATURES:
         feature = features.get(name)
         if (
-            isinstance(feature, tfds.features.Tensor)  # Audio is one
+            isinstance(feature, tfds.features.Tensor)  # the class Audio is a Tensor
             and len(feature.shape) in (1, 2)
             and np.issubdtype(feature.np_dtype, np.number)
-            and not getattr(feature, "_lazy_decode", False)  # stores encoded files
+            and not getattr(feature, "_lazy_decode", False)  # it stores encoded files
         ):
             return name
     raise DataError(
@@ -269,7 +351,7 @@ def _audio_feature(data_set: str, features: dict, tfds) -> str:
 
 
 def _classes(features: dict, tfds) -> tuple[tuple[str, ...] | None, bool]:
-    """The names, and whether a clip may be of several."""
+    """Returns the classes' names, and whether a clip may have several."""
     label, labels = features.get("label"), features.get("labels")
     if isinstance(label, tfds.features.ClassLabel):
         return tuple(label.names), False
@@ -281,7 +363,7 @@ def _classes(features: dict, tfds) -> tuple[tuple[str, ...] | None, bool]:
 
 
 def _skip_others(features: dict, wanted: set[str], tfds) -> dict:
-    """Decoders that leave undecoded what is not read, such as the pictures of a video set."""
+    """Returns decoders that skip features nobody reads, such as the pictures of a video set."""
     nested = (tfds.features.FeaturesDict, tfds.features.Sequence, tfds.features.Dataset)
     return {
         name: tfds.decode.SkipDecoding()

@@ -1,8 +1,8 @@
 """The embedded corpus: ten families of synthesised sounds, so that a first run needs no data.
 
-A clip is a function of (family, index) alone: its random numbers come from a Philox generator keyed
-by the two, so clips can be made in any order or process and are the same to the bit on one machine.
-Inside: time in seconds, frequency in hertz, sounds float64 [samples] of any level.
+A clip is a function of (family, index) alone: a Philox generator with the two as its key gives its
+random numbers. So any process can make the clips in any order, the same to the bit on one machine.
+Inside, time is in seconds, frequency in hertz, and sounds are float64 [samples] of any level.
 """
 
 import zlib
@@ -10,28 +10,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from maeast_jax.data.synthesis import (
-    CLIP_SAMPLES,
-    CLIP_SECONDS,
-    SAMPLE_RATE_HZ,
-    add,
-    convolve,
-    in_room,
-    log_uniform,
-    noise,
-    onsets,
-    ramps,
-    times,
-    wander,
-    wavetable,
-)
-
-# A data set is found by its name alone: the version changes with the sounds, else an old one that
-# lies on disk is taken for the new.
+SAMPLE_RATE_HZ = 16_000
+CLIP_SECONDS = 2.5
+CLIP_SAMPLES = int(CLIP_SECONDS * SAMPLE_RATE_HZ)
+# A data set is found by its name alone. The version in the name changes with the sounds, because an
+# old set may lie on disk.
 NAME = "maeast_demo_v1"
 SPLITS = {"train": range(90), "valid": range(90, 100)}  # indices within each family
 
-_TOP_HZ = 7_600.0  # partials stop below, so that none aliases
+_TOP_HZ = 7_600.0  # partials stay below, so that none aliases
 _PENTATONIC = 2 ** (np.array([0, 3, 5, 7, 10, 12, 15, 17]) / 12)
 _FORMANTS_HZ = np.array(  # rows: formants 1 to 4; columns: the vowels i, e, ae, a, o, u, er
     [
@@ -48,10 +35,97 @@ _BELL_RATIOS = (  # church bell, struck bar, thick plate: partials over the fund
 )
 
 
+# --- parts of sounds --------------------------------------------------------------------------
+
+
+def times(seconds: float) -> np.ndarray:
+    return np.arange(int(seconds * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
+
+
+def log_uniform(rng, low, high, size=None):
+    return np.exp(rng.uniform(np.log(low), np.log(high), size))
+
+
+def onsets(rng, gap_seconds: float, gaps=(1,)) -> Iterator[float]:
+    """Yields the moments at which sounds start, from the clip's beginning to near its end."""
+    start = rng.uniform(0.02, 0.3)
+    while start < CLIP_SECONDS - 0.1:
+        yield start
+        start += gap_seconds * rng.choice(gaps)
+
+
+def add(out: np.ndarray, start_seconds: float, sound: np.ndarray) -> None:
+    """Mixes a sound into `out` and cuts it at the end of `out`."""
+    start = int(start_seconds * SAMPLE_RATE_HZ)
+    samples = max(0, min(len(sound), len(out) - start))
+    out[start : start + samples] += sound[:samples]
+
+
+def ramps(time: np.ndarray, attack_seconds: float, release_seconds: float) -> np.ndarray:
+    """Returns an envelope of ones with raised-cosine ends."""
+    rise = np.clip(time / attack_seconds, 0, 1)
+    fall = np.clip((time[-1] - time) / release_seconds, 0, 1)
+    return (0.5 - 0.5 * np.cos(np.pi * rise)) * (0.5 - 0.5 * np.cos(np.pi * fall))
+
+
+def wander(rng, low: float, high: float, points: int) -> np.ndarray:
+    """Returns a smooth walk through log-uniform values, as long as a clip."""
+    knots = log_uniform(rng, low, high, points)
+    position = np.linspace(0, points - 1, CLIP_SAMPLES)
+    left = np.minimum(position.astype(int), points - 2)
+    return knots[left] + np.diff(knots)[left] * (0.5 - 0.5 * np.cos(np.pi * (position - left)))
+
+
+def noise(rng, samples: int, low_hz: float, high_hz: float, tilt: float = 0.0) -> np.ndarray:
+    """Returns Gaussian noise in a band with soft edges, amplitude f^tilt, root mean square 1."""
+    length = -(-samples // 400) * 400  # a large prime factor would slow the transform
+    hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE_HZ) + 1.0
+    gain = hz**tilt / np.sqrt((1 + (low_hz / hz) ** 6) * (1 + (hz / high_hz) ** 6))
+    noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(length)) * gain, length)[:samples]
+    return noise / np.sqrt(np.mean(noise**2))
+
+
+def wavetable(harmonics: np.ndarray, cycles: np.ndarray) -> np.ndarray:
+    """Sums harmonics 1..M whose amplitudes, [periods, M], change from one period to the next.
+
+    `cycles` [samples] is the fundamental's phase; it rises from 0 and stays below `periods`.
+    """
+    # The highest harmonic's period has 16 points or more: interpolation is clean to 34 dB there.
+    length = 1 << (16 * harmonics.shape[1] - 1).bit_length()
+    spectrum = np.pad(harmonics, ((0, 0), (1, 0)))
+    table = np.append(np.fft.irfft(spectrum, length, axis=1).ravel(), 0.0) * length
+    left = (cycles * length).astype(np.int64)
+    return table[left] + (cycles * length - left) * (table[left + 1] - table[left])
+
+
+def convolve(sound: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Returns the first len(sound) samples of the convolution."""
+    length = 1 << (len(sound) + len(response) - 1).bit_length()
+    product = np.fft.rfft(sound, length) * np.fft.rfft(response, length)
+    return np.fft.irfft(product, length)[: len(sound)]
+
+
+def in_room(rng, sound: np.ndarray) -> np.ndarray:
+    """Returns the sound with four early echoes and a tail whose treble dies first."""
+    decay_seconds, wet = log_uniform(rng, 0.08, 0.9), rng.uniform(0.02, 0.35)  # to -60 dB
+    time = times(min(decay_seconds, 0.8))
+    response = np.zeros_like(time)
+    for low_hz, high_hz, share in ((80, 1_200, 1.0), (1_200, 7_000, 0.6)):
+        decay = np.exp(-6.9 * time / (decay_seconds * share))
+        response += share * decay * noise(rng, len(time), low_hz, high_hz)
+    response *= wet / np.sqrt(np.sum(response**2))
+    response[rng.integers(60, 640, 4)] += wet * rng.uniform(-0.5, 0.5, 4)
+    response[0] = 1.0
+    return convolve(sound, response)
+
+
+# --- the ten families -------------------------------------------------------------------------
+
+
 def _strings(rng) -> np.ndarray:
     """Karplus-Strong: a burst of noise goes round a loop that averages neighbours.
 
-    The loop's filter works on the harmonics, a whole period at a time: the same recursion in closed
+    Here the loop's filter works on the harmonics, period by period: the same recursion in closed
     form, at any pitch.
     """
     out, degree, chord = np.zeros(CLIP_SAMPLES), 0, rng.choice([1, 1, 3])
@@ -142,7 +216,7 @@ def _vowels(rng) -> np.ndarray:
         add(level, start, rng.uniform(0.4, 1.0) * ramps(times(seconds), 0.04, 0.08))
         knots += [start, start + seconds]
         vowels += list(rng.integers(0, 7, 2))
-        if rng.random() < 0.35:  # as of s or sh
+        if rng.random() < 0.35:  # a sound such as s or sh
             burst = noise(rng, 1_600, rng.uniform(2_500, 4_500), 7_500)
             burst *= rng.uniform(0.03, 0.1) * ramps(times(0.1), 0.03, 0.03)
             add(hiss, max(0.0, start - 0.08), burst)
@@ -150,7 +224,9 @@ def _vowels(rng) -> np.ndarray:
     period = np.arange(int(cycles[-1]) + 1)
     order_hz = np.arange(1, int(_TOP_HZ / hz.max()) + 1) * np.interp(period, cycles, hz)[:, None]
     harmonics = (order_hz / 100) ** rng.uniform(-1.2, -0.7) + 0j
-    for formant_hz in _FORMANTS_HZ * (0.75 + 0.1 * np.log2(pitch_hz / 20)):  # high voice: small
+    for formant_hz in _FORMANTS_HZ * (
+        0.75 + 0.1 * np.log2(pitch_hz / 20)
+    ):  # a high voice is a small one
         at_hz = np.interp(np.interp(period, cycles, time), knots, formant_hz[vowels])[:, None]
         width_hz = 60 + 0.04 * at_hz
         harmonics /= 1 - (order_hz / at_hz) ** 2 + 1j * order_hz * width_hz / at_hz**2
@@ -254,7 +330,7 @@ def _rain(rng) -> np.ndarray:
 
 
 def _beeps(rng) -> np.ndarray:
-    """Signals of machines: a short pattern of steady tones, over and over."""
+    """Signals of machines: a short pattern of steady tones, repeated."""
     unit_seconds, square = log_uniform(rng, 0.05, 0.2), rng.random() < 0.5
     pool_hz = log_uniform(rng, 400, 3_200, rng.integers(1, 4))
     pair = rng.choice([0, 0, 1.2, 1.7])
@@ -300,7 +376,7 @@ def clip(family: str, index: int) -> np.ndarray:
 
 
 def examples(split: str) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Yields (id, audio int16 [CLIP_SAMPLES], label) of every clip of a split, family by family.
+    """Yields (id, audio int16 [CLIP_SAMPLES], label) for every clip of a split, family by family.
 
     Raises:
       ValueError: `split` is not one of SPLITS.

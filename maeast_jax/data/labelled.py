@@ -1,6 +1,11 @@
-"""Labelled clips: opening sets under one numbering of the classes, reading, drawing shares."""
+"""Labelled clips: sets opened under one numbering of their classes, read, and drawn in batches.
+
+As in pretraining the stream of batches is addressed by step: (seed, epoch) determines which clips a
+step holds. So a resumed run goes on with the same batches and needs no saved iterator.
+"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,6 +15,18 @@ from maeast_jax import fbank
 from maeast_jax.data import mixture, pipeline
 from maeast_jax.data.dataset import DataError
 from maeast_jax.data.mixture import Clips
+from maeast_jax.data.pipeline import Batch
+
+_CLIPS_PER_READ = 128
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """A clip: `id`, int16 `samples` at 16 kHz, and the numbers of its classes."""
+
+    id: str
+    samples: np.ndarray
+    classes: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,12 +34,12 @@ class Labelled:
     """One or several labelled data sets as one, with one numbering of the classes.
 
     Attributes:
-      text: what it was opened by.
+      text: the mixture that names the sets.
       clips: the sets.
-      class_names: in the order of the classes' numbers.
+      class_names: the classes in the order of their numbers.
       is_multi_label: whether a clip has any number of classes.
-      renumbering: for each set, its own numbers' classes.
-      index: which of the sets' clips these are, ascending.
+      renumbering: for each set, the class of each of the set's own numbers.
+      index: numbers of the clips that belong to this, ascending, counted through all sets.
     """
 
     text: str
@@ -40,11 +57,15 @@ class Labelled:
         return len(self.class_names)
 
     def subset(self, places: np.ndarray) -> "Labelled":
-        """Those of the clips."""
+        """Returns the same with the clips at `places` only."""
         return dataclasses.replace(self, index=np.sort(self.index[places]))
 
-    def read(self, places: np.ndarray) -> list["Clip"]:
-        """The clips at `places`, in that order; DataError for a label that is no class."""
+    def read(self, places: np.ndarray) -> list[Clip]:
+        """Returns the clips at `places`, in that order.
+
+        Raises:
+          DataError: a label that is not a class, or a clip that is not audio.
+        """
         return [
             Clip(
                 record["id"],
@@ -55,48 +76,32 @@ class Labelled:
         ]
 
     def read_classes(self, places: np.ndarray) -> list[np.ndarray]:
-        """As `read`, without the work that the samples take."""
+        """Returns the classes of the clips at `places` without converting their samples."""
         return [self._classes(component, record) for component, _, record in self._records(places)]
 
     def _records(self, places: np.ndarray) -> list[tuple[int, int, dict]]:
-        """(data set, example, record with an id) of each, in order."""
-        index = self.index[places]
-        ends = np.cumsum([len(split) for split in self.clips.splits])
-        which = np.searchsorted(ends, index, side="right")
-        example = index - np.concatenate([[0], ends])[which]
+        """Returns (data set, example, record with an id) of each clip, in order."""
+        which, example = self.clips.find(self.index[places])
         found: list[tuple[int, int, dict] | None] = [None] * len(which)
         for component in np.unique(which):
             split = self.clips.splits[component]
-            places = np.flatnonzero(which == component)
-            for place, record in zip(places, split.read(example[places]), strict=True):
+            here = np.flatnonzero(which == component)
+            for place, record in zip(here, split.read(example[here]), strict=True):
                 name = record["id"] or f"{split.name}@{split.split}#{example[place]}"
                 found[place] = component, example[place], record | {"id": name}
         return found
 
     def _classes(self, component: int, record: dict) -> np.ndarray:
-        """The numbers in this numbering; DataError for one that stands for no class."""
+        """Returns the clip's classes in this numbering; raises DataError for an unknown number."""
         numbers, known = np.atleast_1d(record["label"]), self.renumbering[component]
         if unknown := [int(n) for n in numbers if not 0 <= n < len(known)]:
-            # TFDS writes -1 where the class is not known.
+            # TFDS writes -1 for an unknown class.
             raise DataError(
                 f"clip {record['id']!r} of {self.clips.splits[component].name} has the label "
                 f"{unknown[0]}, but the classes are 0 to {len(known) - 1}; build the set without "
                 "that clip"
             )
         return known[numbers]
-
-    def targets(self, clips: Sequence["Clip"]) -> np.ndarray:
-        """float32 [n, classes]: 1 where a clip has a class."""
-        return _several_hot([clip.classes for clip in clips], self.num_classes)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Clip:
-    """A clip: `id`, int16 `samples` at 16 kHz, and the numbers of its classes."""
-
-    id: str
-    samples: np.ndarray
-    classes: np.ndarray
 
 
 def open_labelled(
@@ -107,14 +112,17 @@ def open_labelled(
     sample_rate_hz: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Labelled:
-    """Opens what `text` names (a mixture without weights), all in one numbering of the classes.
+    """Opens the labelled sets of a mixture without weights under one numbering of the classes.
 
     Args:
-      class_names: of the set that was trained on; None takes the first data set's.
+      text: `NAME_OR_DIRECTORY[@SPLIT]`, several with commas between.
+      default_split: the split of sets that name none.
+      data_dir, sample_rate_hz: as for `dataset.open_split`.
+      class_names: the classes of the training set; None takes those of the first set.
 
     Raises:
-      DataError, ValueError: not there, without labels, with weights, or a class that is not among
-        `class_names`; one line.
+      DataError, ValueError: a set is not there or has no labels, there are weights, or a class is
+        not among `class_names`.
     """
     clips = mixture.open_clips(text, default_split, data_dir, sample_rate_hz)
     if clips.weights is not None:
@@ -128,7 +136,9 @@ def open_labelled(
     class_names = tuple(class_names or clips.splits[0].label_names)
     kinds = {split.is_multi_label for split in clips.splits}
     if len(kinds) > 1:
-        raise DataError(f"{text!r} mixes sets of one label a clip and of several; name one kind")
+        raise DataError(
+            f"{text!r} mixes sets with one label per clip and sets with several; name one kind"
+        )
     renumbering = tuple(_renumber(split, class_names) for split in clips.splits)
     index = np.arange(len(clips))
     return Labelled(text, clips, class_names, kinds.pop(), renumbering, index)
@@ -144,34 +154,41 @@ def _renumber(split, class_names: tuple[str, ...]) -> np.ndarray:
     return np.array([known[name] for name in split.label_names], np.int32)
 
 
-def read_classes(labelled: Labelled) -> list[np.ndarray]:
-    """The classes of every clip, in order; reads the sets once."""
-    return [classes for places in _hundreds(labelled) for classes in labelled.read_classes(places)]
+# --- whole sets -------------------------------------------------------------------------------
 
 
 def each(labelled: Labelled) -> Iterator[Clip]:
-    """Every clip, in order, read by the hundred."""
-    for places in _hundreds(labelled):
+    """Yields every clip in order."""
+    for places in _reads(labelled):
         yield from labelled.read(places)
 
 
-def _hundreds(labelled: Labelled) -> list[np.ndarray]:
-    return np.array_split(np.arange(len(labelled)), math.ceil(len(labelled) / 128))
+def read_classes(labelled: Labelled) -> list[np.ndarray]:
+    """Returns the classes of every clip in order; this reads the sets once."""
+    return [classes for places in _reads(labelled) for classes in labelled.read_classes(places)]
+
+
+def _reads(labelled: Labelled) -> list[np.ndarray]:
+    places = np.arange(len(labelled))
+    return np.array_split(places, math.ceil(len(labelled) / _CLIPS_PER_READ))
 
 
 def embedded(
     labelled: Labelled, embed: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(what `embed` makes of every clip [n, size], truth, ids), in order.
+    """Returns (vectors [n, size], truth, ids) of every clip in order.
 
-    `embed` maps int16 [samples] to vectors; a clip shorter than a frame of 25 ms ends in silence.
+    Args:
+      embed: maps clips int16 [samples] to vectors [size]. A clip shorter than a frame of 25 ms is
+        padded to one with silence.
     """
     ids: list[str] = []
     classes: list[np.ndarray] = []
 
     def samples() -> Iterator[np.ndarray]:
         for clip in each(labelled):
-            ids.append(clip.id)  # and not the clip, whose samples would all stay in memory
+            # Not the clip itself: the samples of the whole set would stay in memory.
+            ids.append(clip.id)
             classes.append(clip.classes)
             missing = max(0, fbank.FRAME_LENGTH - len(clip.samples))
             yield np.pad(clip.samples, (0, missing))
@@ -181,23 +198,28 @@ def embedded(
 
 
 def truth(labelled: Labelled, classes: Sequence[np.ndarray]) -> np.ndarray:
-    """What metrics compare with: int labels [n], or float32 [n, classes] of 0 and 1."""
+    """Returns the targets of metrics: int labels [n], or float32 [n, classes] of 0 and 1."""
     if not labelled.is_multi_label:
         return np.array([of_clip[0] for of_clip in classes], np.int64)
     return _several_hot(classes, labelled.num_classes)
 
 
 def _several_hot(classes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    """Returns float32 [n, classes]: 1 where a clip has a class."""
     target_NxC = np.zeros((len(classes), num_classes), np.float32)
     for row, of_clip in zip(target_NxC, classes, strict=True):
         row[of_clip] = 1.0
     return target_NxC
 
 
-def rarity(classes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
-    """float64 [n]: a clip's chance to be drawn, in proportion to its classes' sums of 1 / size.
+# --- draws ------------------------------------------------------------------------------------
 
-    AudioSet's classes differ a thousandfold; SSAST draws its clips so.
+
+def rarity(classes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    """Returns float64 [n]: the chance to draw each clip, by the rarity of its classes.
+
+    The chance is in proportion to the sum of 1 / size over the clip's classes. SSAST draws the
+    clips of AudioSet so, whose classes differ in size a thousandfold.
     """
     counts = np.bincount(np.concatenate(classes), minlength=num_classes)
     chances = np.array([np.sum(1.0 / counts[of_clip]) for of_clip in classes])
@@ -207,8 +229,11 @@ def rarity(classes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
 def draw_share(
     classes: Sequence[np.ndarray], percent: float, seed: int, leave: int = 0
 ) -> np.ndarray:
-    """Places of `percent` of the clips, ascending: of every class (its clips' first) that share,
-    rounded, one clip at least; but `leave` clips of every class stay, if that is none drawn."""
+    """Returns the places of a random `percent` of the clips of every class, ascending.
+
+    A clip counts for its first class. The number per class is rounded, at least 1, and leaves at
+    least `leave` clips of the class undrawn, even if none is drawn then.
+    """
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 5))))
     first = np.array([of_clip[0] if len(of_clip) else -1 for of_clip in classes])
     drawn = []
@@ -217,3 +242,125 @@ def draw_share(
         count = max(1, round(len(places) * percent / 100))
         drawn.append(places[: min(count, len(places) - leave)])
     return np.sort(np.concatenate(drawn))
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def train_index(
+    size: int, batch_size: int, seed: int, chances: np.ndarray | None = None
+) -> Callable[[int], np.ndarray]:
+    """Returns a function from a step to the places [batch_size] of its clips among `size`.
+
+    Every epoch holds each clip once, in its own order. With `chances` [size] an epoch is as many
+    draws with replacement.
+    """
+
+    @functools.lru_cache(maxsize=4)  # Threads load several batches, which may lie in two epochs.
+    def order(epoch: int) -> np.ndarray:
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 3, epoch))))
+        if chances is None:
+            return mixture.permutation(random, size)
+        return random.choice(size, size, p=chances)
+
+    def places(step: int) -> np.ndarray:
+        epoch, place = np.divmod(step * batch_size + np.arange(batch_size), size)
+        found = np.empty_like(place)
+        for number in np.unique(epoch):
+            found[epoch == number] = order(int(number))[place[epoch == number]]
+        return found
+
+    return places
+
+
+def train_batches(
+    labelled: Labelled,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int,
+    total_steps: int,
+    num_frames: int,
+    max_frames: int,
+    chances: np.ndarray | None = None,
+    threads: int = 0,
+) -> Iterator[Batch]:
+    """Yields the batches of steps `start_step` to `total_steps` - 1.
+
+    Args:
+      num_frames: length of every clip in the batch: longer clips are cut at a place drawn from
+        (seed, step, row), shorter ones padded with silence. With 0 a batch is as long as its
+        longest clip, rounded up to one of a few lengths.
+      max_frames: the longest batch where `num_frames` is 0.
+      chances: chance to draw each clip; None draws each clip once per epoch.
+      threads: as for `pipeline.prefetched`.
+
+    Yields:
+      {audio int16 [b, samples], num_samples int32 [b], target float32 [b, classes]}.
+    """
+    index = train_index(len(labelled), batch_size, seed, chances)
+    limit = fbank.num_samples(num_frames or max_frames)
+
+    def load(step: int) -> Batch:
+        clips = labelled.read(index(step))
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 4, step))))
+        cut = []
+        for clip in clips:
+            start = int(random.integers(max(len(clip.samples) - limit, 0) + 1))
+            cut.append(clip.samples[start : start + limit])
+        target = _several_hot([clip.classes for clip in clips], labelled.num_classes)
+        return pad(cut, num_frames, max_frames) | {"target": target}
+
+    fields = _fields(batch_size) | {"target": (np.float32, (batch_size, labelled.num_classes))}
+    return pipeline.prefetched(load, range(start_step, total_steps), fields, threads)
+
+
+def eval_batches(
+    labelled: Labelled, *, batch_size: int, num_frames: int, max_frames: int, threads: int = 0
+) -> Iterator[tuple[Batch, list[Clip]]]:
+    """Yields every clip once, in the sets' order, as (batch, clips in the batch).
+
+    The batches are those of training without `target`; clips that are too long keep their middle.
+    All batches are full: rows past the last clip are silence, and no clip stands for them.
+    """
+    limit = fbank.num_samples(num_frames or max_frames)
+    clips_of: dict[int, list[Clip]] = {}  # tf.data carries only the arrays of a batch
+
+    def load(step: int) -> Batch:
+        first = step * batch_size
+        clips = labelled.read(np.arange(first, min(first + batch_size, len(labelled))))
+        cut = []
+        for clip in clips:
+            start = max(len(clip.samples) - limit, 0) // 2
+            cut.append(clip.samples[start : start + limit])
+        cut += [np.zeros(1, np.int16)] * (batch_size - len(clips))
+        clips_of[step] = clips
+        return pad(cut, num_frames, max_frames)
+
+    steps = range(math.ceil(len(labelled) / batch_size))
+    batches = pipeline.prefetched(load, steps, _fields(batch_size), threads)
+    for step, batch in zip(steps, batches, strict=True):
+        yield batch, clips_of.pop(step)
+
+
+def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int) -> Batch:
+    """Returns {audio int16 [b, samples], num_samples int32 [b]}: the clips padded with silence.
+
+    With `num_frames` clips are padded to that length, with 0 to the first of at most nine lengths
+    that holds them all. `num_samples` is the own length of a clip, at least a frame (400). It masks
+    the padding, which SSAST treats as part of the clip.
+    """
+    longest = max(len(clip) for clip in clips)
+    frames = num_frames
+    if not frames:
+        whole = math.ceil(max(longest - fbank.FRAME_LENGTH, 0) / fbank.FRAME_SHIFT) + 1
+        frames = pipeline.bucket_steps(min(whole, max_frames), max_frames)
+    audio = np.zeros((len(clips), fbank.num_samples(frames)), np.int16)
+    for row, clip in zip(audio, clips, strict=True):
+        row[: len(clip)] = clip
+    lengths = [max(len(clip), fbank.FRAME_LENGTH) for clip in clips]
+    return {"audio": audio, "num_samples": np.array(lengths, np.int32)}
+
+
+def _fields(batch_size: int) -> dict[str, tuple[type, tuple[int | None, ...]]]:
+    return {"audio": (np.int16, (batch_size, None)), "num_samples": (np.int32, (batch_size,))}

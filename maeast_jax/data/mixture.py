@@ -1,7 +1,8 @@
 """Which clip stands at position k: several data sets as one shuffled, endless sequence.
 
-Position k is computed, not reached: (epoch, place) = divmod(k, clips) and the place goes through a
-permutation that (seed, epoch) keys. Any position costs the same, but the first of an epoch.
+Position k is computed without those before it: (epoch, place) = divmod(k, clips), and a permutation
+that is a function of (seed, epoch) maps the place to a clip. Every position costs the same, except
+the first of an epoch, where the permutation is drawn.
 """
 
 import dataclasses
@@ -15,18 +16,19 @@ import numpy as np
 from maeast_jax.data import dataset, demo_corpus, writer
 from maeast_jax.runtime import storage
 
-# Slots of the weighted mixture's repeating pattern: weights are met to one in this many.
+# A weighted mixture repeats a pattern of this many slots, so weights are exact to one in as many.
 MIXTURE_SLOTS = 10_000
-# Clips that lie side by side in a shard and stay together in the order: one read of 2.5 MB, at ten
-# seconds each. TFDS shards are in random order: such clips are no more alike than any others.
+# This many clips that lie side by side in a shard stay together in the order, so that they are one
+# read (2.5 MB, with ten seconds per clip). TFDS shards are in random order, so neighbours are no
+# more alike than other clips.
 NEIGHBOURS = 8
-# Fewer clips (5 GB) stay in a host's memory once they are read: they are shuffled one by one.
+# Sets of fewer clips (5 GB) stay in a host's memory once read; their clips are shuffled singly.
 FEW_CLIPS = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One term of a mixture, as written: `NAME_OR_DIRECTORY[@SPLIT][*WEIGHT]`."""
+    """One term of a mixture, written as `NAME_OR_DIRECTORY[@SPLIT][*WEIGHT]`."""
 
     name: str
     split: str
@@ -35,7 +37,12 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """One or several data sets as one indexed collection; `weights` None means their union."""
+    """One or several data sets as one collection.
+
+    Attributes:
+      splits: the data sets.
+      weights: share of each set in the training stream; None gives each clip the same share.
+    """
 
     splits: tuple[dataset.Split, ...]
     weights: tuple[float, ...] | None
@@ -43,7 +50,14 @@ class Clips:
     def __len__(self) -> int:
         return sum(len(split) for split in self.splits)
 
+    def find(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (data set, example in it), int64 each, of clips numbered through all sets."""
+        ends = np.cumsum([len(split) for split in self.splits])
+        which = np.searchsorted(ends, index, side="right")
+        return which, index - np.concatenate([[0], ends])[which]
+
     def describe(self) -> str:
+        """Returns the names, sizes and shares of the data sets in one line."""
         terms = [f"{split.name}@{split.split}: {len(split):,} clips" for split in self.splits]
         if self.weights is not None:
             shares = np.asarray(self.weights) / sum(self.weights)
@@ -52,9 +66,10 @@ class Clips:
 
 
 def parse_mixture(text: str, default_split: str) -> list[Component]:
-    """Terms of `data.train` or `data.eval`.
+    """Returns the terms of `data.train` or `data.eval`.
 
-    Raises ValueError for a term that does not parse and where only some terms have weights.
+    Raises:
+      ValueError: a term does not parse, or only some terms have weights.
     """
     components = []
     # Commas inside the brackets of a split's slice belong to it.
@@ -75,15 +90,10 @@ def parse_mixture(text: str, default_split: str) -> list[Component]:
 def open_clips(
     text: str, default_split: str, data_dir: str | None, sample_rate_hz: int | None = None
 ) -> Clips:
-    """Opens the data sets that `text` names; errors are shards.DataError or ValueError."""
+    """Opens the data sets of a mixture; raises DataError or ValueError in one line."""
     components = parse_mixture(text, default_split)
     splits = tuple(
-        dataset.open_split(
-            component.name,
-            component.split,
-            data_dir,
-            sample_rate_hz=sample_rate_hz,
-        )
+        dataset.open_split(component.name, component.split, data_dir, sample_rate_hz)
         for component in components
     )
     weights = tuple(component.weight for component in components)
@@ -91,7 +101,7 @@ def open_clips(
 
 
 def open_demo(split: str, data_dir: str | None) -> Clips:
-    """The embedded corpus, synthesised and built through TFDS on first use."""
+    """Opens the embedded corpus, which is synthesised and written as a data set on first use."""
     try:
         opened = dataset.open_split(demo_corpus.NAME, split, data_dir)
     except dataset.NotPreparedError:
@@ -111,20 +121,20 @@ def open_demo(split: str, data_dir: str | None) -> Clips:
     return Clips((opened,), None)
 
 
-def address(positions: np.ndarray, clips: Clips, seed: int) -> tuple[np.ndarray, ...]:
-    """(data set, epoch, example) of each position of the training stream, int64 each.
+def address(
+    positions: np.ndarray, clips: Clips, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (data set, epoch, example), int64 each, of positions of the training stream.
 
-    Every epoch of a data set, or of the union, holds each of its clips once, in an order of its
-    own. With weights, each run of MIXTURE_SLOTS positions holds every data set in proportion, in
-    shuffled order, and each data set's clips in the order of its epoch.
+    Every epoch of a data set, or of the union, holds each of its clips once, in its own order.
+    With weights, each run of MIXTURE_SLOTS positions holds every data set in proportion, in
+    shuffled order, and the clips of each data set in the order of its epoch.
     """
     sizes = np.array([len(split) for split in clips.splits])
     if clips.weights is None:
         epoch, place = np.divmod(positions, sizes.sum())
-        place = _shuffle(place, seed, 0, epoch, sizes.sum())
-        ends = np.cumsum(sizes)
-        which = np.searchsorted(ends, place, side="right")
-        return which, epoch, place - (ends - sizes)[which]
+        which, example = clips.find(_shuffle(place, seed, 0, epoch, sizes.sum()))
+        return which, epoch, example
     slots = _apportion(clips.weights)
     which, rank = np.empty_like(positions), np.empty_like(positions)
     patterns, slot = np.divmod(positions, MIXTURE_SLOTS)
@@ -137,10 +147,10 @@ def address(positions: np.ndarray, clips: Clips, seed: int) -> tuple[np.ndarray,
 
 
 def permutation(random: np.random.Generator, size: int) -> np.ndarray:
-    """A random order of range(size), in which neighbours stay together where they are many."""
+    """Returns a random order of range(size); neighbours stay together from FEW_CLIPS on."""
     if size < FEW_CLIPS:
         return random.permutation(size)
-    # Cut at other places each time, so that a clip's company changes from epoch to epoch.
+    # The cuts are at random places, so that a clip's neighbours change from epoch to epoch.
     starts = np.arange(-random.integers(NEIGHBOURS), size, NEIGHBOURS)
     order = (random.permutation(starts)[:, None] + np.arange(NEIGHBOURS)).ravel()
     return order[(order >= 0) & (order < size)]
@@ -148,7 +158,7 @@ def permutation(random: np.random.Generator, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)  # a batch may lie across two patterns
 def _pattern(seed: int, number: int, *slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """(data set, how often it came before in this pattern) of each of MIXTURE_SLOTS positions."""
+    """For each slot of a pattern (its data set, how many slots of that set come before)."""
     which = _random(seed, 1, number).permutation(np.repeat(np.arange(len(slots)), slots))
     before = np.empty_like(which)
     for component, count in enumerate(slots):
@@ -157,7 +167,7 @@ def _pattern(seed: int, number: int, *slots: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _shuffle(place, seed: int, stream, epoch, size) -> np.ndarray:
-    """`place` under a permutation of range(size) that (seed, stream, epoch) keys, elementwise."""
+    """Maps each place by a permutation of range(size) that depends on (seed, stream, epoch)."""
     shuffled = np.empty_like(place)
     keys = np.stack(np.broadcast_arrays(stream, epoch, size), axis=1)
     for key in np.unique(keys, axis=0):
@@ -169,10 +179,10 @@ def _shuffle(place, seed: int, stream, epoch, size) -> np.ndarray:
 
 @functools.cache
 def _orders(seed: int, stream: int, size: int) -> Callable[[int], np.ndarray]:
-    """A permutation of range(size) an epoch: 0.1 s and 16 MB for two million clips.
+    """Returns a function from an epoch to its permutation of range(size).
 
-    TensorFlow's keyed shuffle needs neither, but with its four rounds the order is hardly random:
-    of 100 clips half keep their place, and only 256 orders exist.
+    A permutation of two million clips costs 0.1 s and 16 MB. TensorFlow's keyed shuffle costs
+    neither, but with its four rounds half of 100 clips keep their place, and only 256 orders exist.
     """
 
     @functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
@@ -194,7 +204,7 @@ def _is_weight(text: str | None) -> bool:
 
 
 def _apportion(weights: Sequence[float]) -> np.ndarray:
-    """MIXTURE_SLOTS shared out in proportion by largest remainder, at least one each."""
+    """Shares MIXTURE_SLOTS by weight (largest remainder), at least one slot each."""
     shares = np.asarray(weights) / np.sum(weights) * MIXTURE_SLOTS
     slots = np.maximum(np.floor(shares).astype(np.int64), 1)
     rest = MIXTURE_SLOTS - slots.sum()

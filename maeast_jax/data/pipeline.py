@@ -1,43 +1,45 @@
 """Batches of clips: a step-addressed stream for training, a finite pass for evaluation.
 
-Which clip stands at a position of the stream is computed (`mixture.py`) and its crop is drawn from
-(seed, epoch, example). So any step starts in no time, resuming needs no saved iterator, and the
-global batches are the same for any number of processes.
+`mixture.address` computes which clip stands at a position of the stream, and (seed, epoch, example)
+determine its crop. So any step starts at once, resuming needs no saved iterator, and the global
+batches are the same for any number of processes.
 """
 
+import atexit
 import dataclasses
 import itertools
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from maeast_jax import fbank
 from maeast_jax.data import audio, dataset
-from maeast_jax.data.decode_pool import num_cores
 from maeast_jax.data.mixture import Clips, address, open_clips, open_demo
 
 Batch = dict[str, np.ndarray]
 SOURCES = ("tfds", "synthetic")
 FBANK_PLACES = ("device", "host")
 SYNTHETIC_EVAL_CLIPS = 256
-# More would hold more batches (84 MB for 256 clips of 10 s) than any device asks for.
+# More threads would hold more batches (84 MB per batch of 256 clips of 10 s) than a device needs.
 _MOST_THREADS = 16
 _SYNTHETIC_STARTS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The configuration's `data` section; see config.py for what each field means."""
+    """The configuration's `data` section; config.py explains each field."""
 
-    source: str = "tfds"
-    dir: str = ""
-    train: str = ""
-    eval: str = ""
-    fbank: str = "device"
-    sample_rate_hz: int = 0
-    threads: int = 0
+    source: str
+    dir: str
+    train: str
+    eval: str
+    fbank: str
+    sample_rate_hz: int
+    threads: int
 
     def __post_init__(self):
         if self.source not in SOURCES:
@@ -59,12 +61,12 @@ class DataConfig:
 
     @property
     def is_demo(self) -> bool:
-        """Whether this trains on the embedded corpus."""
+        """Whether `train` names no data set, so that training uses the embedded corpus."""
         return self.source == "tfds" and not self.train
 
     @property
     def folder(self) -> str | None:
-        """Where data sets lie, None for TFDS' default."""
+        """The folder of data sets, None for TFDS' default."""
         return os.path.expanduser(self.dir) or None
 
     @property
@@ -73,23 +75,24 @@ class DataConfig:
 
 
 def open_train(data: DataConfig) -> Clips | None:
-    """What `data.train` names, or the embedded corpus; None for synthetic noise."""
+    """Opens the sets of `data.train`, or the embedded corpus; returns None for synthetic noise."""
     if data.source == "synthetic":
         return None
-    prepare_tensorflow()
     if data.is_demo:
         return open_demo("train", data.folder)
     return open_clips(data.train, "train", data.folder, data.sample_rate_hz or None)
 
 
 def open_eval(data: DataConfig) -> Clips | None:
-    """What `data.eval` names, or the embedded corpus' held-out clips where it is trained on.
+    """Opens the sets of `data.eval`, or the held-out clips of the embedded corpus.
 
-    None for synthetic noise. Only for what `has_eval`.
+    Returns None for synthetic noise. Call this only where `data.has_eval`.
+
+    Raises:
+      DataError, ValueError: as `open_clips`, and where the sets have weights.
     """
     if data.source == "synthetic":
         return None
-    prepare_tensorflow()
     if data.is_demo and not data.eval:
         return open_demo("valid", data.folder)
     clips = open_clips(data.eval, "valid", data.folder, data.sample_rate_hz or None)
@@ -101,7 +104,7 @@ def open_eval(data: DataConfig) -> Clips | None:
 
 
 def eval_count(clips: Clips | None, max_clips: int) -> int:
-    """How many clips an evaluation is over; `max_clips` 0 takes all."""
+    """Number of clips in an evaluation; `max_clips` 0 takes all."""
     count = SYNTHETIC_EVAL_CLIPS if clips is None else len(clips)
     return min(count, max_clips) if max_clips else count
 
@@ -117,24 +120,30 @@ def train_batches(
     total_steps: int,
     rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Batches of steps `start_step` .. `total_steps` - 1, of each the rows named (None: all).
+    """Yields the batches of steps `start_step` to `total_steps` - 1.
 
-    {audio int16 [b, S]} or {fbank float32 [b, T, F]}; a crop of `num_frames` at a random place,
-    shorter clips looped to fill.
+    A clip is cropped to `num_frames` at a random place; a shorter clip is looped to fill them.
+
+    Args:
+      clips: what `open_train` returned.
+      batch_size: clips in the global batch.
+      rows: the rows of each global batch to yield; None yields all.
+
+    Yields:
+      {audio int16 [rows, samples]}, or {fbank float32 [rows, frames, bands]} with data.fbank=host.
     """
     rows = np.arange(batch_size) if rows is None else rows
     num_samples = fbank.num_samples(num_frames)
-    if clips is None:
-        noise = _synthetic(seed, num_samples)
-        for step in range(start_step, total_steps):
-            yield {"audio": noise(step * batch_size + rows)}
-        return
+    noise = _synthetic(seed, num_samples) if clips is None else None
 
-    def load(step: np.ndarray) -> np.ndarray:
-        which, epoch, example = address(step * batch_size + rows, clips, seed)
-        return read(clips, which, epoch, example, seed, num_samples)
+    def load(step: int) -> Batch:
+        positions = step * batch_size + rows
+        if clips is None:
+            return {"audio": noise(positions)}
+        return {"audio": read(clips, *address(positions, clips, seed), seed, num_samples)}
 
-    yield from _stream(data, load, start_step, total_steps, (len(rows), num_samples))
+    fields = {"audio": (np.int16, (len(rows), num_samples))}
+    return _stream(data, load, range(start_step, total_steps), fields)
 
 
 def eval_batches(
@@ -147,38 +156,37 @@ def eval_batches(
     max_clips: int = 0,
     rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """One pass over `max_clips` (0: all) spread evenly over the sets, each once; `rows` of each.
+    """Yields one pass over `max_clips` clips (0: all) spread evenly over the sets, each clip once.
 
-    Crops are the same at every pass. All batches are full: rows past the end are silence with
-    `mask` False.
+    Crops are the same at every pass. All batches are full: rows past the last clip are silence.
+
+    Args:
+      clips: what `open_eval` returned.
+      batch_size, num_frames, rows: as for `train_batches`.
+
+    Yields:
+      As `train_batches`, with `mask` bool [rows], False where a row is past the last clip.
     """
     rows = np.arange(batch_size) if rows is None else rows
     num_samples = fbank.num_samples(num_frames)
     count = eval_count(clips, max_clips)
-    # Its own seed: held-out noise.
+    # Another seed than in training: the noise is held out.
     noise = _synthetic(seed + 1, num_samples) if clips is None else None
 
-    def load(step: np.ndarray) -> np.ndarray:
+    def load(step: int) -> Batch:
         index = step * batch_size + rows
-        real = index < count
+        mask = index < count
         audio_BxS = np.zeros((len(rows), num_samples), np.int16)
         if clips is None:
-            audio_BxS[real] = noise(index[real])
-            return audio_BxS
-        place = index[real] * len(clips) // count
-        ends = np.cumsum([len(split) for split in clips.splits])
-        which = np.searchsorted(ends, place, side="right")
-        example = place - np.concatenate([[0], ends])[which]
-        audio_BxS[real] = read(clips, which, np.zeros_like(example), example, seed, num_samples)
-        return audio_BxS
+            audio_BxS[mask] = noise(index[mask])
+        else:
+            which, example = clips.find(index[mask] * len(clips) // count)
+            epoch = np.zeros_like(example)
+            audio_BxS[mask] = read(clips, which, epoch, example, seed, num_samples)
+        return {"audio": audio_BxS, "mask": mask}
 
-    num_batches = math.ceil(count / batch_size)
-    if clips is None:
-        batches = ({"audio": load(step)} for step in range(num_batches))
-    else:
-        batches = _stream(data, load, 0, num_batches, (len(rows), num_samples))
-    for step, batch in enumerate(batches):
-        yield batch | {"mask": step * batch_size + rows < count}
+    fields = {"audio": (np.int16, (len(rows), num_samples)), "mask": (np.bool_, (len(rows),))}
+    return _stream(data, load, range(math.ceil(count / batch_size)), fields)
 
 
 def read(
@@ -189,7 +197,7 @@ def read(
     seed: int,
     num_samples: int,
 ) -> np.ndarray:
-    """int16 [b, num_samples]: the clips addressed, each cropped or looped by its own draw."""
+    """Returns int16 [b, num_samples]: clips by data set and example, each with its own crop."""
     audio_BxS = np.empty((len(which), num_samples), np.int16)
     for component in np.unique(which):
         split = clips.splits[component]
@@ -201,29 +209,8 @@ def read(
     return audio_BxS
 
 
-def prepare_tensorflow() -> None:
-    """Keeps TensorFlow, which reads data sets, off the devices.
-
-    Raises ValueError where it is not installed, with what to install.
-    """
-    try:
-        import tensorflow
-        import tensorflow_datasets  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"reading data sets needs {error.name}: pip install tensorflow-cpu tensorflow-datasets"
-        ) from error
-    # The accelerator is jax's alone.
-    tensorflow.config.set_visible_devices([], "GPU")
-
-
-def num_threads(asked: int) -> int:
-    """How many batches are loaded side by side; 0 asks for one a core, within reason."""
-    return asked or min(num_cores(), _MOST_THREADS)
-
-
 def samples_of(split: dataset.Split, stored: np.ndarray, example: int) -> np.ndarray:
-    """int16 [samples] at 16 kHz; raises DataError, with its name, for a clip that is none."""
+    """Returns int16 [samples] at 16 kHz; raises DataError, naming the clip, if it is not audio."""
     try:
         samples = audio.to_int16(stored, split.sample_rate_hz)
         if not len(samples):
@@ -236,7 +223,7 @@ def samples_of(split: dataset.Split, stored: np.ndarray, example: int) -> np.nda
 
 
 def _crop(samples: np.ndarray, num_samples: int, key: Sequence[int]) -> np.ndarray:
-    """A window at a random place; a clip that is shorter goes round from a random place."""
+    """A window at a random place; a shorter clip goes round from a random place."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([int(k) for k in key])))
     if len(samples) >= num_samples:
         start = random.integers(len(samples) - num_samples + 1)
@@ -245,50 +232,109 @@ def _crop(samples: np.ndarray, num_samples: int, key: Sequence[int]) -> np.ndarr
     return np.resize(np.roll(samples, -start), num_samples)
 
 
-def _stream(data: DataConfig, load, start: int, stop: int, shape) -> Iterator[Batch]:
-    """tf.data over steps: `load` in a thread pool, in order, ahead of the training loop."""
+def _stream(
+    data: DataConfig, load: Callable[[int], Batch], steps: range, fields: dict
+) -> Iterator[Batch]:
+    if data.source == "synthetic":
+        return (load(step) for step in steps)  # needs neither threads nor TensorFlow
+    transform = _host_fbank if data.fbank == "host" else None
+    return prefetched(load, steps, fields, data.threads, transform)
+
+
+def _host_fbank(batch: dict[str, Any]) -> dict[str, Any]:
+    others = {name: tensor for name, tensor in batch.items() if name != "audio"}
+    return {"fbank": fbank.fbank_tf(batch["audio"])} | others
+
+
+# --- prefetching ------------------------------------------------------------------------------
+
+
+def prefetched(
+    load: Callable[[int], Batch],
+    steps: range,
+    fields: dict[str, tuple[type, tuple[int | None, ...]]],
+    threads: int,
+    transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Iterator[Batch]:
+    """Yields `load(step)` for each step in order; tf.data loads batches ahead in threads.
+
+    Closing the iterator, or the end of the program, waits only for the batches being loaded.
+
+    Args:
+      load: returns the batch of a step; several threads call it at once.
+      fields: type and shape of each array of a batch; None is a size that varies.
+      threads: number of threads, each of which loads a whole batch; 0 for one per core, at most 16.
+      transform: a function of TensorFlow on the tensors of a batch.
+
+    Raises:
+      Whatever `load` raises, at the step where it is raised.
+    """
+    threads = threads or min(audio.num_cores(), _MOST_THREADS)
+    stream = _prefetched(load, steps, fields, threads, transform)
+    _OPEN.add(stream)
+    return stream
+
+
+def _prefetched(load, steps, fields, threads, transform) -> Iterator[Batch]:
     import tensorflow as tf
 
-    failures: list[Exception] = []
+    errors: dict[int, Exception] = {}
 
-    def load_or_tell(step: np.ndarray) -> np.ndarray:
+    def load_or_tell(step: np.ndarray) -> list[np.ndarray]:
         try:
-            return load(step)
+            batch = load(int(step))
         except Exception as error:
-            failures.append(error)
+            errors[int(step)] = error
             raise
+        return [batch[name] for name in fields]
 
-    threads = num_threads(data.threads)
-    batches = tf.data.Dataset.range(start, stop).map(
-        lambda step: tf.ensure_shape(tf.numpy_function(load_or_tell, [step], tf.int16), shape),
-        num_parallel_calls=threads,
-        deterministic=True,
-    )
-    name = "audio"
-    if data.fbank == "host":
-        name = "fbank"
-        batches = batches.map(fbank.fbank_tf, num_parallel_calls=threads, deterministic=True)
+    def batch_of(step: tf.Tensor) -> dict[str, tf.Tensor]:
+        types = [dtype for dtype, _ in fields.values()]
+        arrays = tf.numpy_function(load_or_tell, [step], types)
+        return {
+            name: tf.ensure_shape(array, shape)
+            for array, (name, (_, shape)) in zip(arrays, fields.items(), strict=True)
+        }
+
+    batches = tf.data.Dataset.range(steps.start, steps.stop)
+    for function in (batch_of, transform):
+        if function is not None:
+            batches = batches.map(function, num_parallel_calls=threads, deterministic=True)
+    options = tf.data.Options()
+    # TensorFlow's own pool has as many threads as there are cores, whatever num_parallel_calls is.
+    options.threading.private_threadpool_size = threads
     try:
-        for batch in batches.prefetch(2).as_numpy_iterator():
-            yield {name: batch}
-    except tf.errors.OpError:
-        # TensorFlow wraps what `load` raised in a page of its own graph.
-        if failures:
-            raise failures[0] from None
-        raise
+        yield from batches.prefetch(2).with_options(options).as_numpy_iterator()
+        return
+    except tf.errors.OpError as wrapped:
+        # TensorFlow wraps the error of `load` in a page about its graph.
+        error = errors[min(errors)] if errors else wrapped
+    # Raised out here the error holds no reference to the iterator, whose threads end at once.
+    raise error
+
+
+# TensorFlow's threads call `load` and so wait for the interpreter. If a stream is still open when
+# the interpreter ends, it waits for those threads, for ever.
+_OPEN: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    for stream in list(_OPEN):
+        stream.close()
 
 
 def _synthetic(seed: int, num_samples: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Positions [b] to int16 noise [b, num_samples], a function of (seed, position).
+    """Returns a function from positions [b] to int16 noise [b, num_samples].
 
-    Drawn once, and cut at another place for each position: drawing costs more than a step does on
-    an accelerator.
+    The noise is drawn once and cut at another place for each position, because drawing takes longer
+    than a step on an accelerator.
     """
     random = np.random.Generator(np.random.Philox(key=seed))
     samples = random.integers(-8192, 8192, num_samples + _SYNTHETIC_STARTS, np.int16)
 
     def clips(positions: np.ndarray) -> np.ndarray:
-        # An odd factor: each place once in that many positions.
+        # The factor is odd, so each start comes once in _SYNTHETIC_STARTS positions.
         starts = positions * 40_503 % _SYNTHETIC_STARTS
         audio_BxS = np.empty((len(positions), num_samples), np.int16)
         for row, start in zip(audio_BxS, starts, strict=True):
@@ -299,10 +345,10 @@ def _synthetic(seed: int, num_samples: int) -> Callable[[np.ndarray], np.ndarray
 
 
 def bucket_steps(num_steps: int, window_steps: int) -> int:
-    """The length that `num_steps` are padded to: the smallest bucket that holds them.
+    """The length to pad `num_steps` to: the smallest bucket that holds them.
 
-    Buckets are 2, 3, 4, 6, 8, 12, 16, 24 and 32 parts in 32 of the window, rounded up: nine at
-    most, whatever the lengths. Above the window, where nothing is cut, the series goes on.
+    Buckets are 2, 3, 4, 6, 8, 12, 16, 24 and 32 parts in 32 of the window, rounded up, so there are
+    at most nine of them. Beyond the window, where nothing is cut, the series goes on.
     """
     buckets = (
         -(-window_steps * (parts << doubling) // 32)

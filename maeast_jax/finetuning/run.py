@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
-from maeast_jax.data import Labelled, labelled, mixture, pipeline
+from maeast_jax.data import Labelled, labelled, mixture
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.step import SELECTIONS, LossConfig
 from maeast_jax.inference import POOLS, Pretrained, pretrained
@@ -213,7 +213,6 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     typed = dataclasses.replace(typed, model=_encoder(typed.model, init_from))
     backbone_config(typed.model, typed.head)  # raises where the head's layer is none of the model's
     typed.features.layer_number(typed.model.encoder_layers)
-    pipeline.prepare_tensorflow()
     folds = tuple(_open_folds(typed))
     mesh = None
     if typed.mode == "finetune":

@@ -10,7 +10,7 @@ import numpy as np
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.data import Labelled, labelled, labelled_batches
+from maeast_jax.data import Labelled, labelled
 from maeast_jax.evaluation import metrics
 from maeast_jax.finetuning import step as finetune_step
 from maeast_jax.finetuning.run import FinetuneRun, Sets
@@ -119,7 +119,7 @@ class FoldTrainer:
         """Returns probabilities of every clip of a set, in evaluation mode."""
         config = self._run.config
         ids, rows, classes = [], [], []
-        for batch, real in labelled_batches.eval_batches(
+        for batch, real in labelled.eval_batches(
             clips,
             batch_size=config.batch_size,
             num_frames=config.num_frames,
@@ -137,7 +137,7 @@ class FoldTrainer:
         chances = None
         if config.data.balanced:
             chances = labelled.rarity(labelled.read_classes(train), train.num_classes)
-        for batch in labelled_batches.train_batches(
+        for batch in labelled.train_batches(
             train,
             seed=config.seed,
             batch_size=config.batch_size,

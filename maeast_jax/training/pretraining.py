@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
-from maeast_jax.data import Batch, DataConfig, pipeline
+from maeast_jax.data import Batch, DataConfig, pipeline, prepare_tensorflow
 from maeast_jax.evaluation import KnnEval, open_knn, plots
 from maeast_jax.inference import Pretrained, pretrained
 from maeast_jax.model import ModelConfig, masking
@@ -341,7 +341,7 @@ def check_resume(config: PretrainConfig, workdir: epath.Path, step: int) -> None
 
 def _open_knn(config: PretrainConfig) -> KnnEval:
     try:
-        pipeline.prepare_tensorflow()
+        prepare_tensorflow()
     except ValueError as error:
         raise ValueError(f"eval.knn={config.eval.knn!r}: {error}") from error
     rate = config.data.sample_rate_hz or None

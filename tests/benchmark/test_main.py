@@ -16,7 +16,6 @@ from ml_collections import config_flags
 
 from maeast_jax.benchmark import __main__ as program
 from maeast_jax.benchmark import cases, measure, table
-from maeast_jax.data import pipeline
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import memory
 
@@ -153,7 +152,7 @@ def test_input_without_tensorflow_is_refused_with_the_remedy(start, monkeypatch)
     def absent():
         raise ValueError("tensorflow is not installed")
 
-    monkeypatch.setattr(pipeline, "prepare_tensorflow", absent)
+    monkeypatch.setattr(program, "prepare_tensorflow", absent)
     message = "--input=host: tensorflow is not installed, or pass --input=none"
     with pytest.raises(ValueError, match=message):
         start("--input=host")

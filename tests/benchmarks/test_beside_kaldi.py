@@ -1,4 +1,4 @@
-"""Log-mel energies beside torchaudio's: the same values, and the clips they are taken of."""
+"""Log-mel energies beside torchaudio's: the same values, on clips of a folder."""
 
 import json
 import os

@@ -1,4 +1,11 @@
+"""Audio files and arrays to int16 at 16 kHz, alone and in several processes."""
+
+import os
+import pathlib
 import pickle
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +20,7 @@ def sine(seconds, rate_hz, hz=440.0, level=0.5):
 
 
 def write_av(path, codec, rate_hz, samples, layout="mono", sample_format="fltp"):
-    """Encodes float [samples] (each channel the same) with FFmpeg; the container by the suffix."""
+    """Encodes float [samples] for each channel with FFmpeg in the container of the suffix."""
     av = pytest.importorskip("av")
     channels = {"mono": 1, "stereo": 2}[layout]
     with av.open(str(path), "w") as container:
@@ -38,8 +45,8 @@ def loudest_hz(samples):
     return np.argmax(spectrum) * audio.SAMPLE_RATE_HZ / len(samples)
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "aiff", "au"])
-def test_16_bit_mono_at_16_khz_is_bit_exact(tmp_path, suffix):
+@pytest.mark.parametrize("suffix", ["wav", "flac", "aiff"])
+def test_16_bit_mono_at_16_khz_is_exact(tmp_path, suffix):
     samples = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
     samples[:2] = -32768, 32767
     path = tmp_path / f"a.{suffix}"
@@ -60,31 +67,29 @@ def test_channels_are_averaged(tmp_path):
     assert audio.to_int16(np.stack([left, right, third], 1), 16_000).tolist() == expected
 
 
-def test_other_rates_are_resampled_as_soxr_does_in_one_go(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rate_hz", [8_000, 11_025, 44_100, 48_000])
+def test_arrays_of_other_rates_are_resampled_as_soxr_does(rate_hz):
+    """To the bit and the sample, so that data sets built before librosa keep their examples."""
+    for length in (1, 7, 1_000, 4_001):
+        samples = np.random.default_rng(length).normal(0, 0.1, length).astype(np.float32)
+        resampled = soxr.resample(samples, rate_hz, 16_000, quality="HQ")
+        expected = np.clip(np.rint(resampled * 32_768), -32_768, 32_767).astype(np.int16)
+        np.testing.assert_array_equal(audio.to_int16(samples, rate_hz), expected)
+
+
+def test_files_are_resampled_in_blocks_as_in_one_go(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_BLOCK_FRAMES", 1000)  # many blocks, as a long file has
     samples = sine(0.5, 44_100).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
-    whole = soxr.resample(samples, 44_100, 16_000, quality="HQ")
-    expected = np.rint(whole * 32768).astype(np.int16)
     decoded = audio.decode(tmp_path / "a.wav")
     assert len(decoded) == 8000
-    assert np.abs(decoded.astype(int) - expected).max() <= 1
-    assert np.abs(audio.to_int16(samples, 44_100).astype(int) - expected).max() <= 1
+    assert np.abs(decoded.astype(int) - audio.to_int16(samples, 44_100)).max() <= 1
 
 
-@pytest.mark.parametrize("rate_hz", [8000, 11_025, 22_050, 48_000, 96_000])
-def test_resampling_keeps_pitch_length_and_level(tmp_path, rate_hz):
-    soundfile.write(tmp_path / "a.wav", sine(1, rate_hz), rate_hz)
-    decoded = audio.decode(tmp_path / "a.wav")
-    assert abs(len(decoded) - 16_000) <= 1
-    assert loudest_hz(decoded) == pytest.approx(440, abs=1.1)
-    assert np.abs(decoded[4000:12_000]).max() == pytest.approx(16_384, rel=0.01)
-
-
-def test_what_exceeds_full_scale_is_clipped_not_wrapped(tmp_path):
+def test_samples_beyond_full_scale_are_clipped(tmp_path):
     loud = np.array([1.5, -1.5, 1.0, -1.0, 0.5, 2**-16, 3 * 2**-16], np.float32)
     soundfile.write(tmp_path / "a.wav", loud, 16_000, subtype="FLOAT")
-    expected = [32767, -32768, 32767, -32768, 16384, 0, 2]  # halves go to the even number
+    expected = [32767, -32768, 32767, -32768, 16384, 0, 2]  # halves round to the even number
     assert audio.decode(tmp_path / "a.wav").tolist() == expected
     assert audio.to_int16(loud, 16_000).tolist() == expected
     assert audio.to_int16(loud.astype(np.float64), 16_000).tolist() == expected
@@ -94,15 +99,11 @@ def test_what_exceeds_full_scale_is_clipped_not_wrapped(tmp_path):
     ("name", "codec", "rate_hz", "layout"),
     [
         ("a.m4a", "aac", 44_100, "stereo"),
-        ("a.mp4", "aac", 16_000, "mono"),
         ("a.aac", "aac", 22_050, "mono"),
         ("a.webm", "libopus", 48_000, "mono"),
-        ("a.mkv", "libopus", 48_000, "stereo"),
-        ("a.mka", "pcm_s16le", 16_000, "stereo"),
         ("a.mov", "alac", 44_100, "mono"),
         ("a.mp3", "libmp3lame", 44_100, "stereo"),
         ("a.opus", "libopus", 48_000, "mono"),
-        ("a.ogg", "libopus", 48_000, "stereo"),
         ("a.flac", "flac", 44_100, "stereo"),
     ],
 )
@@ -121,13 +122,13 @@ def test_every_container_gives_the_tone_that_went_in(tmp_path, name, codec, rate
 
 @pytest.mark.parametrize(
     ("codec", "step"),
-    [("pcm_u8", 256), ("pcm_s16le", 1), ("pcm_s32le", 1), ("pcm_f32le", 1), ("pcm_f64le", 1)],
+    [("pcm_u8", 256), ("pcm_s16le", 1), ("pcm_s32le", 1), ("pcm_f64le", 1)],
 )
 def test_pyav_is_exact_where_the_codec_is(tmp_path, codec, step):
     samples = np.random.default_rng(1).integers(-32768 // step, 32767 // step, 3000) * step
     write_av(tmp_path / "a.mka", codec, 16_000, samples / 32768)
     with pytest.raises(soundfile.LibsndfileError):
-        soundfile.read(tmp_path / "a.mka")  # so it is PyAV that is tested
+        soundfile.read(tmp_path / "a.mka")  # so PyAV decodes it
     np.testing.assert_array_equal(audio.decode(tmp_path / "a.mka"), samples)
 
 
@@ -184,25 +185,19 @@ def test_the_error_survives_the_way_back_from_another_process():
     assert (error.path, error.reason, str(error)) == ("a.wav", "not found", "a.wav: not found")
 
 
-def test_a_missing_decoder_is_no_property_of_the_file(tmp_path, monkeypatch):
+def test_a_missing_decoder_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
     (tmp_path / "a.m4a").write_bytes(b"no audio")
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError):
         audio.decode(tmp_path / "a.m4a")
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
-def test_wider_integers_hold_16_bit_values(dtype):
-    values = np.array([0, 1, 32767], dtype)
-    result = audio.to_int16(values, 16_000)
-    assert result.dtype == np.int16
-    assert result.tolist() == [0, 1, 32767]
-    with pytest.raises(ValueError, match=f"value 32768 in {np.dtype(dtype)} audio"):
-        audio.to_int16(np.array([0, 32768], dtype), 16_000)
-
-
-def test_integers_below_16_bits_are_an_error():
-    assert audio.to_int16(np.array([-32768]), 16_000).tolist() == [-32768]
+def test_wider_integers_must_hold_16_bit_values():
+    for dtype in (np.int32, np.int64, np.uint16):
+        result = audio.to_int16(np.array([0, 1, 32767], dtype), 16_000)
+        assert (result.dtype, result.tolist()) == (np.int16, [0, 1, 32767])
+        with pytest.raises(ValueError, match=f"value 32768 in {np.dtype(dtype)} audio"):
+            audio.to_int16(np.array([0, 32768], dtype), 16_000)
     with pytest.raises(ValueError, match="value -32769 in int64 audio"):
         audio.to_int16(np.array([-32769, 5]), 16_000)
 
@@ -215,7 +210,7 @@ def test_integers_and_floats_of_the_same_sound_agree():
     assert len(audio.to_int16(integers, 8000)) == 3200
 
 
-def test_arrays_that_are_no_audio():
+def test_arrays_that_are_not_audio_are_refused():
     for bad, pattern in [
         (np.zeros((2, 3, 4), np.int16), r"shape \[2, 3, 4\]"),
         (np.int16(3), r"shape \[\]"),
@@ -230,7 +225,128 @@ def test_arrays_that_are_no_audio():
             audio.to_int16(bad, 16_000)
 
 
-def test_no_samples_in_memory_stay_none():
+def test_empty_arrays_stay_empty():
     for empty in (np.zeros(0, np.int16), np.zeros(0, np.int64), np.zeros((0, 2))):
         for rate_hz in (16_000, 44_100):
             assert audio.to_int16(empty, rate_hz).shape == (0,)
+
+
+# --- several processes ------------------------------------------------------------------------
+
+DIED = "its decoder died (crashed, or out of memory)"
+decode = audio._decode
+
+
+def decode_or_die(path):
+    """Runs in place of `audio._decode`, and dies as the file's name says."""
+    name, once = os.path.basename(path), pathlib.Path(path + ".once")
+    if name.startswith("kills"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("exhausts"):
+        audio.decode = exhaust
+    if name.startswith("once") and not once.exists():
+        once.touch()
+        os._exit(1)
+    return decode(path)
+
+
+def exhaust(path):
+    raise MemoryError
+
+
+def die():
+    os._exit(1)
+
+
+def test_decoding_processes_load_no_framework():
+    """Each starts with this import; jax and TensorFlow take seconds and hundreds of megabytes."""
+    program = (
+        "import sys, maeast_jax.data;"
+        "print({'jax', 'tensorflow', 'tensorflow_datasets', 'librosa'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_results_come_in_order_and_failures_as_text(tmp_path):
+    paths = []
+    for index in range(20):
+        paths.append(str(tmp_path / f"{index}.wav"))
+        if index % 7:
+            # Long files before short ones, which would otherwise overtake them.
+            soundfile.write(paths[-1], np.full(50_000 // (index + 1), index, np.int16), 16_000)
+    with audio.DecodePool(2) as pool:
+        for index, samples in enumerate(pool.decode(paths)):
+            if index % 7:
+                assert samples.tolist() == [index] * (50_000 // (index + 1))
+            else:
+                assert samples == "not found"
+        assert index == 19
+        assert list(pool.decode([])) == []
+
+
+def decoded(folder, names, num_processes=2):
+    """The pool's result for each name; a file whose name is a number holds only that number."""
+    for name in names:
+        if name.isdigit():
+            soundfile.write(folder / f"{name}.wav", np.full(9, int(name), np.int16), 16_000)
+    with audio.DecodePool(num_processes) as pool:
+        results = list(pool.decode([str(folder / f"{name}.wav") for name in names]))
+    return [r if isinstance(r, str) else str(*set(r.tolist())) for r in results]
+
+
+def test_a_file_that_kills_its_decoder_is_undecodable_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_decode", decode_or_die)
+    names = [str(index) for index in range(14)]
+    names[5], names[6], names[13] = "kills", "absent", "exhausts"
+    expected = list(names)
+    expected[5], expected[6], expected[13] = DIED, "not found", DIED
+    assert decoded(tmp_path, names) == expected
+
+
+@pytest.mark.slow
+def test_the_first_and_the_last_file_may_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_decode", decode_or_die)
+    assert decoded(tmp_path, ["kills1", "0", "kills2"], num_processes=1) == [DIED, "0", DIED]
+
+
+@pytest.mark.slow
+def test_a_decoder_that_dies_by_chance_costs_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_decode", decode_or_die)
+    assert decoded(tmp_path, ["0", "once", "2"]) == ["0", "not found", "2"]
+    with audio.DecodePool(1) as pool:
+        assert pool._executor.submit(os._exit, 1).exception()
+        assert list(pool.decode([str(tmp_path / "a.wav")] * 3)) == ["not found"] * 3
+
+
+@pytest.mark.slow
+def test_files_under_way_stay_few_when_decoders_die(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_decode", decode_or_die)
+    taken = []
+
+    def names():
+        for index in range(40):
+            taken.append(index)
+            yield str(tmp_path / f"{'kills' if index == 2 else index}.wav")
+
+    with audio.DecodePool(1) as pool:
+        for index, _ in enumerate(pool.decode(names())):
+            assert len(taken) <= index + 4
+            if index == 8:
+                break
+
+
+@pytest.mark.slow
+def test_processes_that_never_live_are_an_error_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_start", die)
+    with pytest.raises(audio.DecoderDiedError, match=r"0\.wav, and so did a new one without"):
+        decoded(tmp_path, ["0", "1", "2"])
+
+
+@pytest.mark.slow
+def test_processes_that_die_on_every_file_are_an_error_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_decode", decode_or_die)
+    monkeypatch.setattr(audio, "_MOST_DEATHS", 3)
+    names = ["0", "kills0", "kills1", "2", *(f"kills{index}" for index in range(5))]
+    with pytest.raises(audio.DecoderDiedError, match=r"3 files in a row, .*kills2\.wav: take"):
+        decoded(tmp_path, names)

@@ -1,15 +1,13 @@
-"""Labelled clips: which stand in a step, what is read of them, and how they are padded."""
+"""Labelled clips: which stand in a step, how they are read, cut and padded."""
 
 import dataclasses
 import gc
-import itertools
-import threading
 import weakref
 
 import numpy as np
 import pytest
 
-from maeast_jax.data import labelled, labelled_batches, writer
+from maeast_jax.data import labelled, writer
 from maeast_jax.data.dataset import DataError
 from maeast_jax.data.mixture import Clips
 
@@ -84,7 +82,7 @@ def test_sets_of_another_numbering_are_renumbered_by_name(data_dir):
         ("animals", {"class_names": ["dog", "cat"]}, "has the class 'bird', which is not among"),
     ],
 )
-def test_sets_that_do_not_serve_are_one_line(data_dir, text, options, message):
+def test_unsuitable_sets_are_refused_in_one_line(data_dir, text, options, message):
     with pytest.raises((DataError, ValueError), match=message):
         open_one(data_dir, text, **options)
 
@@ -95,12 +93,13 @@ class Records(list):
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_that_is_no_class_is_an_error_that_names_its_clip(data_dir, label):
+def test_an_unknown_label_is_an_error_that_names_its_clip(data_dir, label):
     animals = open_one(data_dir)
     (split,) = animals.clips.splits
-    records = Records(split.records.read(range(len(split))))
+    records = Records(map(split.decode, split.records.read(range(len(split)))))
     records[4]["label"] = label
-    clips = Clips((dataclasses.replace(split, records=records),), None)
+    decoded = dataclasses.replace(split, records=records, decode=lambda record: record)
+    clips = Clips((decoded,), None)
     name = records[4]["id"].decode()
     broken = dataclasses.replace(animals, clips=clips)
     assert len(broken.read(np.array([3]))) == 1
@@ -108,31 +107,29 @@ def test_a_label_that_is_no_class_is_an_error_that_names_its_clip(data_dir, labe
         labelled.read_classes(broken)
 
 
-def test_every_epoch_holds_each_clip_once_in_an_order_of_its_own(data_dir):
-    animals = open_one(data_dir)
-    stream = np.concatenate(
-        [labelled_batches.train_index(animals, step, 4, seed=3) for step in range(11)]
-    )
+def test_every_epoch_holds_each_clip_once_in_its_own_order():
+    index = labelled.train_index(11, 4, seed=3)
+    stream = np.concatenate([index(step) for step in range(11)])
     epochs = stream.reshape(4, 11)
     for epoch in epochs:
         assert sorted(epoch) == list(range(11))
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    again = labelled_batches.train_index(animals, 7, 4, seed=3)
+    again = labelled.train_index(11, 4, seed=3)(7)
     np.testing.assert_array_equal(again, stream[28:32])
-    assert np.any(labelled_batches.train_index(animals, 7, 4, seed=4) != again)
+    assert np.any(labelled.train_index(11, 4, seed=4)(7) != again)
 
 
-def test_rare_classes_are_drawn_as_often_as_common_ones(data_dir):
-    animals = open_one(data_dir).subset(np.array([0, 1, 2, 3, 4, 5, 6]))
+def test_rare_classes_are_drawn_as_often_as_common_ones():
     classes = [np.array([0])] * 5 + [np.array([1]), np.array([1, 2])]
     chances = labelled.rarity(classes, 3)
     np.testing.assert_allclose(chances * 3, [0.2] * 5 + [0.5, 1.5])
-    drawn = [labelled_batches.train_index(animals, step, 7, 0, chances) for step in range(1000)]
+    index = labelled.train_index(7, 7, 0, chances)
+    drawn = [index(step) for step in range(1000)]
     shares = np.bincount(np.concatenate(drawn), minlength=7) / 7000
     np.testing.assert_allclose(shares, chances, atol=0.02)
 
 
-def test_a_share_has_every_class_and_is_the_seeds():
+def test_a_share_has_every_class_and_depends_on_the_seed():
     classes = [np.array([index % 5]) for index in range(200)]
     drawn = labelled.draw_share(classes, 10.0, seed=1)
     assert len(drawn) == 20 and len(set(drawn)) == 20
@@ -143,33 +140,34 @@ def test_a_share_has_every_class_and_is_the_seeds():
 
 
 @pytest.mark.parametrize(("percent", "counts"), [(1.0, [0, 1, 1]), (99.0, [0, 1, 9])])
-def test_a_share_that_is_held_out_leaves_every_class_a_clip(percent, counts):
+def test_a_held_out_share_leaves_every_class_a_clip(percent, counts):
     classes = [np.array([label]) for label in [0] + [1] * 2 + [2] * 10]
     drawn = labelled.draw_share(classes, percent, seed=1, leave=1)
     assert np.bincount([classes[place][0] for place in drawn], minlength=3).tolist() == counts
 
 
-def test_batches_resume_at_any_step(data_dir):
-    options = {"seed": 0, "batch_size": 4, "num_frames": 20, "max_frames": 64, "threads": 2}
-    whole = list(
-        labelled_batches.train_batches(open_one(data_dir), start_step=0, total_steps=8, **options)
+def batches(data_dir, start=0, stop=1, **options):
+    fixed = {"seed": 0, "batch_size": 4, "num_frames": 10, "max_frames": 64, "threads": 2}
+    return list(
+        labelled.train_batches(
+            open_one(data_dir), start_step=start, total_steps=stop, **(fixed | options)
+        )
     )
-    rest = list(
-        labelled_batches.train_batches(open_one(data_dir), start_step=5, total_steps=8, **options)
-    )
+
+
+@pytest.mark.parametrize("num_frames", [10, 0])
+def test_batches_resume_at_any_step(data_dir, num_frames):
+    whole = batches(data_dir, 0, 8, num_frames=num_frames)
+    rest = batches(data_dir, 5, 8, num_frames=num_frames)
     assert (len(whole), len(rest)) == (8, 3)
     for a, b in zip(whole[5:], rest, strict=True):
+        assert list(a) == list(b) == ["audio", "num_samples", "target"]
         for name, values in a.items():
             np.testing.assert_array_equal(values, b[name])
 
 
 def test_fixed_lengths_cut_and_pad(data_dir):
-    (batch,) = itertools.islice(
-        labelled_batches.train_batches(
-            open_one(data_dir), seed=0, batch_size=11, start_step=0, total_steps=1,
-            num_frames=10, max_frames=64,
-        ), 1,
-    )  # fmt: skip
+    (batch,) = batches(data_dir, batch_size=11)
     assert batch["audio"].shape == (11, 400 + 9 * 160)
     assert sorted(batch["num_samples"]) == [500, 900, 1_300, 1_700, *[400 + 9 * 160] * 7]
     np.testing.assert_array_equal(batch["target"].sum(axis=0), [4, 4, 3])
@@ -177,65 +175,34 @@ def test_fixed_lengths_cut_and_pad(data_dir):
 
 def test_own_lengths_are_padded_to_few_shapes_and_masked():
     lengths = [120, 500, 2_000, 9_000]
-    batch = labelled_batches.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
+    batch = labelled.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
     assert batch["audio"].shape == (4, 400 + 63 * 160)
     np.testing.assert_array_equal(batch["num_samples"], [400, 500, 2_000, 9_000])
     np.testing.assert_array_equal(batch["audio"].sum(axis=1), lengths)
     shapes = {
-        labelled_batches.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape
-        for n in range(1, 10_480, 37)
+        labelled.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape for n in range(1, 10_480, 37)
     }
     assert len(shapes) <= 9
 
 
 def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):
     held_out = labelled.open_labelled("animals", "valid", data_dir)
-    batches = list(
-        labelled_batches.eval_batches(held_out, batch_size=3, num_frames=4, max_frames=64)
-    )
-    assert [len(real) for _, real in batches] == [3, 2]
-    assert all(batch["audio"].shape == (3, 880) for batch, _ in batches)
+    found = list(labelled.eval_batches(held_out, batch_size=3, num_frames=4, max_frames=64))
+    assert [len(real) for _, real in found] == [3, 2]
+    assert all(batch["audio"].shape == (3, 880) for batch, _ in found)
     everything = wanted(5, 1)
     seen = {}
-    for batch, real in batches:
+    for batch, real in found:
         for row, clip in zip(batch["audio"], real, strict=False):
             seen[clip.id] = row
     assert set(seen) == set(everything)
     samples, _ = everything["1-4"]  # 2,100 samples: the 880 in the middle
     np.testing.assert_array_equal(seen["1-4"], samples[610:1490])
-    assert not batches[-1][0]["audio"][2].any()
+    assert not found[-1][0]["audio"][2].any()
 
 
-def test_every_thread_has_a_batch_to_read(data_dir, monkeypatch):
-    together = threading.Barrier(6, timeout=10)
-    pad = labelled_batches.pad
-
-    def wait_and_pad(*given):
-        together.wait()
-        return pad(*given)
-
-    monkeypatch.setattr(labelled_batches, "pad", wait_and_pad)
-    options = {"seed": 0, "batch_size": 2, "num_frames": 4, "max_frames": 4, "threads": 6}
-    batches = labelled_batches.train_batches(
-        open_one(data_dir), start_step=0, total_steps=6, **options
-    )
-    assert len(list(batches)) == 6
-
-
-def test_what_reading_raises_comes_out(data_dir, monkeypatch):
-    animals = open_one(data_dir)
-    monkeypatch.setattr(labelled_batches, "pad", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(
-            labelled_batches.train_batches(
-                animals, seed=0, batch_size=2, start_step=0, total_steps=2, num_frames=4,
-                max_frames=4,
-            )
-        )  # fmt: skip
-
-
-def test_what_is_embedded_is_let_go_of(data_dir, monkeypatch):
-    """Views of a batch's samples would keep all of a set in memory."""
+def test_embedded_clips_are_freed(data_dir, monkeypatch):
+    """A view of one clip would keep the samples of a whole read in memory."""
     alive = []
     read = labelled.Labelled.read
 
@@ -265,5 +232,5 @@ def test_what_is_embedded_is_let_go_of(data_dir, monkeypatch):
 def test_classes_are_read_without_the_samples(data_dir, monkeypatch):
     found = open_one(data_dir)
     wanted = [clip.classes for clip in labelled.each(found)]
-    monkeypatch.setattr(labelled.data, "samples_of", None)
+    monkeypatch.setattr(labelled.pipeline, "samples_of", None)
     np.testing.assert_array_equal(labelled.read_classes(found), wanted)

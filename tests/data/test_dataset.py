@@ -1,6 +1,9 @@
+"""Opening TFDS data sets and reading their records: the right ones, in order, in few reads."""
+
 import concurrent.futures
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +20,14 @@ def clip(index):
     return np.random.default_rng(index).integers(-32768, 32768, 100 + index).astype(np.int16)
 
 
-def examples(start, stop, labelled=True):
+def examples(start, stop):
     for index in range(start, stop):
-        yield f"clip{index}", clip(index), LABELS[index % 2] if labelled else None
+        yield f"clip{index}", clip(index), LABELS[index % 2]
 
 
-def write(data_dir, name="birds", **kwargs):
+def write(data_dir):
     splits = {"train": lambda: examples(0, 20), "valid": lambda: examples(20, 23)}
-    return writer.write(name, data_dir, splits, **{"label_names": LABELS, **kwargs})
+    return writer.write("birds", data_dir, splits, label_names=LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def data_dir(tmp_path_factory):
     return directory
 
 
-def test_what_is_read_is_what_was_written(data_dir):
+def test_reading_returns_the_clips_that_were_written(data_dir):
     split = dataset.open_split("birds", "train", data_dir)
     assert (len(split), split.sample_rate_hz, split.label_names) == (20, 16_000, ("zebra", "ant"))
     records = {record["id"]: record for record in split.read(range(20))}
@@ -47,21 +50,18 @@ def test_what_is_read_is_what_was_written(data_dir):
     assert len(dataset.open_split("birds", "valid", data_dir)) == 3
 
 
-def test_records_come_in_the_order_asked_for(data_dir):
+def ids(split, indices=None):
+    return [
+        record["id"] for record in split.read(range(len(split)) if indices is None else indices)
+    ]
+
+
+def test_clips_come_in_the_order_asked_for(data_dir):
     split = dataset.open_split("birds", "train", data_dir)
-    in_order = [record["id"] for record in split.read(range(20))]
+    in_order = ids(split)
     asked = np.array([7, 0, 19, 7, 3])
-    assert [record["id"] for record in split.read(asked)] == [in_order[index] for index in asked]
+    assert ids(split, asked) == [in_order[index] for index in asked]
     assert split.read([]) == []
-
-
-def test_reading_from_several_threads(data_dir):
-    split = dataset.open_split("birds", "train", data_dir)
-    in_order = [record["id"] for record in split.read(range(20))]
-    batches = [np.random.default_rng(seed).integers(0, 20, 8) for seed in range(40)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for batch, records in zip(batches, pool.map(split.read, batches), strict=True):
-            assert [record["id"] for record in records] == [in_order[index] for index in batch]
 
 
 def test_plain_tfds_opens_it(data_dir):
@@ -74,11 +74,8 @@ def test_plain_tfds_opens_it(data_dir):
 
 
 def test_slices_and_sums_of_splits(data_dir):
-    whole = [
-        record["id"] for record in dataset.open_split("birds", "train", data_dir).read(range(20))
-    ]
-    part = dataset.open_split("birds", "train[50%:]", data_dir)
-    assert [record["id"] for record in part.read(range(len(part)))] == whole[10:]
+    whole = ids(dataset.open_split("birds", "train", data_dir))
+    assert ids(dataset.open_split("birds", "train[50%:]", data_dir)) == whole[10:]
     assert len(dataset.open_split("birds", "train[:5]+valid", data_dir)) == 8
 
 
@@ -102,13 +99,6 @@ def test_the_default_directory_is_tfds_own(data_dir, tmp_path, monkeypatch):
     assert len(dataset.open_split("birds", "train")) == 20
 
 
-def test_without_labels(tmp_path):
-    writer.write("plain", tmp_path, {"train": lambda: examples(0, 3, labelled=False)})
-    split = dataset.open_split("plain", "train", tmp_path)
-    assert split.label_names is None
-    assert [record["label"] for record in split.read([0, 1, 2])] == [None] * 3
-
-
 def test_several_labels(tmp_path):
     label = tfds.features.ClassLabel(names=LABELS)
     features = {
@@ -123,7 +113,7 @@ def test_several_labels(tmp_path):
     assert record["label"].tolist() == [1, 0]
 
 
-def test_labels_that_are_no_classes(tmp_path):
+def test_labels_that_are_not_classes_are_left_out(tmp_path):
     features = {
         "audio": tfds.features.Audio(sample_rate=8000),
         "label": tfds.features.Text(),
@@ -151,7 +141,7 @@ def test_the_newest_version_is_opened_and_others_by_name(data_dir, tmp_path):
         dataset.open_split("birds:1.0.0", "train", tmp_path)
 
 
-# --- what does not open ----------------------------------------------------------------------
+# --- sets that do not open ---------------------------------------------------------------------
 
 
 def error_of(*args, kind=dataset.DataError, **kwargs):
@@ -162,7 +152,7 @@ def error_of(*args, kind=dataset.DataError, **kwargs):
     return message
 
 
-def test_not_there_says_what_is_and_how_to_make_it(data_dir, tmp_path):
+def test_an_unknown_name_is_answered_with_known_ones_and_a_remedy(data_dir, tmp_path):
     message = error_of("bird", "train", data_dir, kind=dataset.NotPreparedError)
     assert "no data set 'bird'" in message
     assert "which holds birds:" in message
@@ -185,13 +175,13 @@ def test_not_there_says_what_is_and_how_to_make_it(data_dir, tmp_path):
         ("train[50:]", "incompatible with 20 examples"),
     ],
 )
-def test_bad_splits_say_which_there_are(data_dir, split, pattern):
+def test_an_unknown_split_is_answered_with_the_known_ones(data_dir, split, pattern):
     message = error_of("birds", split, data_dir)
     assert pattern in message
     assert "train (20), valid (3)" in message
 
 
-def test_a_lost_shard(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     (shard,) = write(tmp_path).glob("*train*")
     shard.unlink()
     assert f"shard {shard} of birds/1.0.0 is missing" in error_of("birds", "train", tmp_path)
@@ -199,7 +189,7 @@ def test_a_lost_shard(tmp_path):
 
 
 def prepare(name, features, records, data_dir, file_format="array_record", configs=()):
-    """A data set of TFDS' own making, in its catalogue."""
+    """Writes a data set by a builder in TFDS' catalogue, as other people's are."""
 
     def info(self):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -255,54 +245,32 @@ def test_a_tfds_audio_feature_among_others(tmp_path):
     (read,) = split.read([0])
     assert read["audio"].tolist() == [1, -2, 3]
     assert (read["label"], read["id"]) == (None, None)
-    # The picture would otherwise be decoded, only to be dropped.
-    assert isinstance(split.records.read([0])[0]["picture"], bytes)
+    # Nobody reads the picture, so it stays encoded.
+    assert isinstance(split.decode(split.records.read([0])[0])["picture"], bytes)
 
 
-def test_speech_commands_of_tfds_own_catalogue(tmp_path, monkeypatch):
-    builder = tfds.builder("speech_commands", data_dir=tmp_path, file_format="array_record")
-    record = {"audio": clip(0), "label": "_silence_"}
-    # Its features, without its download.
-    generators = {"validation": iter([("a", record)])}
-    monkeypatch.setattr(type(builder), "_split_generators", lambda self, manager: generators)
-    builder.download_and_prepare()
-    split = dataset.open_split("speech_commands", "validation", tmp_path)
-    assert (split.sample_rate_hz, len(split.label_names), split.has_id) == (16_000, 12, False)
-    (read,) = split.read([0])
-    np.testing.assert_array_equal(read["audio"], clip(0))
-    assert split.label_names[read["label"]] == "_silence_"
-
-
-def test_float_audio_with_two_channels(tmp_path):
-    features = {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
+def test_an_unknown_sample_rate_names_its_field(tmp_path, data_dir):
+    features = audio_of() | {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
     stereo = np.array([[0.5, -0.5], [0.25, 1.0]], np.float32)
-    prepare("stereo", features, [{"audio": stereo}], tmp_path)
-    split = dataset.open_split("stereo", "train", tmp_path, sample_rate_hz=22_050)
-    np.testing.assert_array_equal(split.read([0])[0]["audio"], stereo)
-    assert split.sample_rate_hz == 22_050
-
-
-def test_an_unknown_sample_rate_names_its_field(tmp_path):
-    prepare("rateless", audio_of(), [RECORD], tmp_path)
+    prepare("rateless", features, [{"audio": stereo, "label": 2}], tmp_path)
     assert "set data.sample_rate_hz" in error_of("rateless", "train", tmp_path)
     split = dataset.open_split("rateless", "train", tmp_path, sample_rate_hz=44_100)
-    assert split.sample_rate_hz == 44_100
-    assert split.label_names == ("0", "1", "2")
-    assert split.read([0])[0]["label"] == 2
+    assert (split.sample_rate_hz, split.label_names) == (44_100, ("0", "1", "2"))
+    (read,) = split.read([0])
+    np.testing.assert_array_equal(read["audio"], stereo)
+    assert read["label"] == 2
+    # A set that states its rate keeps it.
+    stated = dataset.open_split("birds", "train", data_dir, sample_rate_hz=8000)
+    assert stated.sample_rate_hz == 16_000
 
 
-def test_a_set_that_states_its_rate_keeps_it_beside_one_that_does_not(data_dir):
-    split = dataset.open_split("birds", "train", data_dir, sample_rate_hz=8000)
-    assert split.sample_rate_hz == 16_000
-
-
-def test_no_audio(tmp_path):
+def test_a_set_without_audio_is_refused(tmp_path):
     features = {"audio": tfds.features.Text(), "speech": np.int64}
     prepare("silent", features, [{"audio": "a", "speech": 1}], tmp_path)
     assert "its features are audio, speech" in error_of("silent", "train", tmp_path)
 
 
-def test_configs(tmp_path):
+def test_a_config_must_be_named(tmp_path):
     prepare("many", audio_of(sample_rate=8000), [RECORD], tmp_path, configs=("clean", "other"))
     message = error_of("many", "train", tmp_path)
     assert "configs clean, other: name one, e.g. many/clean" in message
@@ -320,7 +288,7 @@ def test_tfrecord_is_refused_with_a_line_that_works(tmp_path, config):
     assert "is prepared as tfrecord" in message
     other = tmp_path / "array_record"
     assert f"set data.dir={other}" in message
-    # The command itself, but here, where TFDS' catalogue knows the data set.
+    # The command runs in this process, where TFDS' catalogue knows the data set.
     exec(message.split('python -c "')[1].rstrip('"'))
     assert len(dataset.open_split(f"{name}/{config}".strip("/"), "train", other)) == 3
 
@@ -333,3 +301,89 @@ def test_tfrecord_of_no_catalogue_is_refused_with_a_conversion(data_dir, tmp_pat
     message = error_of(directory, "train")
     assert "convert it in place" in message
     assert f"convert_dataset(None, 'array_record', None, None, [Path('{directory}')])" in message
+
+
+# --- records of several files -----------------------------------------------------------------
+
+SIZES = 40, 1, 25
+PARTS = ((3, 30), (0, 1), (5, 20))  # skip and take of each file
+
+
+def record(file, number):
+    """300 to 400 kB, as of ten seconds, of random bytes, which no compression makes smaller."""
+    random = np.random.default_rng((file, number))
+    return random.bytes(int(random.integers(300_000, 400_000)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    array_record = pytest.importorskip("array_record.python.array_record_module")
+    folder = tmp_path_factory.mktemp("records")
+    for file, size in enumerate(SIZES):
+        writer = array_record.ArrayRecordWriter(str(folder / str(file)), "group_size:1")
+        for number in range(size):
+            writer.write(record(file, number))
+        writer.close()
+    return [
+        types.SimpleNamespace(filename=folder / str(file), skip=skip, take=take)
+        for file, (skip, take) in enumerate(PARTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return [
+        record(file, skip + number)
+        for file, (skip, take) in enumerate(PARTS)
+        for number in range(take)
+    ]
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        range(51), range(50, -1, -1), [50], [29, 30, 31], [30, 30], [7, 0, 50, 7, 8, 31, 30, 29],
+        np.array([], int),
+    ],
+)  # fmt: skip
+def test_records_of_all_files_in_the_order_asked_for(files, wanted, indices):
+    records = dataset.Records(files)
+    assert len(records) == 51
+    assert records.read(indices) == [wanted[index] for index in indices]
+
+
+def test_threads_share_the_files(files, wanted):
+    records = dataset.Records(files)
+    orders = [np.random.default_rng(seed).permutation(51)[:20] for seed in range(15)]
+    orders += [np.arange(start, start + 20) for start in range(15)]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for order, got in zip(orders, threads.map(records.read, orders), strict=True):
+            assert got == [wanted[index] for index in order]
+
+
+@pytest.mark.parametrize("indices", [[0, 51], [-1]])
+def test_an_unknown_number_is_an_error(files, indices):
+    with pytest.raises(IndexError, match="of 51"):
+        dataset.Records(files).read(indices)
+
+
+def test_neighbours_are_one_read(files):
+    """As the system counts reads; reading the count is one read itself."""
+    count = Path("/proc/self/io")
+    if not count.exists():
+        pytest.skip("the system does not count reads")
+
+    def reads():
+        return int(count.read_text().split("syscr:")[1].split()[0])
+
+    def taken(indices):
+        before = reads()
+        records.read(indices)
+        between = reads()
+        return between - before - (reads() - between)
+
+    records = dataset.Records(files)
+    records.read([0, 30, 31])  # opens the files
+    blocks = [*range(2, 10), *range(12, 20), *range(33, 41), *range(42, 50)]
+    assert taken(blocks) == 4
+    assert taken(range(1, 51, 3)) == 17

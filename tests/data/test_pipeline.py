@@ -1,20 +1,29 @@
 """Batches: exact, resumable, the same for any number of processes, every held-out clip once."""
 
+import subprocess
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
+import tiny
 
 from maeast_jax import fbank
 from maeast_jax.data import dataset, demo_corpus, pipeline, writer
 from maeast_jax.data.mixture import Clips
-from maeast_jax.data.pipeline import DataConfig
 
 FRAMES = 16
 SAMPLES = fbank.num_samples(FRAMES)
 
 
+def data_config(**changes):
+    return pipeline.DataConfig(**tiny.section("data", **changes))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`ramps`: clip i's sample j is 100 i + j % 100 (mod 2^15), so a window tells its origin."""
+    """`ramps`: clip i's sample j is 100 i + j % 100, so that a window shows its clip and place."""
     path = tmp_path_factory.mktemp("data")
 
     def ramps(first, count):
@@ -27,11 +36,11 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **fields):
-    return DataConfig(dir=str(folder), train="ramps", eval="ramps", threads=2, **fields)
+    return data_config(dir=str(folder), train="ramps", eval="ramps", threads=2, **fields)
 
 
 def share(process, processes, batch_size=4):
-    """Rows of one of several processes."""
+    """The rows of one of several processes."""
     return np.arange(batch_size).reshape(processes, -1)[process]
 
 
@@ -130,7 +139,7 @@ def test_evaluation_on_two_processes_has_full_batches_on_both(folder):
 
 
 def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
-    settings = DataConfig(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
+    settings = data_config(dir=str(folder), train="ramps", eval="ramps@train,ramps@valid")
     clips = pipeline.open_eval(settings)
     (batch,) = pipeline.eval_batches(
         settings, clips, seed=0, batch_size=12, num_frames=FRAMES, max_clips=9
@@ -142,7 +151,7 @@ def test_evaluation_of_a_few_clips_spreads_them_over_all_sets(folder):
 
 def test_weights_have_no_place_in_evaluation(folder):
     with pytest.raises(ValueError, match="has weights, but every clip counts once"):
-        pipeline.open_eval(DataConfig(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5"))
+        pipeline.open_eval(data_config(dir=str(folder), eval="ramps@train*0.5,ramps@valid*0.5"))
 
 
 def test_host_fbank_is_the_devices(folder):
@@ -150,16 +159,14 @@ def test_host_fbank_is_the_devices(folder):
     host = train(folder, stop=1, fbank="host")[0]
     assert set(host) == {"fbank"}
     np.testing.assert_allclose(host["fbank"], fbank.fbank(audio), atol=1e-4)
-
-
-def test_host_fbank_is_the_same_for_any_number_of_processes(folder):
-    (whole,) = train(folder, stop=1, fbank="host")
     parts = [train(folder, stop=1, rows=share(p, 2), fbank="host")[0] for p in range(2)]
-    np.testing.assert_array_equal(np.concatenate([p["fbank"] for p in parts]), whole["fbank"])
+    np.testing.assert_array_equal(np.concatenate([p["fbank"] for p in parts]), host["fbank"])
+    held_out = evaluate(folder, fbank="host")
+    assert [set(batch) for batch in held_out] == [{"fbank", "mask"}] * 2
 
 
 def test_mixtures_read_from_several_sets(folder):
-    settings = DataConfig(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
+    settings = data_config(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
     clips = pipeline.open_train(settings)
     batches = pipeline.train_batches(
         settings, clips, seed=0, batch_size=100, num_frames=FRAMES, start_step=0, total_steps=4
@@ -169,7 +176,7 @@ def test_mixtures_read_from_several_sets(folder):
 
 
 def test_synthetic_noise_is_a_function_of_seed_and_position():
-    settings = DataConfig(source="synthetic")
+    settings = data_config(source="synthetic")
 
     def noise(start, rows=None, seed=0):
         return next(
@@ -189,9 +196,9 @@ def test_synthetic_noise_is_a_function_of_seed_and_position():
 
 
 def test_synthetic_noise_is_drawn_once_for_all_steps(monkeypatch):
-    """An accelerator takes thousands of clips a second, drawing one takes a millisecond."""
+    """An accelerator takes thousands of clips per second; drawing one takes a millisecond."""
     common = {"seed": 0, "batch_size": 4, "num_frames": FRAMES}
-    settings = DataConfig(source="synthetic")
+    settings = data_config(source="synthetic")
     train = pipeline.train_batches(settings, None, start_step=0, total_steps=3, **common)
     held_out = pipeline.eval_batches(settings, None, max_clips=6, rows=np.array([2, 3]), **common)
     for stream in (train, held_out):
@@ -233,8 +240,8 @@ class Counted(Hollow):
         return [{"audio": np.full(SAMPLES, index, np.int16)} for index in indices]
 
 
-def test_a_batch_is_read_in_one_call_a_set():
-    """So that neighbours are read together, and others side by side."""
+def test_a_batch_is_read_in_one_call_per_set():
+    """Only so are neighbours read together, and others side by side."""
     splits = Counted(), Counted()
     which, example = np.array([1, 0, 1, 0, 1]), np.array([7, 5, 2, 1, 7])
     audio = pipeline.read(Clips(splits, None), which, np.arange(5), example, 0, SAMPLES)
@@ -246,20 +253,80 @@ def test_a_batch_is_read_in_one_call_a_set():
     ("stored", "message"),
     [(np.zeros(0, np.int64), "it holds no samples"), (np.full(9, 40_000), "40000")],
 )
-def test_a_clip_that_is_none_is_named(stored, message):
+def test_a_clip_that_is_not_audio_is_named(stored, message):
     zero = np.array([0])
     clips = Clips((Hollow(stored),), None)
     with pytest.raises(dataset.DataError, match=f"hollow/1.0.0@train example 0: .*{message}"):
         pipeline.read(clips, zero, zero, zero, 0, SAMPLES)
 
 
-def test_a_clip_that_is_none_stops_the_stream_with_its_own_message():
-    batches = pipeline.train_batches(
-        DataConfig(train="hollow", threads=1), Clips((Hollow(np.zeros(0, np.int64)),), None),
-        seed=0, batch_size=1, num_frames=FRAMES, start_step=0, total_steps=1,
-    )  # fmt: skip
-    with pytest.raises(dataset.DataError, match="holds no samples"):
-        next(batches)
+# --- prefetching ------------------------------------------------------------------------------
+
+FIELDS = {"audio": (np.int32, (2, None)), "label": (np.float32, (2,))}
+
+
+def row(step):
+    return {"audio": np.full((2, step % 3), step, np.int32), "label": np.full(2, step, np.float32)}
+
+
+def test_batches_of_several_fields_and_of_any_length_come_in_order():
+    for step, batch in enumerate(pipeline.prefetched(row, range(40), FIELDS, 3)):
+        assert list(batch) == ["audio", "label"]
+        for name, values in row(step).items():
+            assert batch[name].dtype == values.dtype
+            np.testing.assert_array_equal(batch[name], values)
+    assert step == 39
+
+
+def test_every_thread_loads_a_batch_of_its_own():
+    together = threading.Barrier(6, timeout=10)
+    waiting = pipeline.prefetched(
+        lambda step: together.wait() * 0 or row(step), range(6), FIELDS, 6
+    )
+    assert len(list(waiting)) == 6
+
+
+def test_an_error_comes_as_it_is_at_its_step_and_ends_the_threads():
+    loaded = []
+
+    def load(step):
+        loaded.append(step)
+        if step in (3, 4):
+            raise ZeroDivisionError(f"step {step}")
+        return row(step)
+
+    stream = pipeline.prefetched(load, range(1_000_000), FIELDS, 2)
+    assert len([next(stream) for _ in range(3)]) == 3
+    with pytest.raises(ZeroDivisionError, match="step 3"):
+        next(stream)
+    ended = len(loaded)
+    time.sleep(0.1)
+    assert len(loaded) == ended
+
+
+def test_a_closed_stream_loads_no_more():
+    loaded = []
+    stream = pipeline.prefetched(
+        lambda step: loaded.append(step) or row(step), range(99), FIELDS, 2
+    )
+    next(stream)
+    stream.close()
+    ended = len(loaded)
+    time.sleep(0.1)
+    assert len(loaded) == ended < 20
+
+
+def test_an_open_stream_does_not_keep_the_interpreter_from_ending():
+    program = (
+        "import time, numpy as np; from maeast_jax.data import pipeline\n"
+        "def load(step): time.sleep(0.01); return {'audio': np.zeros(9, np.int16)}\n"
+        "stream = pipeline.prefetched(load, range(10**9), {'audio': (np.int16, (9,))}, 4)\n"
+        "next(stream)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+# --- configuration ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -272,15 +339,16 @@ def test_a_clip_that_is_none_stops_the_stream_with_its_own_message():
 )
 def test_fields_that_contradict_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        DataConfig(**fields)
+        data_config(**fields)
 
 
 def test_the_embedded_corpus_is_built_once_and_named_in_no_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_corpus, "SPLITS", {"train": range(2), "valid": range(90, 91)})
     built = []
     real = writer.write
     monkeypatch.setattr(writer, "write", lambda *a, **k: built.append(a[0]) or real(*a, **k))
-    settings = DataConfig(dir=str(tmp_path))
+    settings = data_config(dir=str(tmp_path))
     assert settings.is_demo and settings.has_eval
-    assert len(pipeline.open_train(settings)) == 900
-    assert len(pipeline.open_eval(settings)) == 100
+    assert len(pipeline.open_train(settings)) == 20
+    assert len(pipeline.open_eval(settings)) == 10
     assert built == [demo_corpus.NAME]
