@@ -45,8 +45,8 @@ def configuration(method: str, options: argparse.Namespace, name: str, percent: 
     if kind in ("frozen", "tuned"):
         config.init_from = str(options.pretrained)
     else:
-        model = pretrained.read(str(options.pretrained)).config
-        for field in pretrained.ENCODER_FIELDS:
+        model = pretrained.read(str(options.pretrained)).config.encoder_only()
+        for field in model.architecture_fields:
             config.model[field] = getattr(model, field)
     # As many steps with few labels as with all: what differs is what there is to learn from.
     config.total_steps = options.steps

@@ -22,8 +22,7 @@ from maeast_jax.model import (
     ModelConfig,
     abstract_classifier,
     backbone_config,
-    layer_from_0,
-    layer_number,
+    parse_layer,
     split_model,
 )
 from maeast_jax.runtime import sharding, storage
@@ -55,13 +54,11 @@ class FeaturesConfig:
                 )
         if self.phases < 1:
             raise ValueError(f"features.phases={self.phases} must be at least 1")
-        _ = self.layer_number
 
     @property
     def layer_number(self) -> int:
         """From 0, or from -1 backwards."""
-        number = layer_number("features.layer", self.layer, (LAST,))
-        return -1 if number is None else number
+        return -1 if self.layer == LAST else int(self.layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +105,7 @@ def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     head = HeadConfig(**settings["head"])
     backbone_config(model, head)
     features = FeaturesConfig(**settings["features"])
-    layer_from_0("features.layer", features.layer_number, model.encoder_layers)
+    parse_layer("features.layer", features.layer, model.encoder_layers, (LAST,))
     folds = tuple(_open(config))
     mesh = None
     if config.mode == "finetune":
@@ -200,12 +197,10 @@ def _mesh(config: ConfigDict, model: ModelConfig, head: HeadConfig, num_classes:
 def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:
     """The checkpoint's architecture with the configuration's compute type and dropouts."""
     if init_from is None:
-        return dataclasses.replace(ModelConfig(**settings), decoder_layers=0)
-    kept = ("dtype", "unroll", "remat", "input_dropout", "dropout", "attention_dropout",
-            "layer_drop")  # fmt: skip
+        return ModelConfig(**settings).encoder_only()
     encoder = init_from.encoder_only()
-    settings = pretrained.with_architecture(settings, encoder)
-    return dataclasses.replace(encoder.config, **{name: settings[name] for name in kept})
+    pretrained.with_architecture(settings, encoder)
+    return encoder.config.with_run_fields(settings)
 
 
 def _open(config: ConfigDict) -> Sequence[Sets]:

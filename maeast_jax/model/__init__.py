@@ -8,8 +8,6 @@ from maeast_jax.model.classifier import (
     abstract_classifier,
     backbone_config,
     classifier_graph,
-    layer_from_0,
-    layer_number,
 )
 from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig, parse_layer
 from maeast_jax.model.dropout import hashed_bits
@@ -45,8 +43,6 @@ __all__ = [
     "classifier_graph",
     "gelu",
     "hashed_bits",
-    "layer_from_0",
-    "layer_number",
     "model_graph",
     "parse_layer",
     "product",

@@ -5,7 +5,6 @@ D width of the encoder, L layers, W width of what is pooled.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from flax import nnx
 
 from maeast_jax import fbank
 from maeast_jax.model import tokens as patches
-from maeast_jax.model.config import ModelConfig
+from maeast_jax.model.config import ModelConfig, parse_layer
 from maeast_jax.model.layer_norm import LayerNorm
 from maeast_jax.model.mae_ast import MaeAst, split_model
 from maeast_jax.model.transformer import torch_linear
@@ -51,38 +50,8 @@ class HeadConfig:
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"head.{field}={value!r} is unknown; known: {', '.join(known)}")
-        _ = self.layer_number
         if self.projection < 1:
             raise ValueError(f"head.projection={self.projection} must be at least 1")
-
-    @property
-    def layer_number(self) -> int | None:
-        """The layer where it is a number, as it was given; else None."""
-        return layer_number("head.layer", self.layer, (LAST, WEIGHTED))
-
-
-def layer_number(name: str, layer: str | int, words: Sequence[str]) -> int | None:
-    """The number that a layer is given by, None for one of `words`.
-
-    Raises ValueError, in one line, for anything else.
-    """
-    if layer in words:
-        return None
-    try:
-        return int(str(layer))
-    except ValueError:
-        known = ", ".join(words)
-        raise ValueError(f"{name}={layer!r} is unknown; known: {known}, a number") from None
-
-
-def layer_from_0(name: str, number: int, layers: int) -> int:
-    """A layer that may be counted backwards from -1; ValueError where it is none of `layers`."""
-    if not -layers <= number < layers:
-        raise ValueError(
-            f"{name}={number} is not one of the model's {layers}: 0 to {layers - 1}, "
-            f"or -{layers} to -1"
-        )
-    return number % layers
 
 
 def backbone_config(config: ModelConfig, head: HeadConfig) -> ModelConfig:
@@ -90,16 +59,11 @@ def backbone_config(config: ModelConfig, head: HeadConfig) -> ModelConfig:
 
     Raises ValueError where `head.layer` is none of the model's.
     """
-    layers, number = config.encoder_layers, head.layer_number
-    if number is not None:
-        layers = layer_from_0("head.layer", number, layers) + 1
-    return dataclasses.replace(
-        config,
-        encoder_layers=layers,
-        decoder_layers=0,
-        decoder_width=config.width,
-        decoder_projection=False,
-    )
+    layers = config.encoder_layers
+    layer = parse_layer("head.layer", head.layer, layers, (LAST, WEIGHTED))
+    if layer not in (LAST, WEIGHTED):
+        layers = layer + 1
+    return dataclasses.replace(config.encoder_only(), encoder_layers=layers)
 
 
 class Head(nnx.Module):

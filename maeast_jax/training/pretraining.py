@@ -216,7 +216,7 @@ def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: Co
             f"--config.init_from={workdir} and another --workdir"
         )
     wanted = ModelConfig(**config.model.to_dict())
-    for name in pretrained.ENCODER_FIELDS + pretrained.DECODER_FIELDS:
+    for name in wanted.architecture_fields:
         was, is_ = getattr(newest.config, name), getattr(wanted, name)
         if was != is_:
             raise checkpoint.CheckpointError(
