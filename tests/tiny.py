@@ -4,13 +4,18 @@ ARG is the folder of the data set `sounds` that the test built.
 """
 
 from maeast_jax import config as configuration
-from maeast_jax.model import ModelConfig
+from maeast_jax.model import HeadConfig, ModelConfig
 
 
 def model_config(**changes) -> ModelConfig:
     """The paper's model in float32, its layers in a scan, with `changes`."""
     fields = configuration.pretrain().model.to_dict()
     return ModelConfig(**(fields | {"dtype": "float32", "unroll": False} | changes))
+
+
+def head_config(**changes) -> HeadConfig:
+    """SSAST's head over time, with `changes`."""
+    return HeadConfig(**(configuration.finetune().head.to_dict() | changes))
 
 
 def get_config(data_dir: str = ""):

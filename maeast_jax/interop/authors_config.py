@@ -26,6 +26,12 @@ _TRAINING = {
     "encoder_layerdrop": "layer_drop",
     "dropout_input": "input_dropout",
 }
+# What a file of theirs does not say: the paper's values, and how the model computes.
+_UNSAID = {
+    "architecture": "mae_ast", "mask": "chunk", "mask_ratio": 0.75, "passes": 1,
+    "input_dropout": 0.1, "dropout": 0.1, "attention_dropout": 0.1, "layer_drop": 0.05,
+    "dtype": "float32", "unroll": False, "remat": "none",
+}  # fmt: skip
 # The two options of each of these that were written for another model are not there.
 _ONLY_ENCODER = {"activation_fn": "gelu", "enc_sine_pos": True, "enc_conv_pos": False}
 _ONLY_DECODER = {"dec_sine_pos": True, "dec_conv_pos": False}
@@ -69,7 +75,7 @@ def model_config(cfg: Cfg, has_decoder: bool) -> ModelConfig:
     fields |= {ours: model[name] for name, ours in _TRAINING.items() if name in model}
     for name, ours in (_ARCHITECTURE | _TRAINING).items():
         if ours in fields:
-            _check_type(f"model.{name}", fields[ours], type(getattr(ModelConfig, ours)))
+            _check_type(f"model.{name}", fields[ours], ModelConfig.__annotations__[ours])
     if is_encoder_only:
         fields |= {"decoder_layers": 0, "decoder_projection": False}
         fields["decoder_width"] = fields["width"]
@@ -83,7 +89,7 @@ def model_config(cfg: Cfg, has_decoder: bool) -> ModelConfig:
     if "random_mask_prob" in model:
         _check_type("model.random_mask_prob", model["random_mask_prob"], float)
         fields["mask_ratio"] = _mask_ratio(model["random_mask_prob"], fields.get("mask"))
-    return ModelConfig(tokens=_tokens(model), **fields)
+    return ModelConfig(tokens=_tokens(model), **(_UNSAID | fields))
 
 
 def num_frames(cfg: Cfg) -> int | None:

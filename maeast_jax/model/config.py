@@ -35,26 +35,26 @@ class ModelConfig:
     Raises ValueError, in one line, for values that do not fit together.
     """
 
-    architecture: str = "mae_ast"
-    tokens: str = "patch"
-    encoder_layers: int = 12
-    decoder_layers: int = 2
-    width: int = 768
-    heads: int = 12
-    mlp_width: int = 3072
-    decoder_width: int = 768
-    decoder_projection: bool = False  # between equal widths too; unequal ones always have it
-    mask: str = "chunk"
-    mask_ratio: float = 0.75
-    passes: int = 1  # 2: each loss draws a mask of its own and runs the network on it
-    input_dropout: float = 0.1
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    layer_drop: float = 0.05
-    pre_norm: bool = False
-    dtype: str = "float32"
-    unroll: bool = False
-    remat: str = "none"
+    architecture: str
+    tokens: str
+    encoder_layers: int
+    decoder_layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    decoder_width: int
+    decoder_projection: bool
+    mask: str
+    mask_ratio: float
+    passes: int
+    input_dropout: float
+    dropout: float
+    attention_dropout: float
+    layer_drop: float
+    pre_norm: bool
+    dtype: str
+    unroll: bool
+    remat: str
 
     def __post_init__(self):
         for field, known in (
