@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_model import TINY, assert_close
+from tiny import assert_close, authors_config
 
 from maeast_jax import fbank
 from maeast_jax.interop import parameters
@@ -27,6 +27,7 @@ from maeast_jax.training.steps import (
     state_from_parts,
 )
 
+TINY = authors_config()
 FRAMES = 192
 RECIPE = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
 
