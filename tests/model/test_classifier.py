@@ -35,7 +35,7 @@ HEADS = [
 def build(head=HEADS[0], **changes):
     """A classifier that no test changes."""
     config = dataclasses.replace(TINY, **changes)
-    classifier = Classifier(config, head, CLASSES, nnx.Rngs(0))
+    classifier = nnx.jit(lambda: Classifier(config, head, CLASSES, nnx.Rngs(0)))()
     classifier.set_input_statistics(-5.0, 3.0)
     if classifier.head.layer_weights is not None:
         classifier.head.layer_weights[...] = jnp.array([0.5, -1.0, 0.0])

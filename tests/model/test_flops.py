@@ -36,8 +36,7 @@ def test_the_baseline_costs_two_and_a_half_times_as_much_and_five_times_in_two_p
 @pytest.mark.parametrize(
     "changes",
     [
-        {"decoder_width": 64},
-        {"passes": 2},
+        {"decoder_width": 64, "passes": 2},
         {"architecture": "ssast", "decoder_layers": 0, "passes": 2},
     ],
 )
