@@ -153,10 +153,8 @@ def test_a_numbered_layer_is_the_encoder_cut_off_above_it():
 
     first, first_logits = found(0)
     assert first.backbone.config.encoder_layers == 1
-    np.testing.assert_array_equal(found("-3")[1], first_logits)
     last = logits(whole, log_mel, lengths)
     np.testing.assert_array_equal(found("2")[1], last)
-    np.testing.assert_array_equal(found(-1)[1], last)
     weighted = nnx.clone(build(head_config(layer="weighted", pool="mean")))
     weighted.load_backbone(params, statistics)
     weighted.head.layer_weights[...] = jnp.array([100.0, 0.0, 0.0])
