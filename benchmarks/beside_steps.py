@@ -138,11 +138,12 @@ def build_ours(
 
     if keeps_freed:
         memory.share_heap()
+    from maeast_jax.training.programs import Programs
+
     from maeast_jax import config as configuration
     from maeast_jax.data import pipeline
     from maeast_jax.model import masking
     from maeast_jax.training import pretraining as run
-    from maeast_jax.training.programs import Programs
 
     config = configuration.pretrain()
     settings = dict(size)

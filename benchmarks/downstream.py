@@ -1,10 +1,10 @@
 """python -m benchmarks.downstream --data_dir=DIR --workdir=DIR --pretrained=RUN --set=NAME:test
 
-What a pretrained encoder is worth on labelled sets, beside what it has to beat. A row a method,
-set, share of the labels and seed, appended to WORKDIR/rows.jsonl as it is measured; a run that is
-started again leaves out the rows that are there. Then a table: accuracy in per cent, of several
-seeds the mean and, after a slash, their standard deviation, of one seed its 95 % interval over
-the test clips.
+Measures how much a pretrained encoder is worth on labelled sets, beside its baselines. Each method,
+set, share of the labels and seed gives one row, which is appended to WORKDIR/rows.jsonl when it is
+measured. A run that is started again skips the rows that exist. At the end it prints a table of
+accuracies in per cent: mean and, after a slash, standard deviation of several seeds; or the 95 %
+interval over the test clips of a single seed.
 
   fbank    mean and deviation over time of each mel band, a linear probe
   initial  the encoder at its initial values, a linear probe (linear) or neighbours (knn)
@@ -28,7 +28,7 @@ METHODS = (
 
 
 def configuration(method: str, options: argparse.Namespace, name: str, percent: float, seed: int):
-    """The folder configuration of one row; the architecture is the pretrained one's throughout."""
+    """Returns the configuration of one row, with the architecture of the pretrained model."""
     from configs.finetune_folder import get_config
 
     config = get_config()
@@ -48,13 +48,14 @@ def configuration(method: str, options: argparse.Namespace, name: str, percent: 
         model = pretrained.read(str(options.pretrained)).config.encoder_only()
         for field in model.architecture_fields:
             config.model[field] = getattr(model, field)
-    # As many steps with few labels as with all: what differs is what there is to learn from.
+    # Runs with few labels take as many steps as with all, so that only the labels differ.
     config.total_steps = options.steps
     config.eval_every = 25
     return config
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
+    """Measures the rows that WORKDIR/rows.jsonl lacks, and returns all rows."""
     path = options.workdir / "rows.jsonl"
     options.workdir.mkdir(parents=True, exist_ok=True)
     _check_same(options)
@@ -62,7 +63,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     done = {(row["method"], row["set"], row["percent"], row["seed"]) for row in rows}
     for percent in options.percents:
         for method in options.methods:
-            # Nothing of these is drawn.
+            # These methods draw no random numbers, so one seed is enough.
             is_fixed = percent == 100 and method in ("fbank", "frozen_linear", "frozen_knn")
             for seed in options.seeds[:1] if is_fixed else options.seeds:
                 for name in options.set:
@@ -84,16 +85,18 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def _check_same(options: argparse.Namespace) -> None:
-    """Rows of another encoder, or of other steps, are not to stand beside these."""
+    """Ends the program where the workdir holds rows of another encoder or number of steps."""
     path = options.workdir / "options.json"
     wanted = {"pretrained": str(options.pretrained), "steps": options.steps}
     if path.exists() and json.loads(path.read_text()) != wanted:
-        raise SystemExit(f"{options.workdir} holds rows of {path.read_text()}: name another")
+        raise SystemExit(
+            f"{options.workdir} holds rows of {path.read_text()}: choose another --workdir"
+        )
     path.write_text(json.dumps(wanted))
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a row a method and share of the labels, a column a test set."""
+    """Returns a Markdown table: one row per method and share of labels, one column per test set."""
     columns = sorted({name for row in rows for name in row["accuracy"]})
     lines = [f"| method | labels | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     for percent in sorted({row["percent"] for row in rows}, reverse=True):
@@ -127,7 +130,7 @@ def main() -> None:
     parser.add_argument("--methods", type=_list(str), default=METHODS)
     parser.add_argument("--percents", type=_list(float), default=(100.0, 10.0))
     parser.add_argument("--seeds", type=_list(int), default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, default=750, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=750, help="steps of fine-tuning")
     options = parser.parse_args()
     if unknown := set(options.methods) - set(METHODS):
         parser.error(f"--methods: {sorted(unknown)[0]!r} is unknown; known: {', '.join(METHODS)}")

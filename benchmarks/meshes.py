@@ -11,11 +11,11 @@ import runpy
 import tempfile
 
 import jax
+from maeast_jax.training.programs import Programs
 
 from benchmarks import exchanged
 from maeast_jax.runtime import memory
 from maeast_jax.training import pretraining
-from maeast_jax.training.programs import Programs
 
 MESHES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2))
 

@@ -1,8 +1,10 @@
-"""python -m benchmarks.shifts --data_dir=DIR --pretrained=RUN --set=NAME: where the grid begins.
+"""python -m benchmarks.shifts --data_dir=DIR --pretrained=RUN --set=NAME
 
-A linear probe on frozen features of clips as they are, scored on test clips with so many frames of
-silence in front: a model of patches knows where on its grid of tokens a sound begins. A row a way
-of pooling, `mel` the moments of the mel bands, which have no grid; accuracy on NAME@test, per cent.
+Measures how much accuracy a probe loses when sounds start at another place of the grid of tokens,
+which a model of patches can tell. A linear probe is fitted on frozen features of clips as they are,
+and scored on test clips with some frames of silence in front. It prints one row per way of pooling;
+`mel` is the mean and deviation of the mel bands, which have no grid. Values are accuracies on
+NAME@test in per cent.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import numpy as np
 from maeast_jax import fbank
 from maeast_jax.data import labelled
 from maeast_jax.evaluation import probe
-from maeast_jax.finetuning.features import fbank_moments
+from maeast_jax.finetuning import fbank_moments
 from maeast_jax.inference import Embedder, pretrained
 
 WAYS = (("time", 1), ("time", 4), ("moments", 1), ("moments", 4))
@@ -26,7 +28,9 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--set", required=True)
-    parser.add_argument("--frames", default="0,4,8,12,16", help="of silence in front")
+    parser.add_argument(
+        "--frames", default="0,4,8,12,16", help="frames of silence in front of the clips"
+    )
     options = parser.parse_args()
     shifts = [int(text) for text in options.frames.split(",")]
     train = labelled.open_labelled(options.set, "train", options.data_dir)
@@ -58,6 +62,7 @@ def main() -> None:
 
 
 def _later(embed, frames: int):
+    """Returns `embed` for clips that start after `frames` frames of silence."""
     silence = np.zeros(frames * fbank.FRAME_SHIFT, np.int16)
 
     def embed_later(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

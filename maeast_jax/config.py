@@ -4,6 +4,7 @@ Files in configs/ start from `pretrain()` and state only what differs. From the 
 set as `--config.section.field=value`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -87,9 +88,11 @@ def pretrain() -> ConfigDict:
     return config.lock()
 
 
-def check(config: ConfigDict, reference: ConfigDict | None = None, prefix: str = "") -> None:
-    """Raises ValueError for a field that is unknown, missing or of another type, by its name."""
-    reference = pretrain() if reference is None else reference
+def check(config: ConfigDict, reference: ConfigDict, prefix: str = "") -> None:
+    """Raises ValueError, by its name, for a field that is unknown, missing or of another type.
+
+    `reference` has all fields with their defaults: `pretrain()` or `finetune()`.
+    """
     for unknown in sorted(set(config) - set(reference)):
         raise ValueError(
             f"config.{prefix}{unknown} is not a field; known here: {', '.join(sorted(reference))}"
@@ -108,18 +111,10 @@ def check(config: ConfigDict, reference: ConfigDict | None = None, prefix: str =
             )
 
 
-def check_loop(config: ConfigDict) -> None:
-    """Raises ValueError where a count or an interval of the loop is out of range."""
-    for name in ("total_steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    if config.seed < 0:
-        raise ValueError(f"config.seed={config.seed} must not be negative")
-    if config.keep < 1:
-        raise ValueError(f"config.keep={config.keep} must be at least 1 checkpoint")
-    for name in ("max_clips", "pictures", "knn_clips"):
-        if config.eval[name] < 0:
-            raise ValueError(f"config.eval.{name}={config.eval[name]} must not be negative")
+def typed(config: ConfigDict, sections: dict[str, Callable]) -> dict[str, Any]:
+    """Returns the fields as a dict, each of these sections turned into its typed configuration."""
+    settings = config.to_dict()
+    return settings | {name: kind(**settings[name]) for name, kind in sections.items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple]:

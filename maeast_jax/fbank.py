@@ -30,7 +30,7 @@ WINDOW_POWERS = {"mae_ast": 0.85, "ssast": 1.0}
 _FFT_LENGTH = 512
 _NUM_BINS = _FFT_LENGTH // 2  # Kaldi's mel bands leave out the bin at Nyquist
 _PRE_EMPHASIS = 0.97
-_LOWEST_HZ = 20.0
+LOWEST_HZ = 20.0
 _HOP = math.gcd(FRAME_LENGTH, FRAME_SHIFT)  # frames are whole numbers of these apart and long
 _ENERGY_FLOOR = np.finfo(np.float32).eps
 
@@ -238,7 +238,7 @@ def _spectrum_matrix(window_power: float) -> np.ndarray:
 
 def _mel_matrix() -> np.ndarray:
     """float64 [256, 128]: triangles of height 1 that are equally wide on Kaldi's mel scale."""
-    edges_mel = np.linspace(_mel(_LOWEST_HZ), _mel(SAMPLE_RATE_HZ / 2), NUM_MEL_BANDS + 2)
+    edges_mel = np.linspace(_mel(LOWEST_HZ), _mel(SAMPLE_RATE_HZ / 2), NUM_MEL_BANDS + 2)
     bins_mel = _mel(np.arange(_NUM_BINS) * SAMPLE_RATE_HZ / _FFT_LENGTH)[:, None]
     left, centre, right = edges_mel[:-2], edges_mel[1:-1], edges_mel[2:]
     rising = (bins_mel - left) / (centre - left)

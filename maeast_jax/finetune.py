@@ -3,8 +3,8 @@
   python -m maeast_jax.finetune --config=configs/finetune_folder.py --workdir=DIR \\
       --config.init_from=CKPT --config.data.dir=DATA --config.data.train=NAME
 
-Fields and their meaning: maeast_jax/configuration.py. Exit codes are those of maeast_jax.train; a
-run that was stopped goes on by the same command.
+maeast_jax/config.py says what each field means. Exit codes are those of maeast_jax.train; a run
+that was stopped goes on by the same command.
 """
 
 import dataclasses
@@ -16,33 +16,39 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
-from maeast_jax.checkpoint import held
+from maeast_jax.data import Labelled
 from maeast_jax.evaluation import Evaluation, metrics, probe, results
-from maeast_jax.finetuning.features import Features, statistics
-from maeast_jax.finetuning.length import fold_length
-from maeast_jax.finetuning.run import FinetuneRun, Sets, check_run
-from maeast_jax.finetuning.trainer import FoldTrainer, Scored, check_resume
+from maeast_jax.finetuning import (
+    Features,
+    FinetuneRun,
+    FoldTrainer,
+    Scored,
+    Sets,
+    check_resume,
+    open_run,
+    statistics,
+)
 from maeast_jax.runtime import cli, memory, terminal
 
 _REMEDY = "lower batch_size or max_frames, or raise accumulation_steps"
 
 
 def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[str, Evaluation]]:
-    """Trains, or goes on, and evaluates; the evaluation of each test set by fold and name.
+    """Trains, or goes on, and evaluates; returns evaluations by fold and by test set's name.
 
-    Without folds the only fold is "". Each test set's files (results.py) lie in
+    Without folds the only fold is "". The files of each test set (evaluation/results.py) lie in
     `workdir/[FOLD/]NAME/`.
 
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; MemoryError where a
     batch does not fit the devices.
     """
-    run = check_run(config, workdir)
-    with held(run.workdir), memory.out_of_memory(_REMEDY):
+    run = open_run(config, workdir)
+    with checkpoint.held(run.workdir), memory.out_of_memory(_REMEDY):
         _check_workdir(run)
         print(terminal.announce(_plan(run)), flush=True)
-        features = Features(run) if config.mode != "finetune" else None
-        # Last: a mistake above does not make the workdir this mode's.
+        features = Features(run) if run.config.mode != "finetune" else None
+        # After all that may fail, so that a mistake does not make the workdir this mode's.
         checkpoint.write_config(run.workdir, config.to_dict())
         found = {}
         for sets in run.folds:
@@ -92,7 +98,7 @@ def _probe(run: FinetuneRun, sets: Sets, features: Features) -> dict[str, Scored
     fit = {"linear": probe.linear, "knn": probe.knn}[run.config.mode]
     fitted = fit(train_x, train_y, valid_x, valid_y, len(run.class_names))
     chosen = ", ".join(f"{name} {value:g}" for name, value in fitted.chosen.items())
-    print(f"features {train_x.shape[1]} a clip; chosen on validation: {chosen}", flush=True)
+    print(f"features {train_x.shape[1]} per clip; chosen on validation: {chosen}", flush=True)
     scored = {}
     for name, clips in _tests(sets).items():
         test_x, test_y, ids = features.of(clips)
@@ -100,8 +106,8 @@ def _probe(run: FinetuneRun, sets: Sets, features: Features) -> dict[str, Scored
     return scored
 
 
-def _tests(sets: Sets) -> dict[str, object]:
-    """The test sets by a name that is a folder's."""
+def _tests(sets: Sets) -> dict[str, Labelled]:
+    """Returns the test sets by the name of their folder."""
     named = {}
     for clips in sets.tests:
         name = clips.text.replace("/", "_").replace("@", "_").replace(",", "+")
@@ -111,14 +117,14 @@ def _tests(sets: Sets) -> dict[str, object]:
 
 def _evaluate(run: FinetuneRun, folder: Path, name: str, scored: Scored) -> Evaluation:
     evaluation = metrics.evaluate(scored.probabilities, scored.targets, run.class_names)
-    settings = {"config": run.config.to_dict(), "set": name}
+    settings = {"config": dataclasses.asdict(run.config), "set": name}
     results.write(folder, evaluation, scored.ids, scored.probabilities, scored.targets, settings)
     print(f"\n{name}: {results.report(evaluation)}\n\nfiles: {folder}", flush=True)
     return evaluation
 
 
 def _fold_table(found: Mapping[str, Mapping[str, Evaluation]]) -> str:
-    """A row a fold and one of all, with mean and deviation."""
+    """Returns a table with a row per fold, and one of mean and deviation over all."""
     values = {fold: next(iter(tests.values())) for fold, tests in found.items()}
     rows = {fold: {of_fold.metric: of_fold.value} for fold, of_fold in values.items()}
     metric = next(iter(values.values())).metric
@@ -131,8 +137,8 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
     source = run.init_from.path if run.init_from else "initial values"
     lines = {
         "mode": config.mode,
-        "encoder": f"{run.model.encoder_layers} layers of {run.model.width}, {run.model.tokens} "
-        f"tokens, from {source}",
+        "encoder": f"{config.model.encoder_layers} layers of {config.model.width}, "
+        f"{config.model.tokens} tokens, from {source}",
         "classes": f"{len(run.class_names)}: {', '.join(run.class_names[:8])}"
         + (", ..." if len(run.class_names) > 8 else ""),
         "train": f"{sets.train.text}: {len(sets.train):,} clips",
@@ -144,15 +150,17 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
     if len(run.folds) > 1:
         lines["folds"] = f"{len(run.folds)}, each tested once: {config.data.folds}"
     if config.mode == "finetune":
-        head = dataclasses.asdict(run.head)
+        head = dataclasses.asdict(config.head)
         lines["head"] = ", ".join(f"{name} {value}" for name, value in head.items())
-        length = fold_length(config, len(sets.train))
+        length = run.length(sets)
         lines["steps"] = (
             f"{length.total_steps:,} of {config.batch_size} clips, "
             f"{length.total_steps / length.steps_per_epoch:.3g} epochs; tested: {config.select}"
         )
     else:
-        lines["features"] = ", ".join(f"{k} {v}" for k, v in config.features.to_dict().items())
+        lines["features"] = ", ".join(
+            f"{name} {value}" for name, value in dataclasses.asdict(config.features).items()
+        )
     lines["workdir"] = os.fspath(run.workdir)
     return lines
 

@@ -1,27 +1,42 @@
 """Pretraining: python -m maeast_jax.train --config=configs/pretrain.py --workdir=DIR
 
-Exit codes: 0 when the last step is saved; 143 or 130 when SIGTERM or Ctrl-C stopped the run after
-saving, 75 when another process of the run was lost, 70 after an error that is none of these, such
-as of a device (the same command goes on from the newest checkpoint); 1 for what the system refused
-(a full disk, a folder, memory); 2 for a mistake in flags, configuration, data or checkpoint; 3 for
-a loss that is not finite. Fields and their meaning: maeast_jax/config.py. Several processes of one
-run: --distributed, docs/running.md.
+Exit codes:
+  0    the last step is saved
+  1    the system refused something: a full disk, a folder, memory
+  2    a mistake in flags, configuration, data or checkpoint
+  3    a loss that is not finite
+  70   an error that none of these explains, such as a failed device
+  75   another process of the run was lost
+  143 or 130   SIGTERM or Ctrl-C stopped the run after it saved its state
+
+After 70, 75, 143 and 130 the same command goes on from the newest checkpoint. maeast_jax/config.py
+says what each field means, and docs/running.md how several processes share a run (--distributed).
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
-from maeast_jax.checkpoint import held, newest_step
-from maeast_jax.runtime import cli, distributed, memory, terminal
-from maeast_jax.training import metrics_writer, pretraining, summary
-from maeast_jax.training.loop import Loop
-from maeast_jax.training.pretraining import Batches, Run
-from maeast_jax.training.programs import Programs
-from maeast_jax.training.steps import TrainState, checkpoint_parts, state_from_parts
+from maeast_jax.inference import Pretrained
+from maeast_jax.runtime import cli, distributed, memory, storage, terminal
+from maeast_jax.training import (
+    Batches,
+    LoopConfig,
+    MetricsWriter,
+    PretrainConfig,
+    Pretraining,
+    TrainState,
+    loop,
+    metrics_writer,
+    pretraining,
+    summary,
+)
 
 _REMEDY = (
     "lower batch_size, raise accumulation_steps, set model.remat=full with model.unroll=false, or "
@@ -36,86 +51,87 @@ def train(
 
     `batches` stands in for `config.data`'s training set: any iterator of {"audio": int16 [b, S]},
     S = 400 + 160 (num_frames - 1) samples at 16 kHz, or a function of the first step that returns
-    one, so that a resumed run goes on where the stream was. Of several processes each gives its
-    rows alone (`sharding.process_rows`).
+    one, so that a resumed run goes on where the stream was. Each of several processes gives its own
+    rows only (`sharding.process_rows`).
 
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; PeerLostError where
     another process of the run is gone; MemoryError where a step does not fit the devices.
     """
-    with distributed.others_alive(), memory.out_of_memory(_REMEDY):
-        checked = pretraining.check_run(config, workdir, batches)
-        distributed.agree("the configuration", checked.config.to_dict())
-        distributed.agree("the data sets", pretraining.describe_data(checked))
-        with held(checked.workdir):
-            if (newest_step(workdir) or 0) != checked.start_step:
-                # While this process looked, the run before was still saving; it has ended since.
-                checked = pretraining.check_run(config, workdir, batches)
-            if distributed.from_first(_is_done(checked)):
-                print(f"{workdir} has done its {config.total_steps} steps already", flush=True)
-                return metrics_writer.last_row(checked.workdir, "eval")
-            return _train(checked)
+    workdir = storage.path(workdir)
+    typed, init_from = pretraining.settle_architecture(PretrainConfig.of(config), workdir)
+    run = Pretraining(typed, batches)
+    distributed.agree("the configuration", dataclasses.asdict(typed))
+    distributed.agree("the data sets", run.describe_data())
+    # After all checks, so that a mistake leaves no empty folder behind.
+    storage.make_writable(workdir, "--workdir")
+    with checkpoint.held(workdir), memory.out_of_memory(_REMEDY):
+        newest_step = checkpoint.newest_step(workdir)
+        if newest_step is not None:
+            pretraining.check_resume(typed, workdir, newest_step)
+        if distributed.from_first(_is_done(run, workdir, newest_step)):
+            print(f"{workdir} has done its {typed.total_steps} steps already", flush=True)
+            return metrics_writer.last_row(workdir, "eval")
+        return _train(run, workdir, newest_step or 0, init_from)
 
 
-def _is_done(checked: Run) -> bool:
-    """Whether nothing is left to do, also of what the last step is evaluated on."""
-    total_steps = checked.config.total_steps
-    is_evaluated = checked.has_eval or checked.knn is not None
-    return checked.start_step == total_steps and (
-        not is_evaluated or metrics_writer.has_row(checked.workdir, total_steps, "eval")
-    )
+def _is_done(run: Pretraining, workdir: epath.Path, newest_step: int | None) -> bool:
+    """Returns whether the last step is saved, and evaluated where there is anything to evaluate."""
+    if newest_step != run.config.total_steps:
+        return False
+    is_evaluated = run.has_eval or run.knn is not None
+    return not is_evaluated or metrics_writer.has_row(workdir, newest_step, "eval")
 
 
-def _train(checked: Run) -> dict[str, float]:
-    config, workdir = checked.config, checked.workdir
-    programs = Programs(checked)
-    print(summary.describe(checked, programs.abstract_state.params), flush=True)
+def _train(
+    run: Pretraining, workdir: epath.Path, start_step: int, init_from: Pretrained | None
+) -> dict[str, float]:
+    config, settings = run.config, dataclasses.asdict(run.config)
+    print(summary.describe(run, workdir, start_step, init_from), flush=True)
+    writer = MetricsWriter(workdir, start_step)
     print("compiling the training step", flush=True)
-    step = programs.step()
+    step = run.compile_step()
     planned = memory.planned_bytes(step)
-    print(f"compiled: {terminal.si(planned, 'B')} planned a device", flush=True)
+    print(f"compiled: {terminal.si(planned, 'B')} planned per device", flush=True)
     # All processes of a run on CPUs may share this machine.
     memory.keep_freed(jax.device_count() * planned)
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.to_dict())
-    state = _first_state(checked, checkpoints, programs)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep, settings)
+    batches = run.train_batches(start_step)
+    if start_step:
+        parts = checkpoints.restore(start_step, run.abstract_state.parts())
+        state = TrainState.from_parts(parts)
+    else:
+        state = run.initial_state(init_from)
+        if init_from is None:
+            first = next(batches)
+            state = run.calibrate(state, first)
+            batches = _with_first(first, batches)
     if distributed.is_first():
-        checkpoint.write_config(workdir, config.to_dict())
-    is_new = not checked.start_step and checked.init_from is None
-    return Loop(
-        config=config,
-        workdir=workdir,
-        start_step=checked.start_step,
-        checkpoints=checkpoints,
-        step=step,
-        eval_step=programs.eval_step(),
-        reconstruct=programs.reconstruct(),
-        calibrate=programs.calibrate() if is_new else None,
-        put=lambda batch: pretraining.put_batch(checked, batch),
-        put_eval=lambda batch: pretraining.put_eval_batch(checked, batch),
-        eval_batches=(lambda: pretraining.eval_stream(checked)) if checked.has_eval else None,
-        knn=programs.knn(),
-    ).run(state, pretraining.train_stream(checked))
+        checkpoint.write_config(workdir, settings)
+    total = config.total_steps
+    _, values = loop.run(
+        state,
+        step,
+        batches,
+        run.evaluate,
+        checkpoints,
+        writer,
+        LoopConfig(
+            start_step=start_step,
+            total_steps=total,
+            batch_size=config.batch_size,
+            log_steps=range(config.log_every, total, config.log_every),
+            eval_steps=range(0, total, config.eval_every),
+            checkpoint_steps=range(config.checkpoint_every, total, config.checkpoint_every),
+        ),
+    )
+    return values
 
 
-def _first_state(
-    checked: Run, checkpoints: checkpoint.Checkpoints, programs: Programs
-) -> TrainState:
-    """The newest checkpoint's state, or initial values, with `init_from`'s weights if named."""
-    if checked.start_step:
-        parts = checkpoint_parts(programs.abstract_state)
-        return state_from_parts(checkpoints.restore(checked.start_step, parts))
-    state = programs.initial_state()
-    if checked.init_from is None:
-        return state
-    params, statistics = checked.init_from.read_weights()
-    if checked.init_from.config.is_encoder_only:
-        print(
-            f"{checked.init_from.path} has no decoder: the decoder starts from initial values",
-            flush=True,
-        )
-    loaded = {"params": {**state.params, **params}, "statistics": statistics}
-    shardings = {name: getattr(programs.shardings, name) for name in loaded}
-    return dataclasses.replace(state, **jax.device_put(loaded, shardings))
+def _with_first(first: loop.Batch, rest: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
+    with contextlib.closing(rest):
+        yield first
+        yield from rest
 
 
 def main(config: ConfigDict, workdir: str) -> None:

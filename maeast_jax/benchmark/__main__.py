@@ -87,7 +87,7 @@ def _run(base: ConfigDict, cases: list[Case], values: dict) -> int | None:
             print(f"{table.table(rows)}\n", flush=True)
             print("\n".join(table.remarks(rows, values["find"])), flush=True)
     if values["picture"] and any(row["fits"] for row in rows):
-        plots.write_png(values["picture"], plots.speeds(rows))
+        plots.write_png(values["picture"], table.chart(rows))
     elif values["picture"]:
         _say(f"no picture {values['picture']}: no row fits; choose a smaller --batch")
     return None

@@ -2,11 +2,24 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from maeast_jax.benchmark.cases import Row
+from maeast_jax.evaluation import plots
 from maeast_jax.runtime.terminal import si
 
 # What two rows share that are compared, and what a search leaves open.
 _SETTING = ("num_frames", "tokens", "encoder_layers", "dtype", "input", "devices", "device")
+_MODEL_COLOURS = ("#4c78a8", "#e45756", "#f2a6a4")
+_BAR_LABELS = {
+    "model": lambda row: row["model"],
+    "encoder_layers": lambda row: f"{row['encoder_layers']} layers",
+    "tokens": lambda row: row["tokens"],
+    "batch": lambda row: f"batch {row['batch']}",
+    "dtype": lambda row: row["dtype"],
+    "num_frames": lambda row: f"{row['num_frames']} frames",
+    "device": lambda row: f"{row['devices']} x {row['device']}",
+}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -78,6 +91,51 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
             f"{other['model']}, {memory:.2f} of its memory"
         )
     return lines
+
+
+def chart(rows: Iterable[Row]) -> np.ndarray:
+    """Draws the rows that fit as bars: clips per second, and the planned memory per device.
+
+    Each model has its colour. A black line runs from the 10th to the 90th percentile of the speed.
+    Settings that all rows share are in the title.
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      ValueError: no row fits.
+    """
+    rows = [row for row in rows if row["fits"]]
+    if not rows:
+        raise ValueError("no row to draw: none was measured; choose a smaller --batch")
+    words = {name: [label(row) for row in rows] for name, label in _BAR_LABELS.items()}
+    shared = [of_rows[0] for of_rows in words.values() if len(set(of_rows)) == 1]
+    own = [of_rows for of_rows in words.values() if len(set(of_rows)) > 1]
+    labels = [", ".join(of_row) for of_row in zip(*own, strict=True)] if own else [""]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    colours = [_MODEL_COLOURS[models.index(row["model"]) % len(_MODEL_COLOURS)] for row in rows]
+    speed = np.array([row["clips_per_second"] for row in rows])
+    ends = np.array([[row[f"clips_per_second_p{percent}"] for row in rows] for percent in (10, 90)])
+    memory = [row["peak_memory_bytes"] / 1e9 for row in rows]
+
+    picture = plots.figure(8.6, 0.32 * len(rows) + 1.2)
+    left, right = picture.subplots(1, 2, sharey=True)
+    for axis, values, farthest, heading, error in (
+        (left, speed, ends.max(), "clips per second", np.abs(ends - speed)),
+        (right, memory, max(memory), "planned memory per device, GB", None),
+    ):
+        axis.barh(range(len(rows)), values, xerr=error, color=colours, height=0.7)
+        for place, value in enumerate(values):
+            axis.annotate(
+                f" {value:.3g}", (value, place), va="bottom", fontsize=7, annotation_clip=False
+            )
+        axis.set_xlabel(heading, fontsize=8)
+        axis.set_xlim(0, 1.15 * farthest)
+        axis.tick_params(labelsize=7)
+    left.set_yticks(range(len(rows)), labels)
+    left.invert_yaxis()
+    picture.suptitle(", ".join(shared), fontsize=10)
+    return plots.pixels(picture)
 
 
 def number(value: float | None, scale: float = 1.0) -> str:

@@ -4,12 +4,13 @@ from maeast_jax.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE_HZ
 from maeast_jax.data.decode_pool import DecodePool, num_cores
 from maeast_jax.data.labelled import Labelled
 from maeast_jax.data.mixture import Clips, open_demo
-from maeast_jax.data.pipeline import DataConfig
+from maeast_jax.data.pipeline import Batch, DataConfig
 from maeast_jax.data.writer import DataError, Example
 
 __all__ = [
     "AUDIO_SUFFIXES",
     "SAMPLE_RATE_HZ",
+    "Batch",
     "Clips",
     "DataConfig",
     "DataError",

@@ -1,7 +1,7 @@
-"""Nearest neighbours during pretraining: whether the representation, not only the loss, improves.
+"""Accuracy of nearest neighbours during pretraining: does the representation improve with the loss?
 
-Features are the encoder's last layer, tokens averaged over time and kept by band, of whole clips;
-votes are those of `probe.knn` at one fixed setting, so that the curve compares with itself.
+Features are the encoder's last layer for whole clips, averaged over time and kept per band. Votes
+are those of `probe.knn` at one fixed setting, so that the points of the curve compare.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ NEIGHBOURS = 10
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KnnEval:
-    """A labelled set whose `valid` clips are told by those of `train` nearest to them."""
+    """Scores a model on the clips of `valid` by their nearest neighbours among those of `train`."""
 
     train: Labelled
     valid: Labelled
 
     def describe(self) -> str:
+        """Returns the data sets and their sizes in words, for the plan that a run prints."""
         return (
             f"{len(self.valid):,} clips of {self.valid.text} by {NEIGHBOURS} neighbours among "
             f"{len(self.train):,}, {self.train.num_classes} classes"
@@ -34,10 +35,15 @@ class KnnEval:
     def __call__(
         self, config: ModelConfig, params: Any, statistics: Any, num_frames: int
     ) -> dict[str, float]:
-        """{"knn_accuracy"} (of clips with several labels, "knn_map") of a model's weights.
+        """Returns {"knn_accuracy": share}, or {"knn_map": mAP} where clips have several labels.
 
-        Clips longer than `num_frames`, the pretraining's, are seen in windows of that many. The
-        computation is compiled once, however often it is asked for.
+        Clips longer than `num_frames` are embedded in windows of that many frames, as in
+        pretraining. The embedding is compiled once for all calls.
+
+        Args:
+          config: the model's architecture.
+          params, statistics: its weights and running statistics, nnx states.
+          num_frames: frames per clip in pretraining.
         """
         model = nnx.merge(model_graph(config), params, statistics)
         patch_frames, _ = config.patch_shape
@@ -53,16 +59,22 @@ class KnnEval:
 
 
 def open_knn(text: str, data_dir: str | None, sample_rate_hz: int | None, most: int) -> KnnEval:
-    """Opens the splits `train` and `valid` of a labelled set, `most` clips of each (0: all).
+    """Opens the splits `train` and `valid` of a labelled data set.
 
-    The clips are spread evenly over a split, so that every class of a set sorted by class is there.
+    Args:
+      text: name of the data set.
+      data_dir: folder of the data sets.
+      sample_rate_hz: as in `labelled.open_labelled`.
+      most: the largest number of clips per split, spread evenly so that a set sorted by class keeps
+        all its classes; 0 takes all.
 
     Raises:
-      DataError, ValueError: as `labelled.open_labelled`; a split named in `text`.
+      DataError, ValueError: as `labelled.open_labelled`, or where `text` names a split.
     """
     if "@" in text:
         raise ValueError(
-            f"eval.knn={text!r} names a split, but its `train` tells its `valid`; name the set"
+            f"eval.knn={text!r} names a split, but the splits `train` and `valid` are both used; "
+            "name the set"
         )
     common = {"data_dir": data_dir, "sample_rate_hz": sample_rate_hz}
     train = labelled.open_labelled(text, "train", **common)

@@ -1,214 +1,206 @@
-"""Pictures as arrays of pixels: spectrograms reconstructed, a run's curves, a benchmark's bars.
+"""Pictures as arrays of pixels: reconstructed spectrograms, a run's curves, confusion matrices.
 
-Every figure is its own `matplotlib.figure.Figure` on an Agg canvas: no display, no pyplot state.
+Each picture is a `matplotlib.figure.Figure` on an Agg canvas. It needs no display, and pyplot keeps
+no reference to it.
 """
 
 import io
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from maeast_jax import fbank
 from maeast_jax.runtime import storage
 
-MASKED_GREY = (160, 160, 160)  # what `reconstructions` paints where there is no value
+MASKED_GREY = (160, 160, 160)  # the colour of dropped tokens in `reconstructions`
 _SPLIT_STYLES = {
     "train": {"color": "#4c78a8", "linewidth": 1.2},
     "eval": {"color": "#e45756", "linewidth": 1.8, "marker": "o", "markersize": 3.5},
 }
 _CURVES = ("loss", "mse", "info_nce")
 _OPTIONAL_CURVES = ("knn_accuracy", "knn_map")
-_MODEL_COLOURS = ("#4c78a8", "#e45756", "#f2a6a4")
-_ROW_LABELS = {
-    "model": lambda row: row["model"],
-    "encoder_layers": lambda row: f"{row['encoder_layers']} layers",
-    "tokens": lambda row: row["tokens"],
-    "batch": lambda row: f"batch {row['batch']}",
-    "dtype": lambda row: row["dtype"],
-    "num_frames": lambda row: f"{row['num_frames']} frames",
-    "device": lambda row: f"{row['devices']} x {row['device']}",
-}
-_FRAME_SECONDS = 0.01
+_FREQUENCY_TICKS_HZ = (250, 500, 1000, 2000, 4000, 7000)
+_MOST_CLASSES = 50  # more names than these cannot be read in a confusion matrix
+_MOST_NUMBERED_CLASSES = 25  # with more classes the cells are too small for their counts
+_NAME_CHARACTERS = 24
 _DPI = 110
 
 
 def reconstructions(
     original: np.ndarray, masked: np.ndarray, reconstructed: np.ndarray
 ) -> np.ndarray:
-    """Draws spectrograms beside what the encoder saw of them and what the model made of that.
+    """Draws each spectrogram beside the part that the encoder saw and the model's reconstruction.
 
-    A row a clip, and one colour scale a row: from the 1st to the 99.5th percentile of its original.
-    Values that are not finite are drawn in MASKED_GREY.
+    There is one row per clip. The colours of a row run from the 1st to the 99.5th percentile of its
+    original. Values that are not finite are drawn in MASKED_GREY. Bands are numbered on the left
+    and given in Hz on the right.
 
     Args:
-      original: float [n, frames, bands], log-mel energies.
-      masked: the same, NaN where a token was dropped.
-      reconstructed: the same, as the decoder gave it.
+      original: float [n, frames, bands], log-mel energies of `fbank`.
+      masked: float [n, frames, bands], NaN where a token was dropped.
+      reconstructed: float [n, frames, bands], the decoder's output.
 
     Returns:
       uint8 [H, W, 3].
-
-    Raises:
-      ValueError: no clips, or shapes that differ.
     """
-    original, masked, reconstructed = (
-        np.asarray(x, np.float32) for x in (original, masked, reconstructed)
-    )
-    if original.ndim != 3 or original.size == 0:
-        raise ValueError(
-            f"original has shape {list(original.shape)}; it must be [n, frames, bands], none of "
-            "them 0: pass one clip as x[None]"
-        )
-    for name, x in (("masked", masked), ("reconstructed", reconstructed)):
-        if x.shape != original.shape:
-            raise ValueError(
-                f"{name} has shape {list(x.shape)}; it must have that of original, "
-                f"{list(original.shape)}: pass the three of the same clips"
-            )
-    rows, frames, bands = original.shape
-    kept_percent = 100 * float(np.isfinite(masked).mean())
+    import librosa
 
-    panel_inches = min(max(frames / 85, 2.4), 8.0)  # a pixel a frame or more, up to 8 seconds
-    figure = _figure(3 * panel_inches + 0.7, 1.55 * rows + 0.6)
-    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
-    palette = _palette()
+    rows, frames, bands = original.shape
+    panel_inches = min(max(frames / 85, 2.4), 8.0)  # at least a pixel per frame, up to 8 seconds
+    picture = figure(3 * panel_inches + 1.1, 1.55 * rows + 0.6)
+    axes = picture.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
     for row in range(rows):
-        low, high = np.nanpercentile(_finite_or_nan(original[row]), [1, 99.5])
+        low, high = np.percentile(original[row], [1, 99.5])
         for axis, x in zip(axes[row], (original, masked, reconstructed), strict=True):
-            axis.imshow(
-                _finite_or_nan(x[row]).T,
-                cmap=palette,
+            bands_by_frames = np.asarray(x[row], np.float32).T
+            # specshow fails where no value is finite, so it gets a value in their place.
+            mesh = librosa.display.specshow(
+                np.nan_to_num(bands_by_frames),
+                ax=axis,
+                sr=fbank.SAMPLE_RATE_HZ,
+                hop_length=fbank.FRAME_SHIFT,
+                x_axis="time",
+                cmap=_palette(),
                 vmin=low,
-                vmax=max(high, low + 1e-6),
-                origin="lower",
-                aspect="auto",
-                interpolation="nearest",  # blending would smear the grey into the kept tokens
-                extent=(0, frames * _FRAME_SECONDS, 0, bands),
+                vmax=max(high, low + 1e-6),  # a silent clip has one value
             )
+            mesh.set_array(np.ma.masked_invalid(bands_by_frames))
+            axis.set_xlabel("")
             axis.tick_params(labelsize=7, length=2)
         axes[row, 0].set_ylabel("mel band", fontsize=8)
-        axes[row, 0].set_yticks(np.linspace(0, bands, 5))
+        axes[row, 0].set_yticks(np.arange(0, bands, 32))
+        frequency = axes[row, -1].secondary_yaxis("right", functions=_band_scale(bands))
+        frequency.set_yticks(_FREQUENCY_TICKS_HZ, map(str, _FREQUENCY_TICKS_HZ))
+        frequency.set_ylabel("Hz", fontsize=8)
+        frequency.tick_params(labelsize=7, length=2)
+    kept_percent = 100 * float(np.isfinite(masked).mean())
     headings = ("original", f"kept {kept_percent:.3g} %", "reconstructed")
     for axis, heading in zip(axes[0], headings, strict=True):
         axis.set_title(heading, fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("seconds", fontsize=8)
-    return _pixels(figure)
+    return pixels(picture)
 
 
 def curves(rows: Iterable[Mapping]) -> np.ndarray:
-    """Draws loss, mse and info_nce of a run over its steps, and what neighbours tell where it was
-    asked: a panel each, a line a split.
+    """Draws a run's losses over its steps, and the scores of nearest neighbours if there are any.
+
+    There is one panel per value and one line per split.
 
     Args:
-      rows: as in metrics.jsonl: `step`, `split` ("train" or "eval") and values. A row that lacks a
-        value is left out of that panel; None or a value that is not finite breaks the line.
+      rows: rows of metrics.jsonl: `step`, `split` ("train" or "eval") and values. A row without a
+        value is not part of that value's panel. None, NaN and infinity interrupt the line.
 
     Returns:
       uint8 [H, W, 3].
     """
     rows = sorted(rows, key=lambda row: row["step"])
-    asked = [key for key in _OPTIONAL_CURVES if any(key in row for row in rows)]
-    shown = (*_CURVES, *asked)
-    figure = _figure(3.6 * len(shown), 2.8)
-    for axis, key in zip(figure.subplots(1, len(shown)), shown, strict=True):
+    present = [key for key in _OPTIONAL_CURVES if any(key in row for row in rows)]
+    shown = (*_CURVES, *present)
+    picture = figure(3.6 * len(shown), 2.8)
+    for axis, key in zip(picture.subplots(1, len(shown)), shown, strict=True):
         for split, style in _SPLIT_STYLES.items():
             drawn = [row for row in rows if row["split"] == split and key in row]
-            values = [math.nan if row[key] is None else row[key] for row in drawn]
+            values = np.array([row[key] for row in drawn], float)  # None becomes NaN
+            values[np.isinf(values)] = np.nan
             if drawn:
-                steps = [row["step"] for row in drawn]
-                axis.plot(steps, _finite_or_nan(values), label=split, **style)
+                axis.plot([row["step"] for row in drawn], values, label=split, **style)
         axis.set_title(key, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8, frameon=False)
-    return _pixels(figure)
+    return pixels(picture)
 
 
-def speeds(rows: Iterable[Mapping]) -> np.ndarray:
-    """Draws a benchmark's rows as bars: clips a second, and the memory of a device beside it.
+def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Draws a confusion matrix: true classes as rows, predicted classes as columns.
 
-    A colour a model; a line from the 10th to the 90th percentile. What all rows share is said once,
-    above.
+    Colours are the shares of a row's examples; numbers are counts. With more than 50 classes only
+    the 50 most confused are drawn; their shares are still of all their examples.
 
     Args:
-      rows: as `benchmark --json` writes them; those that did not fit are left out.
+      matrix: int [C, C], counts.
+      class_names: [C].
 
     Returns:
       uint8 [H, W, 3].
-
-    Raises:
-      ValueError: no row was measured.
     """
-    rows = [row for row in rows if row["fits"]]
-    if not rows:
-        raise ValueError("no row to draw: none was measured; choose a smaller --batch")
-    told = {name: [write(row) for row in rows] for name, write in _ROW_LABELS.items()}
-    shared = [words[0] for words in told.values() if len(set(words)) == 1]
-    own = [words for words in told.values() if len(set(words)) > 1]
-    labels = [", ".join(words) for words in zip(*own, strict=True)] if own else [""]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    colours = [_MODEL_COLOURS[models.index(row["model"]) % len(_MODEL_COLOURS)] for row in rows]
-    speed = np.array([row["clips_per_second"] for row in rows])
-    ends = np.array([[row[f"clips_per_second_p{percent}"] for row in rows] for percent in (10, 90)])
-    memory = [row["peak_memory_bytes"] / 1e9 for row in rows]
+    from matplotlib.colors import PowerNorm
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-    figure = _figure(8.6, 0.32 * len(rows) + 1.2)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axis, values, farthest, heading, error in (
-        (left, speed, ends.max(), "clips a second", np.abs(ends - speed)),
-        (right, memory, max(memory), "memory planned a device, GB", None),
-    ):
-        axis.barh(range(len(rows)), values, xerr=error, color=colours, height=0.7)
-        for place, value in enumerate(values):
-            axis.annotate(
-                f" {value:.3g}", (value, place), va="bottom", fontsize=7, annotation_clip=False
-            )
-        axis.set_xlabel(heading, fontsize=8)
-        axis.set_xlim(0, 1.15 * farthest)
-        axis.tick_params(labelsize=7)
-    left.set_yticks(range(len(rows)), labels)
-    left.invert_yaxis()
-    figure.suptitle(", ".join(shared), fontsize=10)
-    return _pixels(figure)
+    chosen = _most_confused(matrix, _MOST_CLASSES)
+    names = [_shortened(str(class_names[i])) for i in chosen]
+    counts = matrix[np.ix_(chosen, chosen)]
+    shares = counts / np.maximum(matrix[chosen].sum(axis=1, keepdims=True), 1)
+    is_numbered = len(chosen) <= _MOST_NUMBERED_CLASSES
+    inches = max(len(chosen) * (0.42 if is_numbered else 0.19), 2.0)
+    name_inches = 0.075 * max(map(len, names))
+    picture = figure(
+        inches + name_inches + 1.1,
+        inches + name_inches + 0.8,
+        layout="compressed",  # keeps the colour bar beside a matrix of square cells
+    )
+    axis = picture.subplots()
+    # On a linear scale a share of a few per cent would look white.
+    scale = PowerNorm(0.5, vmin=0, vmax=1)
+    display = ConfusionMatrixDisplay(shares, display_labels=names)
+    display.plot(
+        ax=axis,
+        include_values=is_numbered,
+        xticks_rotation="vertical",
+        colorbar=False,
+        im_kw={"cmap": "Blues", "norm": scale},
+        text_kw={"fontsize": 7},
+    )
+    if is_numbered:
+        for text, count, share in zip(display.text_.flat, counts.flat, shares.flat, strict=True):
+            text.set(text=count or "", color="white" if share > 0.3 else "black")
+    axis.tick_params(labelsize=7, length=0)
+    axis.set_xlabel("predicted", fontsize=8)
+    axis.set_ylabel("true", fontsize=8)
+    right = np.trace(matrix) / max(matrix.sum(), 1)
+    title = f"{matrix.sum():,} examples, {right:.1%} right"
+    if len(chosen) < len(matrix):
+        title += f"; the {len(chosen)} most confused of {len(matrix)} classes"
+    axis.set_title(title, fontsize=9)
+    bar = picture.colorbar(display.im_, ax=axis, fraction=0.03, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("share of the row", fontsize=8)
+    return pixels(picture)
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as a PNG file, whole or not at all: a reader never meets half a file.
+    """Writes uint8 [H, W, 3] as a PNG file, here or on gs://, whole or not at all.
 
     Raises:
-      ValueError: `image` is of another type or shape.
       OSError: the file cannot be written.
     """
     from matplotlib.image import imsave
 
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"image is {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3]: scale to "
-            "0..255 and convert"
-        )
     file = io.BytesIO()
     imsave(file, image, format="png")
     storage.write_whole(storage.path(path), file.getvalue())
 
 
-def _figure(width_inches: float, height_inches: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def figure(width_inches: float, height_inches: float, layout: str = "constrained"):
+    """Returns a matplotlib Figure that pyplot does not know, for `pixels`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width_inches, height_inches), dpi=_DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
-    FigureCanvasAgg(figure)
-    return figure
+    made = Figure(figsize=(width_inches, height_inches), dpi=_DPI, layout=layout)
+    made.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    return made
 
 
-def _pixels(figure) -> np.ndarray:
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+def pixels(picture) -> np.ndarray:
+    """Returns a matplotlib Figure as uint8 [H, W, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _palette():
@@ -217,6 +209,33 @@ def _palette():
     return colormaps["magma"].with_extremes(bad=tuple(level / 255 for level in MASKED_GREY))
 
 
-def _finite_or_nan(values) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    return np.where(np.isfinite(values), values, np.nan)
+def _band_scale(num_bands: int):
+    """Returns two functions of arrays: the centre in Hz of a band's number, and its inverse."""
+    import librosa
+
+    lowest, highest = librosa.hz_to_mel([fbank.LOWEST_HZ, fbank.SAMPLE_RATE_HZ / 2], htk=True)
+    step = (highest - lowest) / (num_bands + 1)
+
+    def to_hz(band):
+        return librosa.mel_to_hz(lowest + step * (np.asarray(band) + 1), htk=True)
+
+    def to_band(frequency_hz):
+        return (librosa.hz_to_mel(frequency_hz, htk=True) - lowest) / step - 1
+
+    return to_hz, to_band
+
+
+def _most_confused(matrix: np.ndarray, count: int) -> np.ndarray:
+    """int [min(count, C)], ascending: the classes of the pairs that are confused most often."""
+    errors = np.triu(matrix + matrix.T, k=1)  # how often either of a pair is taken for the other
+    pairs = np.argsort(-errors, axis=None, kind="stable")
+    classes = np.stack(np.unravel_index(pairs, errors.shape), axis=1).ravel()
+    _, places = np.unique(classes, return_index=True)
+    return np.sort(classes[np.sort(places)[:count]])
+
+
+def _shortened(name: str) -> str:
+    name = " ".join(name.split())
+    if len(name) > _NAME_CHARACTERS:
+        name = name[: _NAME_CHARACTERS - 1] + "…"
+    return name.replace("$", r"\$")  # matplotlib would read text between two $ as a formula

@@ -1,13 +1,13 @@
-"""What an evaluation leaves behind: predictions, numbers, a picture, and tables for the terminal.
+"""Files of an evaluation: predictions, metrics, a picture; and tables for the terminal.
 
-| file            | content                                                                     |
-|-----------------|-----------------------------------------------------------------------------|
-| predictions.tsv | a row an example: id, label, prediction, probability; fields quoted as      |
-|                 | Python's csv module does. With several labels an example: its labels, the 5 |
-|                 | likeliest classes and their probabilities, each separated by ";"            |
-| results.json    | metrics with interval, a row a class, the commonest confusions, settings;   |
-|                 | null where a number is not defined or not finite                            |
-| confusion.png   | counts, each row coloured by its own shares; not with several labels        |
+| file            | content                                                                      |
+|-----------------|------------------------------------------------------------------------------|
+| predictions.tsv | one row per example: id, label, prediction, probability; quoted as by        |
+|                 | Python's csv module. Where an example has several labels: its labels, the 5  |
+|                 | likeliest classes and their probabilities, each separated by ";"             |
+| results.json    | metrics with interval, one row per class, the commonest confusions, settings;|
+|                 | null where a number is not defined or not finite                             |
+| confusion.png   | counts, coloured by their share of the row; not with several labels          |
 """
 
 import csv
@@ -15,14 +15,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maeast_jax.evaluation import confusion, metrics, plots
+from maeast_jax.evaluation import metrics, plots
 from maeast_jax.evaluation.metrics import Evaluation
+from maeast_jax.runtime import storage
 
 PREDICTIONS_FILE = "predictions.tsv"
 RESULTS_FILE = "results.json"
@@ -41,54 +42,32 @@ def write(
     targets: np.ndarray,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the module's files into `folder`, which is made; each whole or not at all.
+    """Writes the files of an evaluation into `folder`, and makes the folder where it is missing.
 
-    results.json comes last: where it is, the others belong to it.
+    Each file is written whole or not at all. results.json is written last: where it exists, the
+    other files belong to it.
 
     Args:
-      evaluation: of these `probabilities` (or scores that rank alike) and `targets`.
-      ids: [n], what the examples are called.
+      evaluation: the result of `metrics.evaluate` for these probabilities and targets.
+      ids: [n], names of the examples.
       probabilities: float [n, C] in [0, 1].
       targets: int labels [n], or [n, C] of 0 and 1.
-      settings: how the classifier came about; anything JSON holds.
+      settings: how the classifier was made; anything that JSON can hold.
 
     Raises:
-      ValueError: another number of ids, or probabilities outside [0, 1].
       OSError: a file cannot be written.
     """
-    probabilities, targets = metrics.checked(probabilities, targets)
     names = [row["name"] for row in evaluation.classes]
-    if not len(ids) == len(targets) == evaluation.num_examples:
-        raise ValueError(
-            f"there are {len(ids)} ids and {len(targets)} targets for {evaluation.num_examples} "
-            "examples evaluated: pass those of the same examples"
-        )
-    if probabilities.min() < 0 or probabilities.max() > 1:
-        raise ValueError(
-            f"probabilities run from {probabilities.min():g} to {probabilities.max():g}; they must "
-            "be in [0, 1]: apply softmax or sigmoid"
-        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_FILE).unlink(missing_ok=True)
-    _write_text(folder / PREDICTIONS_FILE, _predictions(ids, probabilities, targets, names))
+    predictions = _predictions(ids, probabilities, targets, names)
+    storage.write_whole(folder / PREDICTIONS_FILE, predictions.encode())
     if evaluation.confusion is None:
         (folder / CONFUSION_FILE).unlink(missing_ok=True)
     else:
-        plots.write_png(folder / CONFUSION_FILE, confusion.draw(evaluation.confusion, names))
-    content = {**summary(evaluation), "settings": dict(settings or {})}
-    text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
-    _write_text(folder / RESULTS_FILE, text + "\n")
-
-
-def read(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of a folder's results.json; FileNotFoundError where there is none."""
-    return json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
-
-
-def summary(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as plain Python objects: results.json without the settings."""
-    return {
+        plots.write_png(folder / CONFUSION_FILE, plots.confusion(evaluation.confusion, names))
+    content = {
         "metric": evaluation.metric,
         "value": evaluation.value,
         "interval": list(evaluation.interval),
@@ -101,13 +80,22 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             for label, prediction, count in _confusions(evaluation, _CONFUSIONS)
         ],
         "classes": evaluation.classes,
+        "settings": dict(settings or {}),
     }
+    text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+    storage.write_whole(folder / RESULTS_FILE, f"{text}\n".encode())
+
+
+def read(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns the content of a folder's results.json. Raises FileNotFoundError without one."""
+    return json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
 
 
 def report(evaluation: Evaluation, num_shown: int = 5) -> str:
-    """For the terminal: the metrics, the worst and best classes, the commonest confusions.
+    """Returns metrics, worst and best classes and the commonest confusions for the terminal.
 
-    Classes rank by f1 or average precision. All are shown where they are few.
+    Classes are ordered by f1 or average precision. If there are at most 2 `num_shown`, all are
+    shown.
     """
     low, high = evaluation.interval
     size = f"{evaluation.num_examples:,} examples of {len(evaluation.classes)} classes"
@@ -116,9 +104,9 @@ def report(evaluation: Evaluation, num_shown: int = 5) -> str:
         f"{evaluation.metric} {100 * evaluation.value:.1f} % "
         f"[{100 * low:.1f}, {100 * high:.1f}], {size}\n" + ", ".join(others)
     ]
-    if evaluation.empty:
-        empty = f"{len(evaluation.empty)} ({_some(evaluation.empty)})"
-        parts.append(f"classes without an example: {empty}")
+    if empty := evaluation.empty:
+        more = ", …" if len(empty) > 5 else ""
+        parts.append(f"classes without an example: {len(empty)} ({', '.join(empty[:5])}{more})")
     key = "average_precision" if evaluation.confusion is None else "f1"
     ranked = [row for row in evaluation.classes if row["count"]]
     ranked.sort(key=lambda row: row[key])
@@ -133,36 +121,20 @@ def report(evaluation: Evaluation, num_shown: int = 5) -> str:
     return "\n\n".join(parts)
 
 
-def table(
-    rows: Mapping[str, Mapping[str, float | Sequence[float]]],
-    number: Callable[[float], str] = lambda value: f"{100 * value:.1f}",
-) -> str:
-    """Several runs side by side: rows and columns by name, as aligned text.
+def table(rows: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
+    """Returns shares of several runs side by side in per cent, as aligned text.
 
-    A cell of several values (folds, seeds) shows their mean ± standard deviation and, in brackets,
-    how many they are. The deviation is the sample's (n - 1). What a row lacks, or is empty, is "–".
+    A cell of several values (folds, seeds) shows their mean ± sample standard deviation (n - 1) and
+    their number in brackets. A cell without a value shows "–".
 
     Args:
-      rows: {row: {column: value or values}}; columns come in the order they are first met.
-      number: writes a value; by default a share as per cent.
+      rows: {row: {column: value or values}}; columns appear in the order of their first row.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [["", *columns]]
     for name, row in rows.items():
-        lines.append([name, *(_cell(row.get(column, ()), number) for column in columns)])
+        lines.append([name, *(_cell(row.get(column, ())) for column in columns)])
     return _aligned(lines)
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); the deviation of one value is NaN.
-
-    Raises:
-      ValueError: no values.
-    """
-    if not len(values):
-        raise ValueError("there are no values to take the mean of: finish a fold or a seed first")
-    mean = float(np.mean(values))
-    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def _predictions(
@@ -190,7 +162,7 @@ def _predictions(
 
 
 def _confusions(evaluation: Evaluation, count: int) -> list[tuple[str, str, int]]:
-    """(label, prediction, count) of the commonest errors."""
+    """Returns (label, prediction, count) of the commonest errors."""
     if evaluation.confusion is None:
         return []
     errors = evaluation.confusion * ~np.eye(len(evaluation.confusion), dtype=bool)
@@ -209,7 +181,7 @@ def _class_table(heading: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    """Shares as per cent, counts and d' as they are, "–" for what is not defined."""
+    """Returns a share in per cent, a count or d' as it is, and "–" for NaN."""
     if math.isnan(value):
         return "–"
     if name == "count":
@@ -217,22 +189,17 @@ def _number(name: str, value: float) -> str:
     return f"{value:.2f}" if name == "d_prime" else f"{100 * value:.1f}"
 
 
-def _cell(values: float | Sequence[float], number: Callable[[float], str]) -> str:
-    values = np.atleast_1d(values)
+def _cell(values: float | Sequence[float]) -> str:
+    values = 100 * np.atleast_1d(values)
     if not len(values):
         return "–"
-    mean, deviation = mean_and_deviation(values)
     if len(values) == 1:
-        return number(mean)
-    return f"{number(mean)} ± {number(deviation)} ({len(values)})"
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+        return f"{values[0]:.1f}"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})"
 
 
 def _aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns two spaces apart: the first `left` to the left, the others to the right."""
+    """Returns lines of columns; the first `left` columns are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -244,7 +211,7 @@ def _aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no name for."""
+    """Returns `value` with None in place of NaN and infinity, which JSON cannot hold."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -252,12 +219,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename is atomic
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

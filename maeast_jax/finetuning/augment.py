@@ -1,8 +1,8 @@
 """Augmentation for fine-tuning: waveform mixup, SpecAugment, noise and roll (SSAST's recipe).
 
-Each function is pure, draws for every example of its own from the key it is given, in float32 at
-the global batch shape, and returns its input itself where the configuration asks for nothing.
-Their places in a step: mixup, filter bank, SpecAugment, normalisation, noise and roll, model.
+Each function is pure. It draws from the key that it is given, for each example, in float32 at the
+global batch shape, and returns its input itself where the configuration asks for nothing. A step
+calls them in this order: mixup, filter bank, SpecAugment, normalisation, noise and roll, model.
 
 Names of shapes: B clips, S samples, T frames, F bands, C classes.
 """
@@ -12,38 +12,39 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# SSAST's: the noise's highest value, in normalised energies (their deviation is 0.5), and the
+# farthest roll.
+NOISE = 0.1
+ROLL_FRAMES = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training examples; the defaults do nothing.
+    """What is done to training examples: `augment` in config.finetune().
 
     Attributes:
       mixup: share of the examples that are mixed with another, 0 to 1.
       mixup_alpha: the weight of a mixed example is drawn from Beta(alpha, alpha).
-      frequency_mask: bands; one mask an example is narrower than this.
-      time_mask: frames of 10 ms; one mask an example is shorter than this.
+      frequency_mask: bands; one mask per example is narrower than this.
+      time_mask: frames of 10 ms; one mask per example is shorter than this.
       noise_and_roll: whether noise is added and the frames are rolled.
-      noise: the noise's highest value, of normalised energies (their deviation is 0.5).
-      roll_frames: the roll is from -roll_frames to roll_frames - 1 frames.
 
     Raises ValueError, in one line, for values out of range.
     """
 
-    mixup: float = 0.0
-    mixup_alpha: float = 10.0
-    frequency_mask: int = 0
-    time_mask: int = 0
-    noise_and_roll: bool = False
-    noise: float = 0.1
-    roll_frames: int = 10
+    mixup: float
+    mixup_alpha: float
+    frequency_mask: int
+    time_mask: int
+    noise_and_roll: bool
 
     def __post_init__(self):
-        # Written as what must hold, so that nan fails too.
+        # Each condition states what must hold, so that nan fails too.
         if not 0.0 <= self.mixup <= 1.0:
             raise ValueError(f"augment.mixup={self.mixup} must be 0 to 1, the share that is mixed")
         if not 0.0 < self.mixup_alpha < float("inf"):
             raise ValueError(f"augment.mixup_alpha={self.mixup_alpha} must be above 0 and finite")
-        for field in ("frequency_mask", "time_mask", "noise", "roll_frames"):
+        for field in ("frequency_mask", "time_mask"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"augment.{field}={getattr(self, field)} must not be negative")
 
@@ -55,20 +56,22 @@ def mixup(
     lengths_B: jax.Array,
     config: AugmentConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Waveforms and targets of which a share is mixed with another example of the batch.
+    """Mixes a share of the clips with another clip of the batch, and their targets likewise.
 
-    A mixed clip is w a + (1 - w) b, its targets likewise, w from Beta(alpha, alpha). It keeps the
-    length of a: b is cut, or followed by silence. The means of a and b are removed before, that of
-    the mix after, all over true lengths; past its length a mixed clip is 0. Other clips keep every
-    bit. So does a batch of one, which has no other.
+    A mixed clip is w a + (1 - w) b with w from Beta(alpha, alpha). It keeps the length of a: b is
+    cut, or followed by silence. The means of a and b are removed before mixing and that of the mix
+    after, all over true lengths; past its length a mixed clip is 0. Other clips keep every bit.
 
-    SSAST's, but for the partner: SSAST draws it from the whole set (itself included, seldom), here
-    it is any other clip of the batch, each as likely. A clip may be partner to several.
+    This is SSAST's mixup but for the partner: SSAST draws it from the whole set, and here every
+    other clip of the batch is equally likely. A clip may be the partner of several.
 
-    waveforms_BxS: float32 in [-1, 1], or int16, which is divided by 32,768 as the filter bank does.
-    targets_BxC: float32, one-hot, several-hot or soft. lengths_B: int32, samples.
+    Args:
+      waveforms_BxS: float32 in [-1, 1], or int16, which is divided by 32,768 as the filter bank
+        does.
+      targets_BxC: float32, one-hot, several-hot or soft.
+      lengths_B: int32, true lengths in samples.
 
-    Returns (float32 [b, S], float32 [b, C]), or the inputs themselves where none is mixed.
+    Returns (float32 [b, S], float32 [b, C]), or the inputs themselves where nothing is mixed.
     """
     num_clips, num_samples = waveforms_BxS.shape
     if config.mixup == 0.0 or num_clips == 1:
@@ -81,7 +84,7 @@ def mixup(
     weight_Bx1 = jax.random.beta(weight_key, alpha, alpha, (num_clips,), jnp.float32)[:, None]
 
     is_own_BxS = jnp.arange(num_samples)[None, :] < lengths_B[:, None]
-    # Gathered before int16 becomes float32: the partners may lie on other devices.
+    # The gather moves int16, half of what float32 would be: partners may lie on other devices.
     other_BxS = _centred(
         _to_float32(waveforms_BxS[partner_B]), is_own_BxS[partner_B], lengths_B[partner_B]
     )
@@ -99,12 +102,12 @@ def mixup(
 def spec_augment(
     key: jax.Array, fbank_BxTxF: jax.Array, lengths_frames_B: jax.Array, config: AugmentConfig
 ) -> jax.Array:
-    """Log energies [b, T, F] with one mask over bands and one over frames an example set to 0.
+    """Returns log energies [b, T, F] with one span of bands and one of frames per example set to 0.
 
-    torchaudio's masking, which SSAST uses: the width is uniform in [0, mask) and the start in
-    [0, size - width), both then rounded down, so that the last place is never masked. What is
-    masked is 0 as a log energy, before normalising, as in SSAST. The mask over frames lies within
-    the clip's true length and is narrower than that; SSAST's may lie over padding.
+    This is torchaudio's masking, which SSAST uses: the width is uniform in [0, mask) and the start
+    in [0, size - width), both rounded down, so that the last place is never masked. The zeros are
+    log energies before normalising, as in SSAST. The span of frames lies within the clip's true
+    length; SSAST's may lie over padding.
     """
     if config.frequency_mask == 0 and config.time_mask == 0:
         return fbank_BxTxF
@@ -120,22 +123,20 @@ def spec_augment(
 def noise_and_roll(
     key: jax.Array, normalized_BxTxF: jax.Array, lengths_frames_B: jax.Array, config: AugmentConfig
 ) -> jax.Array:
-    """Normalised energies [b, T, F] with a little noise, rolled by a few frames (SSAST's).
+    """Returns normalised energies [b, T, F] with a little noise, rolled by a few frames (SSAST's).
 
-    The noise is uniform in [0, 1), times a strength uniform in [0, noise) an example. The roll is
-    whole frames, uniform over [-roll_frames, roll_frames), around the clip's true length: what
-    leaves at one end comes back at the other. Rows past the length stay as they are.
+    The noise is uniform in [0, 1), times a strength per example uniform in [0, NOISE). The roll is
+    a whole number of frames, uniform in [-ROLL_FRAMES, ROLL_FRAMES), around the clip's true length:
+    frames that leave at one end come back at the other. Rows past the length stay as they are.
     """
     if not config.noise_and_roll:
         return normalized_BxTxF
     num_clips, num_frames, _ = normalized_BxTxF.shape
     noise_key, strength_key, roll_key = jax.random.split(key, 3)
     noise_BxTxF = jax.random.uniform(noise_key, normalized_BxTxF.shape, jnp.float32)
-    strength_B = config.noise * jax.random.uniform(strength_key, (num_clips,), jnp.float32)
+    strength_B = NOISE * jax.random.uniform(strength_key, (num_clips,), jnp.float32)
     noisy_BxTxF = normalized_BxTxF + noise_BxTxF * strength_B[:, None, None]
-    roll_B = jnp.zeros((num_clips,), jnp.int32)
-    if config.roll_frames:
-        roll_B = jax.random.randint(roll_key, (num_clips,), -config.roll_frames, config.roll_frames)
+    roll_B = jax.random.randint(roll_key, (num_clips,), -ROLL_FRAMES, ROLL_FRAMES)
     frame_T = jnp.arange(num_frames)
     source_BxT = (frame_T[None, :] - roll_B[:, None]) % jnp.maximum(lengths_frames_B, 1)[:, None]
     rolled_BxTxF = jnp.take_along_axis(noisy_BxTxF, source_BxT[:, :, None], axis=1)
@@ -144,7 +145,7 @@ def noise_and_roll(
 
 
 def _span(key: jax.Array, sizes_B: jax.Array, num_places: int, widest: int) -> jax.Array:
-    """bool [B, places], True in one span an example that lies within its first `sizes_B` places."""
+    """Returns bool [B, places], True in one span per example within its first `sizes_B` places."""
     width_key, start_key = jax.random.split(key)
     sizes_B = sizes_B.astype(jnp.float32)
     width_B = jax.random.uniform(width_key, sizes_B.shape, jnp.float32)
@@ -163,7 +164,7 @@ def _to_float32(waveforms_BxS: jax.Array) -> jax.Array:
 
 
 def _centred(waveforms_BxS: jax.Array, is_own_BxS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """Clips less their mean within their lengths, 0 past them."""
+    """Returns clips with their mean removed within their lengths, and 0 past them."""
     own_BxS = jnp.where(is_own_BxS, waveforms_BxS, jnp.zeros_like(waveforms_BxS))
     count_Bx1 = jnp.maximum(lengths_B, 1).astype(jnp.float32)[:, None]
     mean_Bx1 = jnp.sum(own_BxS, axis=1, keepdims=True) / count_Bx1

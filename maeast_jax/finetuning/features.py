@@ -1,8 +1,7 @@
-"""One vector a clip for probes, computed once and kept in the workdir."""
+"""One vector per clip for probes, computed once and kept in the workdir."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from maeast_jax import fbank
 from maeast_jax.data import Labelled, labelled, pipeline
 from maeast_jax.finetuning.run import FinetuneRun, Sets
 from maeast_jax.inference import Embedder
-from maeast_jax.model import MaeAst, ModelConfig, stream_key
+from maeast_jax.model import MaeAst, stream_key
 from maeast_jax.runtime import storage
 
 _FOLDER = "features"
@@ -22,35 +21,41 @@ _STATISTICS_CLIPS = 512
 
 
 class Features:
-    """Features of labelled sets, by `config.features`."""
+    """Features of labelled sets, as `config.features` describes them."""
 
     def __init__(self, run: FinetuneRun):
-        section = run.features
+        config, section = run.config, run.config.features
         self._folder = run.workdir / _FOLDER
         self._embedder = None
-        self._about = {"source": section.source, "max_frames": run.config.max_frames}
+        # What the features depend on beside the clips: it names the file that keeps them.
+        self._about = {"source": section.source, "max_frames": config.max_frames}
         if section.source == "encoder":
             normalize = statistics(run, run.folds[0])
             model = _model(run, normalize)
             patch_frames, _ = model.config.patch_shape
-            frames = run.init_from.window_frames if run.init_from else run.config.max_frames
+            frames = run.init_from.window_frames if run.init_from else config.max_frames
+            layer = section.layer_number(config.model.encoder_layers)
             self._embedder = Embedder(
                 model,
                 pool=section.pool,
                 phases=section.phases,
-                layer=section.layer_number,
+                layer=layer,
                 window_frames=max(1, frames // patch_frames) * patch_frames,
             )
             self._about |= {
-                "checkpoint": [run.init_from.path, run.init_from.stamp] if run.init_from
-                else f"seed {run.config.seed}",
-                "model": str(model.config), "pool": section.pool, "layer": section.layer_number,
+                "checkpoint": [run.init_from.path, run.init_from.stamp]
+                if run.init_from
+                else f"seed {config.seed}",
+                "model": str(model.config),
+                "pool": section.pool,
+                "layer": layer,
                 "phases": section.phases,
-                "window_frames": frames, "normalize": normalize,
-            }  # fmt: skip
+                "window_frames": frames,
+                "normalize": normalize,
+            }
 
     def of(self, clips: Labelled) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """(float32 [n, size], truth, ids) of every clip; read from the cache where it is there."""
+        """Returns (float32 [n, size], truth, ids) of every clip, and keeps them in the workdir."""
         about = {
             **self._about,
             "sets": [f"{split.name}@{split.split}" for split in clips.clips.splits],
@@ -71,33 +76,32 @@ class Features:
         embed = self._embedder or fbank_moments
         features, truth, ids = labelled.embedded(clips, embed)
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial.npz")
-        about = np.array(json.dumps(about))
-        np.savez(partial, features=features, truth=truth, ids=np.array(ids), about=about)
-        os.replace(partial, path)
+        with storage.whole(path) as partial:
+            about = np.array(json.dumps(about))
+            np.savez(partial, features=features, truth=truth, ids=np.array(ids), about=about)
 
 
 def _model(run: FinetuneRun, normalize: tuple[float, float] | None) -> MaeAst:
-    """The pretrained encoder, or one at its initial values; `normalize` as of `statistics`."""
+    """Returns the pretrained encoder, or one at its initial values, with these statistics."""
     if run.init_from is not None:
-        model = run.init_from.encoder_only().model(run.model.dtype)
+        model = run.init_from.encoder_only().model(run.config.model.dtype)
     else:
-        config: ModelConfig = run.model
-        model = MaeAst(config, nnx.Rngs(params=stream_key(run.config.seed, np.int32(0), "params")))
+        key = stream_key(run.config.seed, np.int32(0), "params")
+        model = MaeAst(run.config.model, nnx.Rngs(params=key))
     if normalize is not None:
         model.input_norm.set_statistics(*normalize)
     return model
 
 
 def statistics(run: FinetuneRun, sets: Sets) -> tuple[float, float] | None:
-    """Mean and deviation that inputs are normalised by; None takes the pretrained encoder's."""
+    """Returns mean and deviation to normalise inputs by; None takes the pretrained encoder's."""
     if run.normalize is None and run.init_from is None:
         return fbank_statistics(sets.train, run.config.seed)
     return run.normalize
 
 
 def fbank_statistics(clips: Labelled, seed: int) -> tuple[float, float]:
-    """Mean and deviation of the log energies of up to 512 clips, drawn by `seed`."""
+    """Returns mean and deviation of the log energies of up to 512 clips, drawn by `seed`."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 6))))
     places = random.permutation(len(clips))[:_STATISTICS_CLIPS]
     count = total = squares = 0.0
@@ -114,14 +118,14 @@ def fbank_statistics(clips: Labelled, seed: int) -> tuple[float, float]:
 
 
 def fbank_moments(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Mean and deviation over time of each mel band, [256]."""
+    """Yields mean and deviation over time of each mel band, [256], for each clip."""
     for samples in clips:
         energies = np.asarray(_fbank(samples))
         yield np.concatenate([energies.mean(axis=0), energies.std(axis=0)])
 
 
 def _fbank(samples: np.ndarray) -> np.ndarray:
-    """[frames, bands], computed at one of few lengths."""
+    """Returns [frames, bands], computed at one of few lengths so that little is compiled."""
     num_frames = fbank.num_frames(len(samples))
     padded = np.zeros(fbank.num_samples(pipeline.bucket_steps(num_frames, 1024)), np.int16)
     padded[: min(len(samples), len(padded))] = samples[: len(padded)]

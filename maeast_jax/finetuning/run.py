@@ -1,4 +1,4 @@
-"""A fine-tuning run before anything is compiled: its configuration checked, its inputs opened."""
+"""A run on labelled clips before anything is compiled: configuration checked, data opened."""
 
 import dataclasses
 import math
@@ -13,11 +13,9 @@ from ml_collections import ConfigDict
 from maeast_jax import config as configuration
 from maeast_jax.data import Labelled, labelled, mixture, pipeline
 from maeast_jax.finetuning.augment import AugmentConfig
-from maeast_jax.finetuning.length import fold_length
-from maeast_jax.finetuning.step import SELECTIONS, LossConfig, OptimizerConfig, ScheduleConfig
+from maeast_jax.finetuning.step import SELECTIONS, LossConfig
 from maeast_jax.inference import POOLS, Pretrained, pretrained
 from maeast_jax.model import (
-    LAST,
     HeadConfig,
     ModelConfig,
     abstract_classifier,
@@ -26,27 +24,25 @@ from maeast_jax.model import (
     split_model,
 )
 from maeast_jax.runtime import sharding, storage
+from maeast_jax.training.optimizer import AdamConfig, ScheduleConfig
 
 MODES = ("finetune", "linear", "knn")
-SOURCES = ("encoder", "fbank")
-# Of an embedder's those that give a clip one vector.
+_SOURCES = ("encoder", "fbank")
+# The poolings of an embedder that give a clip one vector.
 _POOLS = tuple(pool for pool in POOLS if pool != "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
-    """What a clip's features are in the modes linear and knn: an embedder's, or mel bands' moments.
+    """A clip's features in the modes linear and knn: `features` in config.finetune()."""
 
-    Raises ValueError, in one line, for values that are none of these.
-    """
-
-    source: str = "encoder"
-    pool: str = "moments"
-    layer: str = LAST
-    phases: int = 4
+    source: str
+    pool: str
+    layer: str
+    phases: int
 
     def __post_init__(self):
-        for field, known in (("source", SOURCES), ("pool", _POOLS)):
+        for field, known in (("source", _SOURCES), ("pool", _POOLS)):
             if getattr(self, field) not in known:
                 raise ValueError(
                     f"features.{field}={getattr(self, field)!r} is unknown; known: "
@@ -55,15 +51,104 @@ class FeaturesConfig:
         if self.phases < 1:
             raise ValueError(f"features.phases={self.phases} must be at least 1")
 
-    @property
-    def layer_number(self) -> int:
-        """From 0, or from -1 backwards."""
-        return -1 if self.layer == LAST else int(self.layer)
+    def layer_number(self, num_layers: int) -> int:
+        """Returns the layer's number, -1 for the last; ValueError where there is no such layer."""
+        layer = parse_layer("features.layer", self.layer, num_layers, ("last",))
+        return -1 if layer == "last" else layer
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledConfig:
+    """The labelled data sets of a run: `data` in config.finetune()."""
+
+    dir: str
+    train: str
+    valid: str
+    valid_percent: float
+    test: str
+    folds: str
+    train_percent: float
+    balanced: bool
+    sample_rate_hz: int
+    threads: int
+
+    def __post_init__(self):
+        if not self.train:
+            raise ValueError("data.train is empty: name a labelled data set (docs/finetuning.md)")
+        if self.threads < 0:
+            raise ValueError(f"data.threads={self.threads} must not be negative")
+        if not 0.0 < self.train_percent <= 100.0:
+            raise ValueError(f"data.train_percent={self.train_percent} must be in (0, 100]")
+        if not 0.0 < self.valid_percent < 100.0:
+            raise ValueError(f"data.valid_percent={self.valid_percent} must be in (0, 100)")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """A run's configuration, typed; config.finetune() says what each field means."""
+
+    seed: int
+    mode: str
+    init_from: str
+    epochs: int
+    total_steps: int
+    eval_every: int
+    batch_size: int
+    accumulation_steps: int
+    num_frames: int
+    max_frames: int
+    log_every: int
+    select: str
+    average_from: int
+    model: ModelConfig
+    head: HeadConfig
+    loss: LossConfig
+    optimizer: AdamConfig
+    schedule: ScheduleConfig
+    augment: AugmentConfig
+    normalize: dict[str, float]
+    data: LabelledConfig
+    features: FeaturesConfig
+    mesh: dict[str, int]
+
+    def __post_init__(self):
+        for name, known in (("mode", MODES), ("select", SELECTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"config.{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}"
+                )
+        for name in (
+            "epochs", "batch_size", "accumulation_steps", "max_frames", "log_every", "average_from",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.{name}={getattr(self, name)} must be at least 1")
+        for name in ("seed", "total_steps", "eval_every", "num_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.{name}={getattr(self, name)} must not be negative")
+        mean, deviation = self.normalize["mean"], self.normalize["deviation"]
+        if (mean, deviation) != (0.0, 0.0) and not (
+            math.isfinite(mean) and 0.0 < deviation < math.inf
+        ):
+            raise ValueError(
+                f"normalize.deviation={deviation} must be above 0, and normalize.mean={mean} "
+                "finite; set both, or both to 0 for statistics that are found"
+            )
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "FinetuneConfig":
+        """Raises ValueError, in one line, for a field that is unknown, missing or out of range."""
+        configuration.check(config, configuration.finetune())
+        sections = {
+            "model": ModelConfig, "head": HeadConfig, "loss": LossConfig, "optimizer": AdamConfig,
+            "schedule": ScheduleConfig, "augment": AugmentConfig, "data": LabelledConfig,
+            "features": FeaturesConfig,
+        }  # fmt: skip
+        return cls(**configuration.typed(config, sections))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Training, validation and test sets; `name` is that of a fold, else empty."""
+    """Training, validation and test sets; `name` is that of the fold, or empty."""
 
     name: str
     train: Labelled
@@ -72,146 +157,117 @@ class Sets:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneRun:
-    """A configuration that was checked and its data opened; nothing compiled."""
+class Length:
+    """How long a fold is trained; validation is scored after each of the steps `evaluations`."""
 
-    config: ConfigDict
+    steps_per_epoch: float
+    total_steps: int
+    evaluations: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneRun:
+    """A configuration that was checked, and its data opened; nothing is compiled.
+
+    `config.model` is the encoder that is trained, with the architecture of `init_from`. `mesh` is
+    None for probes, which one device computes.
+    """
+
+    config: FinetuneConfig
     workdir: Path
     init_from: Pretrained | None
-    model: ModelConfig
-    head: HeadConfig
-    loss: LossConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    augment: AugmentConfig
-    features: FeaturesConfig
-    mesh: Mesh | None  # None for probes, which one device computes
-    normalize: tuple[float, float] | None
+    mesh: Mesh | None
     folds: tuple[Sets, ...]
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.folds[0].train.class_names
 
+    @property
+    def loss(self) -> LossConfig:
+        """Binary cross-entropy where a clip has several labels, whatever the configuration says."""
+        if self.folds[0].train.is_multi_label:
+            return dataclasses.replace(self.config.loss, name="binary_cross_entropy")
+        return self.config.loss
 
-def check_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
-    """All that can be known to be wrong before compiling; raises ValueError in one line."""
+    @property
+    def normalize(self) -> tuple[float, float] | None:
+        """(mean, deviation) of log energies; None for statistics that are found."""
+        mean, deviation = self.config.normalize["mean"], self.config.normalize["deviation"]
+        return (mean, deviation) if deviation else None
+
+    def length(self, sets: Sets) -> Length:
+        """Returns how long a fold is trained."""
+        config = self.config
+        steps_per_epoch = len(sets.train) / config.batch_size
+        total_steps = config.total_steps or math.ceil(config.epochs * steps_per_epoch)
+        every = config.eval_every or steps_per_epoch
+        return Length(steps_per_epoch, total_steps, evaluations(total_steps, every))
+
+
+def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
+    """Checks all that can be known before compiling; raises ValueError, in one line."""
     storage.check_local(workdir)
-    configuration.check(config, configuration.finetune())
-    _check_numbers(config)
-    settings = config.to_dict()
-    init_from = pretrained.read(config.init_from) if config.init_from else None
-    model = _model(settings["model"], init_from)
-    head = HeadConfig(**settings["head"])
-    backbone_config(model, head)
-    features = FeaturesConfig(**settings["features"])
-    parse_layer("features.layer", features.layer, model.encoder_layers, (LAST,))
-    folds = tuple(_open(config))
+    typed = FinetuneConfig.of(config)
+    init_from = pretrained.read(typed.init_from) if typed.init_from else None
+    typed = dataclasses.replace(typed, model=_encoder(typed.model, init_from))
+    backbone_config(typed.model, typed.head)  # raises where the head's layer is none of the model's
+    typed.features.layer_number(typed.model.encoder_layers)
+    pipeline.prepare_tensorflow()
+    folds = tuple(_open_folds(typed))
     mesh = None
-    if config.mode == "finetune":
-        if config.select == "average":
-            _check_average(config, folds)
-        mesh = _mesh(config, model, head, len(folds[0].train.class_names))
-    loss = LossConfig(**settings["loss"])
-    if folds[0].train.is_multi_label:
-        loss = dataclasses.replace(loss, name="binary_cross_entropy")
-    normalize = _normalize(**settings["normalize"])
-    optimizer = OptimizerConfig(**settings["optimizer"])
-    schedule = ScheduleConfig(**settings["schedule"])
-    augment = AugmentConfig(**settings["augment"])
-    # Last: a mistake above leaves no empty folder behind.
+    if typed.mode == "finetune":
+        mesh = _make_mesh(typed, len(folds[0].train.class_names))
+    run = FinetuneRun(typed, Path(workdir).expanduser(), init_from, mesh, folds)
+    if typed.mode == "finetune" and typed.select == "average":
+        _check_average(run)
+    # Last, so that a mistake leaves no empty folder behind.
     storage.make_writable(storage.path(workdir), "--workdir")
-    return FinetuneRun(
-        config=config,
-        workdir=Path(workdir).expanduser(),
-        init_from=init_from,
-        model=model,
-        head=head,
-        loss=loss,
-        optimizer=optimizer,
-        schedule=schedule,
-        augment=augment,
-        features=features,
-        mesh=mesh,
-        normalize=normalize,
-        folds=folds,
-    )
+    return run
 
 
-def _check_numbers(config: ConfigDict) -> None:
-    for name, known in (("mode", MODES), ("select", SELECTIONS)):
-        if config[name] not in known:
+def evaluations(total_steps: int, every: float) -> tuple[int, ...]:
+    """Returns the steps after which validation is scored: each `every`, rounded up; the last."""
+    count = math.ceil(total_steps / every - 1e-9)
+    steps = [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
+    return tuple(dict.fromkeys(steps))  # the last epoch may end within the last step
+
+
+def _encoder(config: ModelConfig, init_from: Pretrained | None) -> ModelConfig:
+    """Returns the checkpoint's architecture with the configuration's compute type and dropouts."""
+    if init_from is None:
+        return config.encoder_only()
+    encoder = init_from.encoder_only()
+    pretrained.with_architecture(dataclasses.asdict(config), encoder)
+    return encoder.config.with_run_fields_of(config)
+
+
+def _make_mesh(config: FinetuneConfig, num_classes: int) -> Mesh:
+    """Returns the mesh; raises ValueError where it divides batch or parameters unevenly."""
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(mesh, config.batch_size, config.accumulation_steps)
+    _, params, _ = split_model(abstract_classifier(config.model, config.head, num_classes))
+    sharding.by_rules(mesh, params)
+    return mesh
+
+
+def _check_average(run: FinetuneRun) -> None:
+    for sets in run.folds:
+        length = run.length(sets)
+        if run.config.average_from > len(length.evaluations):
             raise ValueError(
-                f"config.{name}={config[name]!r} is unknown; known: {', '.join(known)}"
-            )
-    for name in ("epochs", "batch_size", "accumulation_steps", "log_every", "average_from"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    for name in ("seed", "total_steps", "eval_every"):
-        if config[name] < 0:
-            raise ValueError(f"config.{name}={config[name]} must not be negative")
-    if config.num_frames < 0 or config.max_frames < 1:
-        raise ValueError(
-            f"num_frames={config.num_frames} must be 0 or more, max_frames={config.max_frames} 1 "
-            "or more"
-        )
-    if config.data.threads < 0:
-        raise ValueError(f"data.threads={config.data.threads} must not be negative")
-    if not 0.0 < config.data.train_percent <= 100.0:
-        raise ValueError(f"data.train_percent={config.data.train_percent} must be in (0, 100]")
-    if not 0.0 < config.data.valid_percent < 100.0:
-        raise ValueError(f"data.valid_percent={config.data.valid_percent} must be in (0, 100)")
-
-
-def _check_average(config: ConfigDict, folds: Sequence[Sets]) -> None:
-    for sets in folds:
-        length = fold_length(config, len(sets.train))
-        if config.average_from > len(length.evaluations):
-            raise ValueError(
-                f"average_from={config.average_from} must not be past the "
+                f"average_from={run.config.average_from} must not be past the "
                 f"{len(length.evaluations)} evaluations of {length.total_steps} steps; lower it or "
                 "eval_every, or train for longer"
             )
 
 
-def _normalize(mean: float, deviation: float) -> tuple[float, float] | None:
-    if mean == deviation == 0.0:
-        return None
-    if not (math.isfinite(mean) and 0.0 < deviation < math.inf):
-        raise ValueError(
-            f"normalize.deviation={deviation} must be above 0, and normalize.mean={mean} finite; "
-            "set both, or both to 0 for statistics that are found"
-        )
-    return mean, deviation
-
-
-def _mesh(config: ConfigDict, model: ModelConfig, head: HeadConfig, num_classes: int) -> Mesh:
-    """The devices; raises ValueError where they share batch or parameters out unevenly."""
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
-    sharding.check_batch(mesh, config.batch_size, config.accumulation_steps)
-    _, params, _ = split_model(abstract_classifier(model, head, num_classes))
-    sharding.by_rules(mesh, params)
-    return mesh
-
-
-def _model(settings: dict, init_from: Pretrained | None) -> ModelConfig:
-    """The checkpoint's architecture with the configuration's compute type and dropouts."""
-    if init_from is None:
-        return ModelConfig(**settings).encoder_only()
-    encoder = init_from.encoder_only()
-    pretrained.with_architecture(settings, encoder)
-    return encoder.config.with_run_fields(settings)
-
-
-def _open(config: ConfigDict) -> Sequence[Sets]:
-    pipeline.prepare_tensorflow()
+def _open_folds(config: FinetuneConfig) -> Sequence[Sets]:
     section = config.data
-    if not section.train:
-        raise ValueError("data.train is empty: name a labelled data set (docs/finetuning.md)")
     if section.folds:
-        return [_fold(config, fold) for fold in section.folds.split("+")]
-    train = _labelled(config, section.train, "train")
-    train, valid = _share(config, train, section.valid)
+        return [_open_fold(config, fold) for fold in section.folds.split("+")]
+    train = _open(section, section.train, "train")
+    train, valid = _share(config, train)
     if not section.test:
         return [Sets("", train, valid, (valid,))]
     terms = mixture.parse_mixture(section.test, "test")
@@ -220,11 +276,11 @@ def _open(config: ConfigDict) -> Sequence[Sets]:
             f"data.test={section.test!r} has weights, but every labelled clip counts once; drop "
             "them"
         )
-    tests = tuple(_labelled(config, f"{t.name}@{t.split}", "test", train) for t in terms)
+    tests = tuple(_open(section, f"{t.name}@{t.split}", "test", train) for t in terms)
     return [Sets("", train, valid, tests)]
 
 
-def _fold(config: ConfigDict, fold: str) -> Sets:
+def _open_fold(config: FinetuneConfig, fold: str) -> Sets:
     section = config.data
     if "@" in section.train or "," in section.train:
         raise ValueError(
@@ -233,45 +289,47 @@ def _fold(config: ConfigDict, fold: str) -> Sets:
     others = [name for name in section.folds.split("+") if name != fold]
     if not others:
         raise ValueError(f"data.folds={section.folds!r} must name two splits at least, as a+b")
-    train = _labelled(config, ",".join(f"{section.train}@{name}" for name in others), "train")
-    train, valid = _share(config, train, section.valid)
-    return Sets(fold, train, valid, (_labelled(config, f"{section.train}@{fold}", fold, train),))
+    train = _open(section, ",".join(f"{section.train}@{name}" for name in others), "train")
+    train, valid = _share(config, train)
+    return Sets(fold, train, valid, (_open(section, f"{section.train}@{fold}", fold, train),))
 
 
-def _labelled(config: ConfigDict, text: str, split: str, train: Labelled | None = None) -> Labelled:
+def _open(
+    section: LabelledConfig, text: str, split: str, train: Labelled | None = None
+) -> Labelled:
+    """Opens a set under the class numbers of `train`, where it is given."""
     opened = labelled.open_labelled(
         text,
         split,
-        os.path.expanduser(config.data.dir) or None,
-        sample_rate_hz=config.data.sample_rate_hz or None,
+        os.path.expanduser(section.dir) or None,
+        sample_rate_hz=section.sample_rate_hz or None,
         class_names=train.class_names if train else None,
     )
     if train and opened.is_multi_label != train.is_multi_label:
-        raise ValueError(f"{text} and {train.text} differ in the number of labels a clip has")
+        raise ValueError(f"{text} and {train.text} differ in the number of labels per clip")
     return opened
 
 
-def _share(config: ConfigDict, train: Labelled, valid: str) -> tuple[Labelled, Labelled]:
-    """The training and validation clips: a set of its own, or a share of the training clips."""
+def _share(config: FinetuneConfig, train: Labelled) -> tuple[Labelled, Labelled]:
+    """Returns training and validation clips: `data.valid`, or a share of the training clips."""
     section = config.data
-    if valid:
-        held_out = _labelled(config, valid, "valid", train)
-    if valid and section.train_percent == 100.0:
-        return train, held_out
+    if section.valid:
+        valid = _open(section, section.valid, "valid", train)
+    if section.valid and section.train_percent == 100.0:
+        return train, valid
     classes = labelled.read_classes(train)
     places = np.arange(len(train))
-    if not valid:
+    if not section.valid:
         drawn = labelled.draw_share(classes, section.valid_percent, config.seed, leave=1)
         if not len(drawn):
             raise ValueError(
                 f"data.train={train.text!r} has {len(train)} clips of as many classes: none can be "
                 "held out; name a set as data.valid, or add clips"
             )
-        held_out = train.subset(drawn)
+        valid = train.subset(drawn)
         places = np.setdiff1d(places, drawn)
     if section.train_percent < 100.0:
-        chosen = labelled.draw_share(
-            [classes[place] for place in places], section.train_percent, config.seed + 1
-        )
+        classes = [classes[place] for place in places]
+        chosen = labelled.draw_share(classes, section.train_percent, config.seed + 1)
         places = places[chosen]
-    return train.subset(places), held_out
+    return train.subset(places), valid

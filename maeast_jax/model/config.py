@@ -1,8 +1,7 @@
 """The typed configuration of a model, checked, and the parser of a layer's number."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -123,12 +122,9 @@ class ModelConfig:
         """
         return _ENCODER_FIELDS if self.is_encoder_only else _ENCODER_FIELDS + _DECODER_FIELDS
 
-    def with_run_fields(self, settings: Mapping[str, Any]) -> "ModelConfig":
-        """Returns this configuration with the compute type and the drop rates of `settings`.
-
-        settings: the fields of a configuration's `model` section; the others are not looked at.
-        """
-        return dataclasses.replace(self, **{name: settings[name] for name in _RUN_FIELDS})
+    def with_run_fields_of(self, other: "ModelConfig") -> "ModelConfig":
+        """Returns this configuration with the compute type and the drop rates of `other`."""
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in _RUN_FIELDS})
 
     def encoder_only(self) -> "ModelConfig":
         """Returns the configuration of this model's encoder alone."""
@@ -170,6 +166,6 @@ def parse_layer(
     if not -num_layers <= number < num_layers:
         known = ", ".join((*words, f"0 to {num_layers - 1}", f"-{num_layers} to -1"))
         raise ValueError(
-            f"{field}={layer} is not one of the model's {num_layers} layers; known: {known}"
+            f"{field}={layer!r} is not one of the model's {num_layers}; known: {known}"
         )
     return number % num_layers

@@ -1,1 +1,17 @@
 """Training steps, the loop, and pretraining."""
+
+from maeast_jax.training.loop import Evaluation, LoopConfig
+from maeast_jax.training.metrics_writer import MetricsWriter
+from maeast_jax.training.pretraining import Batches, PretrainConfig, Pretraining
+from maeast_jax.training.steps import Metrics, TrainState
+
+__all__ = [
+    "Batches",
+    "Evaluation",
+    "LoopConfig",
+    "Metrics",
+    "MetricsWriter",
+    "PretrainConfig",
+    "Pretraining",
+    "TrainState",
+]

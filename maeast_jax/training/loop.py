@@ -1,244 +1,312 @@
-"""The training loop: steps, late metrics, evaluations, checkpoints, and an orderly stop."""
+"""The training loop of pretraining and fine-tuning: steps, late metrics, evaluations, checkpoints.
 
+The order within an iteration makes resuming exact. At the top of step i the state has seen i
+batches; it is saved there, before the next batch is taken. A run that goes on from step i therefore
+asks its stream for batch i, and needs no saved iterator.
+"""
+
+import bisect
 import contextlib
-import itertools
+import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from maeast_jax.checkpoint import Checkpoints
-from maeast_jax.evaluation import plots
-from maeast_jax.runtime import distributed, storage, terminal
+from maeast_jax.runtime import distributed, terminal
 from maeast_jax.runtime.cli import Interrupted, NonFiniteError, PeerLostError
-from maeast_jax.training import metrics_writer
-from maeast_jax.training.pace import Pace
-from maeast_jax.training.steps import Metrics, TrainState, checkpoint_parts
+from maeast_jax.training.metrics_writer import MetricsWriter
+from maeast_jax.training.steps import Metrics
 
-Batch = dict[str, np.ndarray]
-# Steps handed to the device ahead of the one it works on: enough to keep it busy, few enough
-# that their batches do not fill its memory.
+# Steps that the host hands to the devices ahead of the one they work on: enough to keep the devices
+# busy, few enough that the batches of these steps do not fill their memory.
 STEPS_IN_FLIGHT = 2
-RECONSTRUCTIONS = "reconstructions.png"
-CURVES = "curves.png"
-# What an evaluation's line shows, of what there is.
-_TOLD = ("loss", "mse", "info_nce", "knn_accuracy", "knn_map")
 
 
-class Loop:
-    """Runs steps over a stream of batches; everything with a side effect in training is here.
+class State(Protocol):
+    """What the loop needs of a training state; it is a pytree."""
 
-    `step`, `eval_step`, `reconstruct` (None: no pictures), `calibrate` (None: a checkpoint has the
-    statistics) and `knn` (None: not asked) are those of programs.py; `put` and `put_eval` place a
-    host batch on the devices; `eval_batches` starts a pass over the evaluation set (None: no
-    evaluation).
+    def parts(self) -> dict[str, Any]:
+        """Returns the state as the parts of a checkpoint."""
+
+
+S = TypeVar("S", bound=State)
+Batch = dict[str, jax.Array]
+# Returns the signal that asked the run to stop, or None; every process calls it at the same places.
+AskedToStop = Callable[[], int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+      state: the state to go on with; fine-tuning keeps its best weights in it.
+      values: one line of metrics.jsonl; empty where there is nothing to evaluate on.
+      pictures: uint8 [height, width, 3] by name.
     """
+
+    state: Any
+    values: dict[str, float]
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """When the loop does what; all fields but `batch_size` are numbers of steps, ascending.
+
+    The last step is logged, evaluated and saved in any case.
+    """
+
+    start_step: int
+    total_steps: int
+    batch_size: int  # clips per step over all devices
+    log_steps: Sequence[int]
+    eval_steps: Sequence[int]
+    checkpoint_steps: Sequence[int]
+
+
+def run(
+    state: S,
+    step: Callable[[S, Batch], tuple[S, Metrics]],
+    batches: Iterator[Batch],
+    evaluate: Callable[[S, AskedToStop], Evaluation | None],
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    config: LoopConfig,
+) -> tuple[S, dict[str, float]]:
+    """Trains to the last step; returns the last state and the values of the last evaluation.
+
+    Args:
+      state: the state after `config.start_step` steps; its buffers may be donated to `step`.
+      step: (state, batch) -> (state, metrics), compiled; metrics are (sum, count) pairs.
+      batches: on the devices, from `config.start_step` on.
+      evaluate: returns None where it was asked to stop on its way.
+      checkpoints: closed in any case.
+      writer: closed in any case.
+
+    Raises:
+      Interrupted: after saving, on SIGTERM or Ctrl-C.
+      NonFiniteError: a loss or gradient norm is not finite; no state past it is saved.
+      PeerLostError: another process of the run is gone.
+      ValueError: the batches ended early.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.close)
+        stream = stack.enter_context(contextlib.closing(batches))
+        progress = stack.enter_context(_progress(config))
+        stack.push(_closing(checkpoints))
+        asked_to_stop = stack.enter_context(distributed.stopping())
+        log = _Log(writer, progress, Pace(config), checkpoints)
+        values: dict[str, float] | None = {}
+        if config.start_step in config.eval_steps or config.start_step == config.total_steps:
+            # The run before may have been stopped on its way through this evaluation.
+            state, values = log.evaluate(state, config.start_step, evaluate, asked_to_stop)
+        for number in range(config.start_step, config.total_steps):
+            # Read once: a signal between two looks would stop the run without having saved.
+            signal_number = asked_to_stop()
+            if signal_number:
+                log.catch_up(number)
+                progress.say(f"asked to stop: saving step {number}")
+            if signal_number or (number > config.start_step and number in config.checkpoint_steps):
+                log.save(state, number)
+            if signal_number:
+                checkpoints.wait()
+                raise Interrupted(signal_number, number)
+            batch = _next(stream, number)
+            with distributed.others_alive():
+                state, metrics = step(state, batch)
+            log.add(number + 1, metrics)
+            is_last = number + 1 == config.total_steps
+            if is_last or number + 1 in config.log_steps:
+                log.close_interval(number + 1)
+            if is_last or number + 1 in config.eval_steps:
+                state, values = log.evaluate(state, number + 1, evaluate, asked_to_stop)
+        log.save(state, config.total_steps)
+        checkpoints.wait()
+        if (signal_number := asked_to_stop()) and values is None:
+            # The same command makes up for the last evaluation.
+            raise Interrupted(signal_number, config.total_steps)
+    return state, values
+
+
+class Pace:
+    """How fast a run trains, and how long it has left.
+
+    Evaluations are no part of the rate. The time left holds those ahead, each as long as the last.
+    """
+
+    def __init__(self, config: LoopConfig, clock: Callable[[], float] = time.monotonic):
+        """`clock` gives seconds."""
+        self._config = config
+        self._clock = clock
+        self._last: tuple[int, float] | None = None
+        self._steps = 0
+        self._seconds = 0.0
+        self._eval_seconds = 0.0
+
+    def rate(self, step: int) -> float | None:
+        """Returns clips per second since the last call; None at the first, or without a step since.
+
+        The first call starts the clock: what came before pays for the compilation.
+        """
+        last, self._last = self._last, (step, self._clock())
+        if last is None or step <= last[0] or self._last[1] <= last[1]:
+            return None
+        steps, seconds = step - last[0], self._last[1] - last[1]
+        self._steps += steps
+        self._seconds += seconds
+        return self._config.batch_size * steps / seconds
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Takes the time of an evaluation."""
+        began = self._clock()
+        yield
+        self._eval_seconds = self._clock() - began
+        if self._last is not None:
+            self._last = (self._last[0], self._last[1] + self._eval_seconds)
+
+    def seconds_left(self, step: int) -> float | None:
+        """Returns the time left after `step`, its own evaluation included; None before a rate."""
+        if not self._steps:
+            return None
+        total, eval_steps = self._config.total_steps, self._config.eval_steps
+        ahead = len(eval_steps) - bisect.bisect_left(eval_steps, step) + (total not in eval_steps)
+        return (total - step) * self._seconds / self._steps + ahead * self._eval_seconds
+
+
+class _Log:
+    """Metrics on their way from the devices to disk and terminal, and what has to wait for them."""
 
     def __init__(
         self,
-        *,
-        config: ConfigDict,
-        workdir: str | os.PathLike,
-        start_step: int,
+        writer: MetricsWriter,
+        progress: terminal.Progress,
+        pace: Pace,
         checkpoints: Checkpoints,
-        step: Callable,
-        eval_step: Callable,
-        reconstruct: Callable | None,
-        calibrate: Callable | None,
-        put: Callable[[Batch], dict[str, jax.Array]],
-        put_eval: Callable[[Batch], dict[str, jax.Array]],
-        eval_batches: Callable[[], Iterator[Batch]] | None,
-        knn: Callable[[TrainState], dict[str, float]] | None = None,
     ):
-        self._config = config
-        self._workdir = storage.path(workdir)
-        self._start_step = start_step
+        self._writer = writer
+        self._progress = progress
+        self._pace = pace
         self._checkpoints = checkpoints
-        self._step = step
-        self._eval_step = eval_step
-        self._reconstruct = reconstruct
-        self._calibrate = calibrate
-        self._put = put
-        self._put_eval = put_eval
-        self._eval_batches = eval_batches
-        self._knn = knn
-        # Of several processes the first alone writes; all compute what is written.
-        self._writer = (
-            metrics_writer.MetricsWriter(workdir, start_step) if distributed.is_first() else None
-        )
-        stream = None if self._writer else open(os.devnull, "w")  # noqa: SIM115 (for good)
-        self._progress = terminal.Progress(config.total_steps, start_step, stream)
-        self._pace = Pace(config.batch_size, config.total_steps, config.eval_every)
-        # Steps since the last line, and the closed intervals whose values are still on the device.
+        # Steps since the last line, and intervals that ended but are still on the devices.
         self._interval: list[tuple[int, Metrics]] = []
         self._closed: list[tuple[int, float | None, list[tuple[int, Metrics]]]] = []
 
-    def run(self, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
-        """To the last step, or to Interrupted or NonFiniteError; the last evaluation's metrics."""
-        total_steps = self._config.total_steps
-        evaluation: dict[str, float] | None = {}
-        stream = batches
-        try:
-            with distributed.others_alive(), distributed.stopping() as self._asked_to_stop:
-                if self._calibrate is not None:
-                    first = _next(batches, 0)
-                    batches = itertools.chain([first], batches)
-                    state = self._calibrate(state, self._put(first))
-                if self._is_due(self._start_step, self._config.eval_every):
-                    # The run before may have been stopped on its way through this evaluation.
-                    evaluation = self._evaluate(state, self._start_step)
-                for step in range(self._start_step, total_steps):
-                    # Saved before the next batch is taken: the state has seen `step` batches. Read
-                    # once: a signal between two looks would stop without having saved.
-                    stopping = self._asked_to_stop()
-                    due = step > self._start_step and step % self._config.checkpoint_every == 0
-                    if stopping:
-                        self._catch_up(step)
-                        self._progress.say(f"asked to stop: saving step {step}")
-                    if stopping or due:
-                        self._save(state, step)
-                    if stopping:
-                        self._checkpoints.wait()
-                        raise Interrupted(stopping, step)
-                    state, metrics = self._step(state, self._put(_next(batches, step)))
-                    self._interval.append((step + 1, metrics))
-                    if len(self._interval) > STEPS_IN_FLIGHT:
-                        jax.block_until_ready(self._interval[-1 - STEPS_IN_FLIGHT])
-                    if self._is_due(step + 1, self._config.log_every):
-                        self._log(step + 1)
-                    if self._is_due(step + 1, self._config.eval_every):
-                        evaluation = self._evaluate(state, step + 1)
-                self._save(state, total_steps)
-                self._checkpoints.wait()
-                if (stopping := self._asked_to_stop()) and evaluation is None:
-                    # The same command makes up for the last evaluation.
-                    raise Interrupted(stopping, total_steps)
-        except PeerLostError:
-            raise  # at once: a save under way would wait for the one that is gone
-        except BaseException:
-            # Not what became of a save under way, but what went wrong first is told.
-            with contextlib.suppress(Exception):
-                self._checkpoints.close()
-            raise
-        finally:
-            if hasattr(stream, "close"):
-                # Now, not as the interpreter ends: tf.data would then wait for ever for its
-                # threads, which wait for the interpreter.
-                stream.close()
-            self._progress.close()
-            if self._writer:
-                self._writer.close()
-        self._checkpoints.close()
-        return evaluation
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that was just handed to the devices."""
+        self._interval.append((step, metrics))
+        if len(self._interval) > STEPS_IN_FLIGHT:
+            with distributed.others_alive():
+                jax.block_until_ready(self._interval[-1 - STEPS_IN_FLIGHT])
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self._config.total_steps
-
-    def _log(self, step: int) -> None:
-        """Closes the interval that ends here, writes the one before: the device never waits."""
+    def close_interval(self, step: int) -> None:
+        """Ends the interval here and writes the one before, so that the devices never wait."""
         self._closed.append((step, self._pace.rate(step), self._interval))
         self._interval = []
         if len(self._closed) > 1:
             self._write(*self._closed.pop(0))
 
+    def catch_up(self, step: int) -> None:
+        """Writes a line for every step so far; waits for the devices."""
+        if self._interval:
+            self.close_interval(step)
+        self._flush()
+
+    def save(self, state: State, step: int) -> None:
+        """Starts to save a state whose metrics are all written, and all finite."""
+        # Lines for steps up to a checkpoint are on the disk before it is: a kill loses none.
+        self.catch_up(step)
+        self._writer.flush()
+        self._checkpoints.save(step, state.parts())
+
+    def evaluate(
+        self, state: S, step: int, evaluate: Callable, asked_to_stop: AskedToStop
+    ) -> tuple[S, dict[str, float] | None]:
+        """Returns the state to go on with and the values found; None for them where it stopped."""
+        self.catch_up(step)
+        if distributed.from_first(self._writer.has(step, "eval")):
+            return state, {}
+        with self._pace.evaluation():
+            found = evaluate(state, asked_to_stop)
+        if found is None:
+            return state, None
+        for name, picture in found.pictures.items():
+            self._writer.picture(step, name, picture)
+        if found.values:
+            self._writer.write(step, "eval", found.values)
+            self._writer.flush()
+            self._writer.draw_curves()
+            names = sorted(found.values, key=lambda name: name != "loss")
+            terms = (f"{name} {found.values[name]:.4f}" for name in names)
+            self._progress.say(f"step {step}: held-out {', '.join(terms)}")
+        return found.state, found.values
+
     def _flush(self) -> None:
-        """Writes all closed intervals; waits for the device."""
         while self._closed:
             self._write(*self._closed.pop(0))
 
     def _write(self, step: int, clips_per_second: float | None, interval) -> None:
-        values = self._finite(jax.device_get(interval))
-        row = _means([metrics for _, metrics in values])
-        row["learning_rate"] = _means([values[-1][1]])["learning_rate"]
+        with distributed.others_alive():
+            fetched = jax.device_get(interval)
+        self._check_finite(fetched)
+        row = means([metrics for _, metrics in fetched])
+        row["learning_rate"] = means([fetched[-1][1]])["learning_rate"]
         if clips_per_second is not None:
             row["clips_per_second"] = clips_per_second
-        if self._writer:
-            self._writer.write(step, "train", row)
+        self._writer.write(step, "train", row)
         left = self._pace.seconds_left(step)
         self._progress.update(step, row["loss"], clips_per_second, left)
 
-    def _finite(self, values: list[tuple[int, Metrics]]) -> list[tuple[int, Metrics]]:
-        for step, metrics in values:
+    def _check_finite(self, fetched: list[tuple[int, Metrics]]) -> None:
+        for step, metrics in fetched:
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(metrics[name][0]):
                     last = self._checkpoints.latest_step()
                     kept = "no checkpoint yet" if last is None else f"step {last} is saved"
                     raise NonFiniteError(
                         f"{name} is {float(metrics[name][0])} at step {step} ({kept}); lower "
-                        "optimizer.learning_rate or raise optimizer.warmup_steps"
+                        "optimizer.learning_rate or raise the schedule's warmup_steps"
                     )
-        return values
-
-    def _catch_up(self, step: int) -> None:
-        """Writes a line for every step so far; waits for the device."""
-        if self._interval:
-            self._log(step)
-        self._flush()
-
-    def _save(self, state: TrainState, step: int) -> None:
-        # Read before saving: lines for steps up to a checkpoint are on the disk when it is, so that
-        # none is lost to a kill; and a state past a loss that is not finite is never saved.
-        self._catch_up(step)
-        if self._writer:
-            self._writer.flush()
-        self._checkpoints.save(step, checkpoint_parts(state))
-
-    def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
-        """Writes and returns the held-out metrics; {} where there are none, None when stopped."""
-        self._flush()
-        if distributed.from_first(self._writer is not None and self._writer.has(step, "eval")):
-            return {}
-        with self._pace.evaluation():
-            row = self._scores(state, step)
-            if row and self._writer:
-                self._writer.write(step, "eval", row)
-                self._writer.flush()
-                terms = (f"{name} {row[name]:.4f}" for name in _TOLD if name in row)
-                self._progress.say(f"step {step}: held-out {', '.join(terms)}")
-                curves = plots.curves(metrics_writer.read_metrics(self._workdir))
-                plots.write_png(self._workdir / CURVES, curves)
-        return row
-
-    def _scores(self, state: TrainState, step: int) -> dict[str, float] | None:
-        row = self._held_out(state, step) if self._eval_batches is not None else {}
-        if self._knn is None or row is None:
-            return row
-        return None if self._asked_to_stop() else row | self._knn(state)
-
-    def _held_out(self, state: TrainState, step: int) -> dict[str, float] | None:
-        """Means over the evaluation set; None when stopped on the way."""
-        sums = []
-        for index, batch in enumerate(self._eval_batches()):
-            if self._asked_to_stop():
-                return None
-            placed = self._put_eval(batch)
-            if index == 0:
-                self._picture(state, step, placed)
-            sums.append(self._eval_step(state, placed, np.int32(index)))
-            if len(sums) > STEPS_IN_FLIGHT:
-                jax.block_until_ready(sums[-1 - STEPS_IN_FLIGHT])
-        return _means(jax.device_get(sums))
-
-    def _picture(self, state: TrainState, step: int, batch: dict[str, jax.Array]) -> None:
-        """Held-out clips: what they are, what the encoder saw, what came back."""
-        if self._reconstruct is None:
-            return
-        shown = jax.device_get(self._reconstruct(state, batch))
-        if self._writer:
-            image = plots.reconstructions(*shown)
-            self._writer.image(step, "reconstructions", image)
-            plots.write_png(self._workdir / RECONSTRUCTIONS, image)
 
 
-def _means(metrics: list[Metrics]) -> dict[str, float]:
-    """(sum, count) pairs of several batches as one mean each."""
+def means(metrics: list[Metrics]) -> dict[str, float]:
+    """Returns the (sum, count) pairs of several batches as one mean each."""
     return {
         name: math.fsum(m[name][0] for m in metrics) / math.fsum(m[name][1] for m in metrics)
         for name in metrics[0]
     }
+
+
+@contextlib.contextmanager
+def _progress(config: LoopConfig) -> Iterator[terminal.Progress]:
+    """The progress display; of several processes only the first one shows it."""
+    with open(os.devnull, "w") as nowhere:
+        stream = None if distributed.is_first() else nowhere
+        progress = terminal.Progress(config.total_steps, config.start_step, stream)
+        try:
+            yield progress
+        finally:
+            progress.close()
+
+
+def _closing(checkpoints: Checkpoints) -> Callable:
+    """Returns an exit function that closes the checkpoints and hides no earlier exception."""
+
+    def close(kind: type[BaseException] | None, *_) -> None:
+        if kind is None:
+            checkpoints.close()
+        elif not issubclass(kind, PeerLostError):  # else a save under way waits for who is gone
+            with contextlib.suppress(Exception):
+                checkpoints.close()
+
+    return close
 
 
 def _next(batches: Iterator[Batch], step: int) -> Batch:

@@ -1,4 +1,4 @@
-"""What a run says: metrics on disk, progress on the terminal, the table printed at its start."""
+"""Metrics of a run on disk: metrics.jsonl, TensorBoard events, and pictures."""
 
 import json
 import math
@@ -9,17 +9,19 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from etils import epath
 
-from maeast_jax.runtime import storage
+from maeast_jax.evaluation import plots
+from maeast_jax.runtime import distributed, storage
 
 _SPLITS = ("train", "eval")
 METRICS_FILE = "metrics.jsonl"
+CURVES = "curves"
 
 
 class MetricsWriter:
     """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard's event files beside it.
 
-    On gs:// there are no event files, and metrics.jsonl is written anew every half a minute and by
-    `flush`.
+    Of several processes only the first one writes. On gs:// there are no event files, and
+    metrics.jsonl is written anew every half a minute and by `flush`.
 
     A run that was killed has written lines for steps after its last checkpoint, perhaps half a line
     at the end. Opening drops both, so that after the resumed run every step is there once.
@@ -37,45 +39,48 @@ class MetricsWriter:
           ValueError: metrics.jsonl holds a line, other than the last, that is not a metrics row.
           OSError: `workdir` cannot be written.
         """
-        path = storage.path(workdir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # From the start, an evaluation before step 1 will be written again: nothing is kept.
+        self._workdir = storage.path(workdir)
+        self._written: set[tuple[int, str]] = set()
+        self._file = self._events = None
+        if not distributed.is_first():
+            return
+        path = self._workdir / METRICS_FILE
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        # A run from the start evaluates before step 1 again, so it keeps no row.
         rows = _read_rows(path) if resume_step > 0 and path.exists() else []
         rows = [row for row in rows if row["step"] <= resume_step]
         self._written = {(row["step"], row["split"]) for row in rows}
         lines = "".join(map(_json_line, rows)).encode("ascii")
         storage.write_whole(path, lines)
-        self._events = None
         if storage.is_remote(path):
             self._file = storage.Rewritten(path, lines, clock)
             return
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
-        import tensorboardX  # not at the top: a benchmark formats numbers and writes no events
+        import tensorboardX
 
         # TensorBoard hides the events at purge_step and later that came before this one.
         self._events = tensorboardX.SummaryWriter(
             str(workdir),
             purge_step=resume_step + 1 if resume_step > 0 else 0,
-            flush_secs=5,  # what waits in memory is lost to a kill
+            flush_secs=5,  # a kill loses what waits in memory
             filename_suffix=f".from{resume_step}",  # else a resume within a second would overwrite
         )
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Appends one line, on a disk flushed at once, and one TensorBoard scalar
-        `{split}/{key}` a value.
+        """Appends one line, flushed at once on a disk, and one TensorBoard scalar per value.
 
-        What the file already holds for this step and split stays: a resumed run that evaluates
+        A line that is already there for this step and split stays: a resumed run that evaluates
         again at the step of its checkpoint computes the same numbers.
 
-        Raises:
-          ValueError: `split` is not "train" or "eval", or a value is named "step" or "split".
+        Raises ValueError where `split` is neither "train" nor "eval", or a value is named "step" or
+        "split".
         """
         if split not in _SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(_SPLITS)}")
         if taken := {"step", "split"} & set(values):
             raise ValueError(f"a value is named {min(taken)!r}; the line has it already: rename it")
         step = int(step)
-        if (step, split) in self._written:
+        if self._file is None or (step, split) in self._written:
             return
         self._written.add((step, split))
         values = {key: float(value) for key, value in values.items()}
@@ -87,26 +92,38 @@ class MetricsWriter:
             self._events.add_scalar(f"{split}/{key}", value, step)
 
     def flush(self) -> None:
-        """Until every line is where a kill cannot lose it."""
-        self._file.flush()
+        """Returns once no kill can lose a line."""
+        if self._file is not None:
+            self._file.flush()
 
     def has(self, step: int, split: str) -> bool:
-        """Whether that line is written."""
+        """Returns whether that line is written; False in all processes but the first."""
         return (step, split) in self._written
 
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds a picture, uint8 [H, W, 3], to TensorBoard."""
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes uint8 [height, width, 3] to `workdir/NAME.png` and to TensorBoard."""
+        if self._file is None:
+            return
+        plots.write_png(self._workdir / f"{name}.png", image)
         if self._events is not None:
             self._events.add_image(name, image, int(step), dataformats="HWC")
 
+    def draw_curves(self) -> None:
+        """Draws the curves of all lines so far to `workdir/curves.png`."""
+        if self._file is not None:
+            plots.write_png(
+                self._workdir / f"{CURVES}.png", plots.curves(read_metrics(self._workdir))
+            )
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
-    """The rows of `workdir/metrics.jsonl`, in the order written; None where a value was not finite.
+    """Returns the rows of `workdir/metrics.jsonl`; a value that was not finite is None.
 
     A last line that is still being written, or was cut short by a kill, is left out.
 
@@ -118,7 +135,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
 
 
 def has_row(workdir: str | os.PathLike, step: int, split: str) -> bool:
-    """Whether metrics.jsonl is there and holds that row."""
+    """Returns whether metrics.jsonl is there and holds that row."""
     path = storage.path(workdir) / METRICS_FILE
     return path.exists() and any(
         (row["step"], row["split"]) == (step, split) for row in _read_rows(path)
@@ -126,7 +143,7 @@ def has_row(workdir: str | os.PathLike, step: int, split: str) -> bool:
 
 
 def last_row(workdir: str | os.PathLike, split: str) -> dict[str, float]:
-    """The values of the last row of a split; {} where there is none."""
+    """Returns the values of the last row of a split; {} where there is none."""
     rows = [row for row in read_metrics(workdir) if row["split"] == split]
     return (
         {name: value for name, value in rows[-1].items() if name not in ("step", "split")}
@@ -155,9 +172,8 @@ def _read_rows(path: epath.Path) -> list[dict]:
 
 
 def _json_line(row: Mapping) -> str:
-    # JSON has no NaN or infinity. The names Python would write make a strict reader (jq, a browser,
-    # pandas) refuse the whole file, and a string would put text in a column of numbers: null says
-    # "no number here" to all of them. The step and its loss still stand in the run's error message.
+    # JSON has no NaN or infinity. Strict readers (jq, browsers, pandas) refuse Python's names for
+    # them; null means "no number here" to all of them.
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()

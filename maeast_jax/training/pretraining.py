@@ -1,223 +1,326 @@
-"""A pretraining run before anything is compiled: its configuration checked, its inputs opened."""
+"""A pretraining run: its configuration, data and mesh, and the programs compiled for them."""
 
-import copy
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
-from maeast_jax.checkpoint import newest_step
-from maeast_jax.data import Clips
-from maeast_jax.data import pipeline as data
-from maeast_jax.evaluation import KnnEval, open_knn
+from maeast_jax.data import Batch, DataConfig, pipeline
+from maeast_jax.evaluation import KnnEval, open_knn, plots
 from maeast_jax.inference import Pretrained, pretrained
 from maeast_jax.model import ModelConfig, masking
-from maeast_jax.runtime import sharding, storage
-from maeast_jax.training import metrics_writer
-from maeast_jax.training.optimizer import OptimizerConfig, adamw, schedule
-from maeast_jax.training.steps import LossConfig
+from maeast_jax.runtime import distributed, sharding
+from maeast_jax.training import loop, steps
+from maeast_jax.training.optimizer import AdamWConfig, adamw, warmup_and_decay
+from maeast_jax.training.steps import LossConfig, TrainState
 
-Batch = dict[str, np.ndarray]
+# What a caller may train on in place of data sets: batches, or a function of the first step.
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
+RECONSTRUCTIONS = "reconstructions"
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A configuration that was checked, its data opened, its devices chosen; nothing compiled."""
+class EvalConfig:
+    """What is evaluated during pretraining: `eval` in config.pretrain()."""
 
-    config: ConfigDict
-    workdir: epath.Path
+    max_clips: int
+    pictures: int
+    knn: str
+    knn_clips: int
+
+    def __post_init__(self):
+        for field in ("max_clips", "pictures", "knn_clips"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"config.eval.{field}={getattr(self, field)} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A run's configuration, typed; config.pretrain() says what each field means."""
+
+    seed: int
+    total_steps: int
+    batch_size: int
+    accumulation_steps: int
+    num_frames: int
+    init_from: str
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep: int
     model: ModelConfig
     loss: LossConfig
-    optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    data: data.DataConfig
-    mesh: Mesh
-    start_step: int  # of the newest checkpoint, 0 for a new run
-    init_from: Pretrained | None  # whose weights a new run starts from
-    batches: Batches | None
-    train_clips: Clips | None
-    eval_clips: Clips | None
-    has_eval: bool
-    knn: KnnEval | None
+    optimizer: AdamWConfig
+    data: DataConfig
+    eval: EvalConfig
+    mesh: dict[str, int]
+
+    def __post_init__(self):
+        for field in (
+            "total_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep",
+        ):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise ValueError(f"config.{field}={getattr(self, field)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"config.seed={self.seed} must not be negative")
+        if self.model.is_encoder_only:
+            raise ValueError("model.decoder_layers=0 leaves no decoder to pretrain; set 1 or more")
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "PretrainConfig":
+        """Raises ValueError, in one line, for a field that is unknown, missing or out of range."""
+        configuration.check(config, configuration.pretrain())
+        sections = {
+            "model": ModelConfig, "loss": LossConfig, "optimizer": AdamWConfig,
+            "data": DataConfig, "eval": EvalConfig,
+        }  # fmt: skip
+        return cls(**configuration.typed(config, sections))
 
 
-def check_run(
-    config: ConfigDict, workdir: str | os.PathLike, batches: Batches | None = None
-) -> Run:
-    """All that can be known to be wrong before compiling; raises ValueError in one line."""
-    workdir = storage.path(workdir)
-    configuration.check(config)
-    configuration.check_loop(config)
-    start_step, config, init_from = _start(workdir, newest_step(workdir), config)
-    settings = config.to_dict()
-    model = ModelConfig(**settings["model"])
-    if model.is_encoder_only:
-        raise ValueError("model.decoder_layers=0 leaves no decoder to pretrain; set 1 or more")
-    optimizer_config = OptimizerConfig(**settings["optimizer"])
-    learning_rate = schedule(optimizer_config, config.total_steps)
-    data_config = data.DataConfig(**settings["data"])
-    if batches is not None and data_config.fbank == "host":
-        raise ValueError(
-            "data.fbank=host computes energies in the input pipeline, which the caller's batches "
-            "bypass; set data.fbank=device"
-        )
-    masking.num_kept(math.prod(model.grid(config.num_frames)), model.mask_ratio)
-    mesh = sharding.make_mesh(**settings["mesh"])
-    sharding.check_batch(mesh, config.batch_size, config.accumulation_steps)
-    has_eval = bool(data_config.eval) or (batches is None and data_config.has_eval)
-    train_clips = data.open_train(data_config) if batches is None else None
-    eval_clips = data.open_eval(data_config) if has_eval else None
-    knn = _open_knn(config, data_config) if config.eval.knn else None
-    # Last: a mistake above leaves no empty folder behind.
-    storage.make_writable(workdir, "--workdir")
-    return Run(
-        config=config,
-        workdir=workdir,
-        model=model,
-        loss=LossConfig(**settings["loss"]),
-        optimizer=adamw(optimizer_config, learning_rate),
-        learning_rate=learning_rate,
-        data=data_config,
-        mesh=mesh,
-        start_step=start_step,
-        init_from=init_from,
-        batches=batches,
-        train_clips=train_clips,
-        eval_clips=eval_clips,
-        has_eval=has_eval,
-        knn=knn,
-    )
+class Pretraining:
+    """A run before its first step: data opened, devices chosen, and all programs ready to compile.
 
-
-def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and placement of what a training step takes."""
-    clips, frames = run.config.batch_size, run.config.num_frames
-    name, shape, dtype = "audio", (clips, fbank.num_samples(frames)), np.int16
-    if run.data.fbank == "host":
-        name, shape, dtype = "fbank", (clips, frames, fbank.NUM_MEL_BANDS), np.float32
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_example(run.mesh))}
-
-
-def put_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:
-    """This process's rows of a batch to its devices: the fields a step takes, and no others.
-
-    Raises ValueError where a field is missing or of another shape or type.
+    Attributes:
+      config: with the model that is trained.
+      mesh: the devices.
+      train_clips, eval_clips: None where noise or the caller's batches stand in for them.
+      has_own_batches: whether the caller gives the training batches.
+      has_eval: whether there is anything to evaluate on but nearest neighbours.
+      knn: None where no data set is named for it.
+      abstract_state: shapes, types and shardings of the state.
     """
-    wanted_fields = abstract_batch(run)
-    for name, wanted in wanted_fields.items():
-        if name not in batch:
-            raise ValueError(f"a batch has the fields {sorted(batch)}, but {name!r} is needed")
-        shape = (len(_rows(run)), *wanted.shape[1:])
-        if batch[name].shape != shape or batch[name].dtype != wanted.dtype:
+
+    def __init__(self, config: PretrainConfig, batches: Batches | None = None):
+        """Raises ValueError, in one line, for what cannot work; compiles nothing."""
+        self.config = config
+        self._batches = batches
+        self.has_own_batches = batches is not None
+        if batches is not None and config.data.fbank == "host":
             raise ValueError(
-                f"a batch's {name!r} is {batch[name].dtype} {batch[name].shape}, but "
-                f"{wanted.dtype} {shape} is needed, by num_frames and this process' rows of "
-                f"batch_size={run.config.batch_size}"
+                "data.fbank=host computes energies in the input pipeline, which the caller's "
+                "batches bypass; set data.fbank=device"
             )
-    fields = {name: batch[name] for name in wanted_fields}
-    if run.batches is not None:
-        # The caller may fill the same arrays again, and jax holds views of what it is given.
-        fields = {name: np.array(rows) for name, rows in fields.items()}
-    return _put(run, fields)
+        masking.num_kept(math.prod(config.model.grid(config.num_frames)), config.model.mask_ratio)
+        self._learning_rate = warmup_and_decay(config.optimizer, config.total_steps)
+        self._optimizer = adamw(config.optimizer, self._learning_rate)
+        self.mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch(self.mesh, config.batch_size, config.accumulation_steps)
+        self.has_eval = bool(config.data.eval) or (batches is None and config.data.has_eval)
+        self.train_clips = pipeline.open_train(config.data) if batches is None else None
+        self.eval_clips = pipeline.open_eval(config.data) if self.has_eval else None
+        self.knn = _open_knn(config) if config.eval.knn else None
 
-
-def put_eval_batch(run: Run, batch: Batch) -> dict[str, jax.Array]:
-    """As `put_batch`, with `mask`, which says which rows count."""
-    return put_batch(run, batch) | _put(run, {"mask": batch["mask"]})
-
-
-def _put(run: Run, batch: Batch) -> dict[str, jax.Array]:
-    return sharding.put_batch(run.mesh, batch, run.config.batch_size)
-
-
-def describe_data(run: Run) -> list[str]:
-    """Names and sizes of the data sets, for processes to compare."""
-    return [clips.describe() for clips in (run.train_clips, run.eval_clips) if clips is not None]
-
-
-def _rows(run: Run) -> np.ndarray:
-    """Rows of the global batch that this process feeds."""
-    return sharding.process_rows(run.mesh, run.config.batch_size)
-
-
-def train_stream(run: Run) -> Iterator[Batch]:
-    if run.batches is None:
-        return data.train_batches(
-            run.data,
-            run.train_clips,
-            start_step=run.start_step,
-            total_steps=run.config.total_steps,
-            **_stream_settings(run),
+        shapes = jax.eval_shape(self._initial_state)
+        self._shardings = sharding.by_rules(self.mesh, shapes)
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            self._shardings,
         )
-    return iter(run.batches(run.start_step) if callable(run.batches) else run.batches)
+        # The rows of the global batch that this process feeds.
+        self._rows = sharding.process_rows(self.mesh, config.batch_size)
+        self._prepare_evaluation()
+
+    def compile_step(self) -> jax.stages.Compiled:
+        """Compiles `(state, batch) -> (state, metrics)`, so that no step pays for it."""
+        step = steps.make_train_step(
+            self.config.model,
+            self.config.loss,
+            self._optimizer,
+            self._learning_rate,
+            seed=self.config.seed,
+            num_frames=self.config.num_frames,
+            accumulation_steps=self.config.accumulation_steps,
+        )
+        out = (self._shardings, sharding.replicated(self.mesh))
+        jitted = self._jit(step, out, donate_argnums=0)
+        return jitted.lower(self.abstract_state, self._abstract_batch).compile()
+
+    def initial_state(self, weights: Pretrained | None = None) -> TrainState:
+        """Returns the state at step 0, with the weights of a checkpoint in place where given.
+
+        A checkpoint without a decoder leaves the decoder at its initial values.
+        """
+        state = jax.jit(self._initial_state, out_shardings=self._shardings)()
+        if weights is None:
+            return state
+        params, statistics = weights.read_weights()
+        loaded = {"params": {**state.params, **params}, "statistics": statistics}
+        places = {name: getattr(self._shardings, name) for name in loaded}
+        return dataclasses.replace(state, **jax.device_put(loaded, places))
+
+    def calibrate(self, state: TrainState, batch: loop.Batch) -> TrainState:
+        """Returns a new run's state with the input statistics of its first batch."""
+        calibrate = steps.make_calibrate(self.config.model, num_frames=self.config.num_frames)
+        return self._jit(calibrate, self._shardings, donate_argnums=0)(state, batch)
+
+    def train_batches(self, start_step: int = 0) -> Iterator[loop.Batch]:
+        """Yields the batches from `start_step` on, on the devices.
+
+        Raises ValueError for a caller's batch with a field missing or of another shape or type.
+        """
+        for batch in self._host_batches(start_step):
+            yield self._place(batch)
+
+    def evaluate(
+        self, state: TrainState, asked_to_stop: loop.AskedToStop
+    ) -> loop.Evaluation | None:
+        """Returns held-out means, pictures and what neighbours tell; None when asked to stop."""
+        values: dict[str, float] = {}
+        pictures: dict[str, np.ndarray] = {}
+        sums = []
+        for index, batch in enumerate(self._eval_batches()):
+            if asked_to_stop():
+                return None
+            placed = self._place(batch) | self._put({"mask": batch["mask"]})
+            with distributed.others_alive():
+                if index == 0 and self._num_pictures:
+                    shown = jax.device_get(self._reconstruct(state, placed))
+                    pictures[RECONSTRUCTIONS] = plots.reconstructions(*shown)
+                sums.append(self._eval_step(state, placed, np.int32(index)))
+                if len(sums) > loop.STEPS_IN_FLIGHT:
+                    jax.block_until_ready(sums[-1 - loop.STEPS_IN_FLIGHT])
+        if sums:
+            with distributed.others_alive():
+                values = loop.means(jax.device_get(sums))
+        if self.knn is not None:
+            if asked_to_stop():
+                return None
+            values |= self._ask_neighbours(state)
+        return loop.Evaluation(state, values, pictures)
+
+    def describe_data(self) -> list[str]:
+        """Returns names and sizes of the data sets, for processes to compare."""
+        return [
+            clips.describe() for clips in (self.train_clips, self.eval_clips) if clips is not None
+        ]
+
+    def _initial_state(self) -> TrainState:
+        return steps.init_state(self.config.model, self._optimizer, self.config.seed)
+
+    def _prepare_evaluation(self) -> None:
+        config, whole = self.config, sharding.replicated(self.mesh)
+        common = {"seed": config.seed, "num_frames": config.num_frames}
+        self._eval_step = self._jit(
+            steps.make_eval_step(config.model, config.loss, **common), whole
+        )
+        self._num_pictures = 0
+        if self.has_eval:
+            held_out = pipeline.eval_count(self.eval_clips, config.eval.max_clips)
+            self._num_pictures = min(config.eval.pictures, held_out, config.batch_size)
+        draw = steps.make_reconstruct(config.model, count=self._num_pictures, **common)
+        self._reconstruct = self._jit(draw, whole)
+        self._gather = jax.jit(lambda weights: weights, out_shardings=whole)
+
+    def _jit(self, function: Callable, out_shardings: Any, **options) -> Callable:
+        traced = sharding.traced_on(self.mesh, function)
+        return jax.jit(traced, out_shardings=out_shardings, **options)
+
+    @property
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and placement of the batch that a training step takes."""
+        clips, frames = self.config.batch_size, self.config.num_frames
+        name, shape, dtype = "audio", (clips, fbank.num_samples(frames)), np.int16
+        if self.config.data.fbank == "host":
+            name, shape, dtype = "fbank", (clips, frames, fbank.NUM_MEL_BANDS), np.float32
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_example(self.mesh))}
+
+    def _host_batches(self, start_step: int) -> Iterator[Batch]:
+        if self._batches is not None:
+            return iter(self._batches(start_step) if callable(self._batches) else self._batches)
+        return pipeline.train_batches(
+            self.config.data,
+            self.train_clips,
+            start_step=start_step,
+            total_steps=self.config.total_steps,
+            **self._stream_settings(),
+        )
+
+    def _eval_batches(self) -> Iterator[Batch]:
+        if not self.has_eval:
+            return iter(())
+        return pipeline.eval_batches(
+            self.config.data,
+            self.eval_clips,
+            max_clips=self.config.eval.max_clips,
+            **self._stream_settings(),
+        )
+
+    def _stream_settings(self) -> dict[str, Any]:
+        return {
+            "seed": self.config.seed,
+            "batch_size": self.config.batch_size,
+            "num_frames": self.config.num_frames,
+            "rows": self._rows,
+        }
+
+    def _place(self, batch: Batch) -> loop.Batch:
+        """Puts the fields that a step takes, and no others, on this process's devices."""
+        fields = {}
+        for name, wanted in self._abstract_batch.items():
+            if name not in batch:
+                raise ValueError(f"a batch has the fields {sorted(batch)}, but {name!r} is needed")
+            rows, shape = batch[name], (len(self._rows), *wanted.shape[1:])
+            if rows.shape != shape or rows.dtype != wanted.dtype:
+                raise ValueError(
+                    f"a batch's {name!r} is {rows.dtype} {rows.shape}, but {wanted.dtype} {shape} "
+                    "is needed, by num_frames and this process' rows of "
+                    f"batch_size={self.config.batch_size}"
+                )
+            # A caller may fill the same array again, and jax keeps views of aligned arrays.
+            fields[name] = rows if self._batches is None else np.array(rows)
+        return self._put(fields)
+
+    def _put(self, fields: Batch) -> loop.Batch:
+        return sharding.put_batch(self.mesh, fields, self.config.batch_size)
+
+    def _ask_neighbours(self, state: TrainState) -> dict[str, float]:
+        """Returns the neighbours' score in the first process, {} in the others."""
+        with distributed.others_alive():
+            weights = jax.block_until_ready(self._gather((state.params, state.statistics)))
+        if not distributed.is_first():
+            return {}
+        params, statistics = jax.tree.map(lambda leaf: leaf.addressable_data(0), weights)
+        return self.knn(self.config.model, params, statistics, self.config.num_frames)
 
 
-def eval_stream(run: Run) -> Iterator[Batch]:
-    return data.eval_batches(
-        run.data, run.eval_clips, max_clips=run.config.eval.max_clips, **_stream_settings(run)
-    )
+def settle_architecture(
+    config: PretrainConfig, workdir: epath.Path
+) -> tuple[PretrainConfig, Pretrained | None]:
+    """Returns the configuration with `init_from`'s architecture, and the checkpoint to start from.
 
-
-def _open_knn(config: ConfigDict, data_config: data.DataConfig) -> KnnEval:
-    try:
-        data.prepare_tensorflow()
-    except ValueError as error:
-        raise ValueError(f"eval.knn={config.eval.knn!r}: {error}") from error
-    rate = data_config.sample_rate_hz or None
-    return open_knn(config.eval.knn, data_config.folder, rate, config.eval.knn_clips)
-
-
-def _stream_settings(run: Run) -> dict[str, Any]:
-    return {
-        "seed": run.config.seed,
-        "batch_size": run.config.batch_size,
-        "num_frames": run.config.num_frames,
-        "rows": _rows(run),
-    }
-
-
-def _start(
-    workdir: epath.Path, step: int | None, config: ConfigDict
-) -> tuple[int, ConfigDict, Pretrained | None]:
-    """The step to go on from, the configuration with its architecture settled, and `init_from`.
-
-    A configuration with `init_from` takes the architecture of that checkpoint; a run that is
-    resumed has its own already, whether or not the other is still there.
+    A run that has a checkpoint has its architecture already, whether or not `init_from` is still
+    there.
     """
-    newest = None if step is None else pretrained.read(workdir)
-    init_from = None
-    if config.init_from:
-        init_from = newest or pretrained.read(config.init_from)
-        settings = pretrained.with_architecture(config.model.to_dict(), init_from)
-        config = copy.deepcopy(config)
-        config.model.update(settings)
-    if step is None:
-        return 0, config, init_from
-    _check_resume(workdir, step, newest, config)
-    # A run stopped at step 0 holds the weights that it was to start from, and starts.
-    return step, config, None if step else init_from
+    if not config.init_from:
+        return config, None
+    has_own = bool(checkpoint.saved_steps(workdir))
+    source = pretrained.read(workdir if has_own else config.init_from)
+    settings = pretrained.with_architecture(dataclasses.asdict(config.model), source)
+    return dataclasses.replace(config, model=ModelConfig(**settings)), source
 
 
-def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: ConfigDict) -> None:
-    if not checkpoint.has_part(epath.Path(newest.path), "progress"):
+def check_resume(config: PretrainConfig, workdir: epath.Path, step: int) -> None:
+    """Prints the settings that differ from those of the checkpoint at `step`.
+
+    Raises ValueError, in one line, where the run cannot go on from it.
+    """
+    newest = pretrained.read(workdir)
+    folder = epath.Path(newest.path)
+    if not checkpoint.has_part(folder, "progress"):
         raise checkpoint.CheckpointError(
             f"{workdir} holds weights alone, which no run can go on from; start one from them with "
             f"--config.init_from={workdir} and another --workdir"
         )
-    wanted = ModelConfig(**config.model.to_dict())
-    for name in wanted.architecture_fields:
-        was, is_ = getattr(newest.config, name), getattr(wanted, name)
+    for name in config.model.architecture_fields:
+        was, is_ = getattr(newest.config, name), getattr(config.model, name)
         if was != is_:
             raise checkpoint.CheckpointError(
                 f"the run in {workdir} has model.{name}={was!r}, the configuration {is_!r}; choose "
@@ -228,7 +331,14 @@ def _check_resume(workdir: epath.Path, step: int, newest: Pretrained, config: Co
             f"{workdir} has reached step {step}, past total_steps={config.total_steps}; "
             "raise total_steps or choose another --workdir"
         )
-    if (workdir / metrics_writer.METRICS_FILE).exists():
-        metrics_writer.read_metrics(workdir)  # raises where a line is broken
-    old = checkpoint.metadata(epath.Path(newest.path))["config"]
-    configuration.tell_resumed_with(configuration.differences(old, config.to_dict()))
+    old = checkpoint.metadata(folder)["config"]
+    configuration.tell_resumed_with(configuration.differences(old, dataclasses.asdict(config)))
+
+
+def _open_knn(config: PretrainConfig) -> KnnEval:
+    try:
+        pipeline.prepare_tensorflow()
+    except ValueError as error:
+        raise ValueError(f"eval.knn={config.eval.knn!r}: {error}") from error
+    rate = config.data.sample_rate_hz or None
+    return open_knn(config.eval.knn, config.data.folder, rate, config.eval.knn_clips)

@@ -1,4 +1,8 @@
-"""State, training step and evaluation step: pure functions, jitted once, no I/O."""
+"""State, training step, evaluation step and objectives of pretraining: pure functions, no I/O.
+
+Names of shapes: B clips, S samples, T frames, F bands, N tokens, K kept, M masked, P values per
+token.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,19 +26,18 @@ from maeast_jax.model import (
     take_tokens,
     unpatchify,
 )
-from maeast_jax.training import losses
 
 Batch = dict[str, jax.Array]
-# Sums over examples and their count; a mean is taken only where it is read.
+# (sum, count) over examples by name; the mean is taken only where a value is read.
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the two objectives (paper: 10 and 1)."""
+    """Weights of the two objectives: `loss` in config.pretrain()."""
 
-    mse: float = 10.0
-    info_nce: float = 1.0
+    mse: float
+    info_nce: float
 
     def __post_init__(self):
         if not (self.mse >= 0.0 and self.info_nce >= 0.0 and self.mse + self.info_nce > 0.0):
@@ -54,26 +57,25 @@ class TrainState:
     statistics: Any
     opt_state: Any
 
+    def parts(self) -> dict[str, Any]:
+        """Returns the two parts of a checkpoint: what is learnt, and how far training is."""
+        return {
+            "weights": {"params": self.params, "statistics": self.statistics},
+            "progress": {"step": self.step, "opt_state": self.opt_state},
+        }
+
+    @classmethod
+    def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
+        return cls(**parts["weights"], **parts["progress"])
+
 
 def init_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """Initial values, a function of `seed` alone."""
+    """Returns the initial state, a function of `seed` alone."""
     rngs = nnx.Rngs(params=stream_key(seed, jnp.zeros((), jnp.int32), "params"))
     _, params, statistics = split_model(build(config, rngs))
     return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
-
-
-def checkpoint_parts(state: TrainState) -> dict[str, Any]:
-    """A state as the two parts of a checkpoint: what is learnt, and how far training is."""
-    return {
-        "weights": {"params": state.params, "statistics": state.statistics},
-        "progress": {"step": state.step, "opt_state": state.opt_state},
-    }
-
-
-def state_from_parts(parts: dict[str, Any]) -> TrainState:
-    return TrainState(**parts["weights"], **parts["progress"])
 
 
 def make_train_step(
@@ -86,10 +88,10 @@ def make_train_step(
     num_frames: int,
     accumulation_steps: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`(state, batch) -> (state, metrics)` for a batch {audio [b, S]} or {fbank [b, T, F]}.
+    """Returns `(state, batch) -> (state, metrics)` for a batch {audio [b, S]} or {fbank [b, T, F]}.
 
-    Input statistics and masks belong to the whole batch, whatever `accumulation_steps`, so that
-    accumulating changes nothing but rounding and which dropout is drawn.
+    Input statistics and masks are computed over the whole batch for any `accumulation_steps`, so
+    that accumulating changes nothing but rounding and the dropout that is drawn.
     """
     graph = model_graph(config)
     objective = _objective(graph, loss)
@@ -128,10 +130,10 @@ def make_train_step(
 def make_calibrate(
     config: ModelConfig, *, num_frames: int
 ) -> Callable[[TrainState, Batch], TrainState]:
-    """`(state, batch) -> state` with the batch's own input statistics as the running ones.
+    """Returns `(state, batch) -> state`, which sets the running input statistics to the batch's.
 
-    For a new run's first batch. torch starts at mean 0 and variance 1 and forgets them within 50
-    steps; evaluations before that would measure nothing but the wrong scale.
+    A new run does this with its first batch. torch starts at mean 0 and variance 1 and forgets them
+    within 50 steps; evaluations before that would measure nothing but the wrong scale.
     """
     graph = model_graph(config)
 
@@ -146,9 +148,10 @@ def make_calibrate(
 def make_eval_step(
     config: ModelConfig, loss: LossConfig, *, seed: int, num_frames: int
 ) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
-    """`(state, batch, batch_index) -> metrics`; rows whose `mask` is False count for nothing.
+    """Returns `(state, batch, batch_index) -> metrics`; rows whose `mask` is False do not count.
 
-    Masks come from (seed, batch_index): the same at every evaluation, so that curves compare.
+    Masks come from (seed, batch_index). They are the same at every evaluation, so that the points
+    of a curve are comparable.
     """
     graph = model_graph(config)
     objective = _objective(graph, loss)
@@ -172,10 +175,11 @@ def make_eval_step(
 def make_reconstruct(
     config: ModelConfig, *, seed: int, num_frames: int, count: int
 ) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """`(state, batch) -> (original, masked, reconstructed)`, log energies [count, T, F].
+    """Returns `(state, batch) -> (original, masked, reconstructed)`, log energies [count, T, F].
 
-    Of the batch's first `count` clips. `masked` holds NaN where a token was masked; `reconstructed`
-    is the model's there and the original elsewhere. The masks are those of evaluation batch 0.
+    The batch's first `count` clips are shown. `masked` holds NaN where a token was masked;
+    `reconstructed` holds the model's prediction there and the original elsewhere. The masks are
+    those of evaluation batch 0.
     """
     graph = model_graph(config)
 
@@ -203,18 +207,18 @@ def make_reconstruct(
 
 
 def _features(batch: Batch, num_frames: int) -> jax.Array:
-    """Log energies [b, T, F] of a batch; raises ValueError, when tracing, on another length."""
+    """Returns log energies [b, T, F]; raises ValueError, while tracing, for another length."""
     fbank_BxTxF = batch["fbank"] if "fbank" in batch else fbank.fbank(batch["audio"])
     if fbank_BxTxF.shape[1] != num_frames:
         raise ValueError(
-            f"a batch holds {fbank_BxTxF.shape[1]} frames a clip, but num_frames={num_frames}; "
+            f"a batch holds {fbank_BxTxF.shape[1]} frames per clip, but num_frames={num_frames}; "
             f"give clips of {fbank.num_samples(num_frames)} samples"
         )
     return fbank_BxTxF
 
 
 def _masks(config: ModelConfig, key, num_frames, num_clips) -> list[tuple[jax.Array, jax.Array]]:
-    """(kept, masked) for each pass."""
+    """Returns (kept, masked) token indices for each pass."""
     grid = config.grid(num_frames)
     return [
         masking.mask_tokens(pass_key, num_clips, grid, config.mask_ratio, config.mask)
@@ -227,10 +231,10 @@ def _pass_keys(key: jax.Array | None, passes: int) -> list[jax.Array] | list[Non
 
 
 def _objective(graph: nnx.GraphDef, loss: LossConfig):
-    """`(params, statistics, (patches, masks), key) -> {term: float32 [b]}`.
+    """Returns `(params, statistics, (patches, masks), key) -> {term: float32 [b]}`.
 
-    The first pass reconstructs, the last one classifies; where they are two, what a pass does not
-    need is not computed.
+    The first pass reconstructs and the last one classifies. With two passes XLA drops the head that
+    a pass does not use.
     """
 
     def objective(params, statistics, examples, key) -> dict[str, jax.Array]:
@@ -246,9 +250,9 @@ def _objective(graph: nnx.GraphDef, loss: LossConfig):
             )
         ]
         predictions, target_BxMxP = passes[0]
-        mse_B = losses.mean_squared_error(predictions.reconstruction, target_BxMxP)
+        mse_B = mean_squared_error(predictions.reconstruction, target_BxMxP)
         predictions, target_BxMxP = passes[-1]
-        info_nce_B, accuracy_B = losses.info_nce(predictions.classification, target_BxMxP)
+        info_nce_B, accuracy_B = info_nce(predictions.classification, target_BxMxP)
         return {
             "loss": loss.mse * mse_B + loss.info_nce * info_nce_B,
             "mse": mse_B,
@@ -260,11 +264,11 @@ def _objective(graph: nnx.GraphDef, loss: LossConfig):
 
 
 def accumulate(gradient, examples, key: jax.Array, steps: int):
-    """Mean gradients and summed metrics of `gradient` over `steps` equal parts of the batch."""
+    """Returns mean gradients and summed metrics of `gradient` over `steps` parts of the batch."""
     if steps == 1:
         return gradient(examples, key)
-    # Part a holds rows a, a + steps, ...: every device's rows spread evenly over the parts, so
-    # that no row leaves its device.
+    # Part a holds rows a, a + steps, ...: every device has as many rows in each part, so that no
+    # row leaves its device.
     parts = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0), examples
     )
@@ -276,3 +280,29 @@ def accumulate(gradient, examples, key: jax.Array, steps: int):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (gradients, sums), _ = jax.lax.scan(body, zeros, (parts, jax.random.split(key, steps)))
     return jax.tree.map(lambda x: x / steps, gradients), sums
+
+
+def mean_squared_error(reconstruction_BxMxP: jax.Array, target_BxMxP: jax.Array) -> jax.Array:
+    """Returns float32 [b], the mean over a clip's masked patches and their values (section 2.3)."""
+    return jnp.mean(jnp.square(reconstruction_BxMxP - target_BxMxP), axis=(1, 2))
+
+
+def info_nce(prediction_BxMxP: jax.Array, target_BxMxP: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (loss, accuracy), float32 [b] each, of InfoNCE among the masked patches of a clip.
+
+    Row m scores every masked patch by the plain dot product and should pick the m-th. The authors'
+    criterion has no temperature and no unit length. A blind guess costs log(M).
+    """
+    scores_BxMxM = jnp.einsum(
+        "bmp,bnp->bmn",
+        prediction_BxMxP,
+        target_BxMxP,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    # The gradient of jnp.diagonal would be a scatter.
+    is_own_MxM = jnp.eye(scores_BxMxM.shape[1], dtype=bool)
+    own_BxM = jnp.sum(jnp.where(is_own_MxM, scores_BxMxM, jnp.float32(0)), axis=-1)
+    loss_BxM = jax.nn.logsumexp(scores_BxMxM, axis=-1) - own_BxM
+    is_best_BxM = own_BxM >= jnp.max(scores_BxMxM, axis=-1)
+    return jnp.mean(loss_BxM, axis=1), jnp.mean(is_best_BxM.astype(jnp.float32), axis=1)

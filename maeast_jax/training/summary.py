@@ -1,18 +1,17 @@
-"""What a run says before it starts and after it ends."""
+"""What a pretraining run says before it starts and after it ends."""
 
 import math
 import os
-from typing import Any
 
 import jax
 
 from maeast_jax import checkpoint
 from maeast_jax.data import pipeline
+from maeast_jax.inference import Pretrained
 from maeast_jax.model import ModelConfig, flops, masking
 from maeast_jax.runtime import storage, terminal
 from maeast_jax.training import metrics_writer
-from maeast_jax.training.loop import CURVES, RECONSTRUCTIONS
-from maeast_jax.training.pretraining import Run
+from maeast_jax.training.pretraining import RECONSTRUCTIONS, Pretraining
 
 _EMBED = """embeddings of audio files:
 python -m maeast_jax.embed FOLDER --checkpoint={} --output=embeddings.npz"""
@@ -22,48 +21,50 @@ _LONGER = """longer, from these weights (a finished run's learning rate has come
 the same command with --workdir=NEW --config.init_from={}"""
 
 
-def describe(run: Run, abstract_params: Any) -> str:
-    """The table printed before anything is compiled."""
-    config, model = run.config, run.model
+def describe(
+    run: Pretraining, workdir: str | os.PathLike, start_step: int, init_from: Pretrained | None
+) -> str:
+    """Returns the table that is printed before anything is compiled."""
+    config, model = run.config, run.config.model
     time_tokens, band_tokens = model.grid(config.num_frames)
     num_tokens = time_tokens * band_tokens
     kept = masking.num_kept(num_tokens, model.mask_ratio)
     work = 3 * flops.pretrain_forward(model, config.num_frames)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
     layers = f"{model.encoder_layers} + {model.decoder_layers}"
     if model.architecture == "ssast":
         layers = f"SSAST, {model.encoder_layers}"
     start = "from the start"
-    if run.start_step:
+    if start_step:
         start = "resumed"
-    elif run.init_from is not None:
-        start += f", weights of {run.init_from.path}"
+    elif init_from is not None:
+        start += f", weights of {init_from.path}"
     return terminal.announce(
         {
             "model": f"{layers} layers of {model.width}, {terminal.si(parameters)} parameters, "
             f"{model.dtype}",
-            "tokens": f"{num_tokens} {model.tokens} tokens a clip of {config.num_frames / 100:g} s "
-            f"({time_tokens} x {band_tokens}): {kept} kept, {num_tokens - kept} masked "
+            "tokens": f"{num_tokens} {model.tokens} tokens per clip of {config.num_frames / 100:g} "
+            f"s ({time_tokens} x {band_tokens}): {kept} kept, {num_tokens - kept} masked "
             f"({model.mask})" + (", a mask for each loss" if model.passes == 2 else ""),
-            "step": f"{config.batch_size} clips, {terminal.si(work, 'FLOP')} a clip",
+            "step": f"{config.batch_size} clips, {terminal.si(work, 'FLOP')} per clip",
             "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
             "train": _describe_train(run),
             "eval": _describe_eval(run),
             **({"knn": run.knn.describe()} if run.knn else {}),
-            "steps": f"{run.start_step} -> {config.total_steps}, {start}",
-            "workdir": os.fspath(run.workdir),
+            "steps": f"{start_step} -> {config.total_steps}, {start}",
+            "workdir": os.fspath(workdir),
         }
     )
 
 
-def _describe_train(run: Run) -> str:
-    if run.batches is not None:
+def _describe_train(run: Pretraining) -> str:
+    if run.has_own_batches:
         return "the caller's batches"
     if run.train_clips is None:
         return "SYNTHETIC NOISE (data.source=synthetic): for speed, not for learning"
     epochs = run.config.total_steps * run.config.batch_size / len(run.train_clips)
     sets = f"{run.train_clips.describe()}; {epochs:.1f} epochs in all"
-    if not run.data.is_demo:
+    if not run.config.data.is_demo:
         return sets
     return (
         f"{sets}\n"
@@ -72,7 +73,7 @@ def _describe_train(run: Run) -> str:
     )
 
 
-def _describe_eval(run: Run) -> str:
+def _describe_eval(run: Pretraining) -> str:
     if not run.has_eval:
         return "none (data.eval is empty)"
     count = pipeline.eval_count(run.eval_clips, run.config.eval.max_clips)
@@ -83,7 +84,7 @@ def _describe_eval(run: Run) -> str:
 
 
 def farewell(workdir: str | os.PathLike) -> str:
-    """What came out of a run, against what it started from, and the next commands to type."""
+    """Returns the table of a finished run: its end beside its start, and the next commands."""
     newest = checkpoint.find(workdir)
     config = checkpoint.metadata(newest)["config"]
     model = ModelConfig(**config["model"])
@@ -101,9 +102,8 @@ def farewell(workdir: str | os.PathLike) -> str:
             f"masked patches: {math.log(masked):.3f}), right in {last['info_nce_accuracy']:.1%}"
         )
         lines["mse"] = _change(first["mse"], last["mse"], ".4f")
-        drawn = [
-            name for name in (RECONSTRUCTIONS, CURVES) if (storage.path(workdir) / name).exists()
-        ]
+        names = [f"{name}.png" for name in (RECONSTRUCTIONS, metrics_writer.CURVES)]
+        drawn = [name for name in names if (storage.path(workdir) / name).exists()]
         lines["pictures"] = "  ".join(f"{workdir}/{name}" for name in drawn)
     for name in ("knn_accuracy", "knn_map"):
         values = [row[name] for row in rows if name in row]
@@ -115,5 +115,5 @@ def farewell(workdir: str | os.PathLike) -> str:
 
 
 def _change(first: float | None, last: float | None, form: str) -> str:
-    """What was not finite is None in metrics.jsonl."""
+    """Returns "first -> last"; metrics.jsonl holds None for a value that was not finite."""
     return " -> ".join("not finite" if x is None else format(x, form) for x in (first, last))

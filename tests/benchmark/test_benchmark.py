@@ -16,9 +16,8 @@ from absl import flags
 from test_speed_rows import PROMISED
 
 from maeast_jax.benchmark import __main__ as benchmark
-from maeast_jax.benchmark import benchmark_config, cases, devices
+from maeast_jax.benchmark import benchmark_config, cases, devices, table
 from maeast_jax.benchmark import measure as speed
-from maeast_jax.evaluation import plots
 from maeast_jax.runtime import memory
 from maeast_jax.training import pretraining as run
 
@@ -251,7 +250,7 @@ def test_what_is_there_is_replaced_when_asked_and_the_picture_is_of_the_rows(
 ):
     drawn = []
     monkeypatch.setattr(
-        plots, "speeds", lambda rows: drawn.append(rows) or np.zeros((2, 2, 3), "u1")
+        table, "chart", lambda rows: drawn.append(rows) or np.zeros((2, 2, 3), "u1")
     )
     picture, rows = tmp_path / "a.png", tmp_path / "rows"
     rows.touch()

@@ -1,5 +1,8 @@
 """What is said of rows whose numbers the test chose."""
 
+import numpy as np
+import pytest
+
 from maeast_jax.benchmark import table
 from maeast_jax.benchmark.cases import _FIELDS
 
@@ -102,3 +105,33 @@ def test_remarks_name_the_devices_the_rates_and_what_a_search_found():
 def test_a_row_that_was_slowed_by_compiling_is_told():
     last = table.remarks([row("mae_ast", recompiles=2), row("ssast")])[-1]
     assert last == "slowed by compiling while they were timed: 1 of 2"
+
+
+BLUE, RED = (0x4C, 0x78, 0xA8), (0xE4, 0x57, 0x56)
+
+
+def bar_lengths(image, colour):
+    """The longest bar of a colour in the left and in the right panel, in pixels."""
+    of_row = (image == np.array(colour)).all(axis=-1)
+    middle = image.shape[1] * 21 // 40  # between the panels
+    return of_row[:, :middle].sum(axis=1).max(), of_row[:, middle:].sum(axis=1).max()
+
+
+def test_bars_are_as_long_as_speed_and_memory():
+    steady = ("clips_per_second_p10", "clips_per_second_p90")
+    rows = [
+        row("mae_ast", clips=6.0, memory=1e9) | dict.fromkeys(steady, 6.0),
+        row("ssast", clips=2.0, memory=4e9) | dict.fromkeys(steady, 2.0),
+    ]
+    image = table.chart(rows)
+    ours, theirs = bar_lengths(image, BLUE), bar_lengths(image, RED)
+    assert ours[0] / theirs[0] == pytest.approx(3.0, rel=0.05)
+    assert ours[1] / theirs[1] == pytest.approx(0.25, rel=0.05)
+
+
+def test_a_row_that_does_not_fit_has_no_bar():
+    fitting = row("mae_ast", clips=6.0, memory=1e9)
+    image = table.chart([fitting, unfit("ssast", 8)])
+    np.testing.assert_array_equal(image, table.chart([fitting]))
+    with pytest.raises(ValueError, match="no row to draw"):
+        table.chart([unfit("ssast", 8)])

@@ -6,14 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from maeast_jax import config as configuration
 from maeast_jax.finetuning import augment
 from maeast_jax.finetuning.augment import AugmentConfig
 
-MIXUP = AugmentConfig(mixup=0.7)
-MASKS = AugmentConfig(frequency_mask=6, time_mask=10)
-ROLL = AugmentConfig(noise_and_roll=True)
+
+def augment_config(**changes):
+    return AugmentConfig(**tiny.section("augment", configuration.finetune, **changes))
+
+
+MIXUP = augment_config(mixup=0.7)
+MASKS = augment_config(frequency_mask=6, time_mask=10)
+ROLL = augment_config(noise_and_roll=True)
 
 jitted = functools.partial(jax.jit, static_argnames="config")
 mixup = jitted(augment.mixup)
@@ -71,7 +78,7 @@ def test_share_weight_and_partner_are_as_configured():
     def targets(key):
         ones = jnp.ones((count, 4))
         lengths = jnp.full((count,), 4)
-        return augment.mixup(key, ones, jnp.eye(count), lengths, AugmentConfig(mixup=0.3))[1]
+        return augment.mixup(key, ones, jnp.eye(count), lengths, augment_config(mixup=0.3))[1]
 
     found = np.asarray(targets(jax.random.split(jax.random.key(0), draws)))
     weights = found[:, range(count), range(count)]
@@ -147,7 +154,7 @@ def test_masks_are_one_span_each_as_wide_and_where_torchaudio_draws_them():
 
 def test_masks_lie_within_the_clip_and_leave_all_else():
     energies, lengths = spectrograms(count=2_000)
-    config = AugmentConfig(time_mask=30)
+    config = augment_config(time_mask=30)
     out = np.asarray(spec_augment(jax.random.key(0), energies, lengths, config=config))
     is_masked = out == 0
     np.testing.assert_array_equal(out[~is_masked], energies[~is_masked])
@@ -158,11 +165,11 @@ def test_masks_lie_within_the_clip_and_leave_all_else():
     assert (lengths - stop == 1).any() and (stop - start == 29).any()
 
 
-def test_rolls_are_whole_frames_around_the_true_length():
+def test_rolls_are_whole_frames_around_the_true_length(monkeypatch):
     energies, lengths = spectrograms(count=2_000)
     lengths = np.maximum(lengths, 21)  # longer than all rolls differ
-    config = AugmentConfig(noise_and_roll=True, noise=0.0)
-    out = np.asarray(noise_and_roll(jax.random.key(0), energies, lengths, config=config))
+    monkeypatch.setattr(augment, "NOISE", 0.0)
+    out = np.asarray(augment.noise_and_roll(jax.random.key(0), energies, lengths, ROLL))
     rolls = []
     for before, after, length in zip(energies, out, lengths, strict=True):
         np.testing.assert_array_equal(after[length:], before[length:])
@@ -176,9 +183,8 @@ def test_rolls_are_whole_frames_around_the_true_length():
 
 def test_noise_is_uniform_of_a_strength_that_is_uniform():
     energies, lengths = spectrograms(count=1_000)
-    config = AugmentConfig(noise_and_roll=True, roll_frames=0)
     zeros = np.zeros_like(energies)
-    noise = np.asarray(noise_and_roll(jax.random.key(0), zeros, lengths, config=config))
+    noise = np.asarray(noise_and_roll(jax.random.key(0), zeros, lengths, config=ROLL))
     strengths = []
     for values, length in zip(noise, lengths, strict=True):
         assert not values[length:].any()
@@ -227,13 +233,15 @@ def test_what_is_off_returns_the_very_input():
     waves, lengths = map(jnp.asarray, clips())
     energies, frames = map(jnp.asarray, spectrograms())
     targets = jnp.eye(len(waves))
-    off, key = AugmentConfig(), jax.random.key(0)
+    off, key = augment_config(), jax.random.key(0)
     mixed, mixed_targets = augment.mixup(key, waves, targets, lengths, off)
     assert mixed is waves and mixed_targets is targets
     assert augment.spec_augment(key, energies, frames, off) is energies
     assert augment.noise_and_roll(key, energies, frames, off) is energies
     alone = waves[:1]
-    assert augment.mixup(key, alone, targets[:1], lengths[:1], AugmentConfig(mixup=1.0))[0] is alone
+    assert (
+        augment.mixup(key, alone, targets[:1], lengths[:1], augment_config(mixup=1.0))[0] is alone
+    )
 
 
 def test_a_clip_does_not_depend_on_the_devices():
@@ -263,11 +271,9 @@ def test_a_clip_does_not_depend_on_the_devices():
         ({"mixup_alpha": 0.0}, "augment.mixup_alpha=0.0 must be above 0 and finite"),
         ({"frequency_mask": -1}, "augment.frequency_mask=-1 must not be negative"),
         ({"time_mask": -1}, "augment.time_mask=-1 must not be negative"),
-        ({"noise": -0.1}, "augment.noise=-0.1 must not be negative"),
-        ({"roll_frames": -10}, "augment.roll_frames=-10 must not be negative"),
     ],
 )
 def test_values_out_of_range_are_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as error:
-        AugmentConfig(**fields)
+        augment_config(**fields)
     assert "\n" not in str(error.value)

@@ -9,8 +9,7 @@ from recordings import TONES, tones
 
 from maeast_jax import config as configuration
 from maeast_jax.data import writer
-from maeast_jax.finetuning.features import Features
-from maeast_jax.finetuning.run import check_run
+from maeast_jax.finetuning import Features, open_run
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -30,7 +29,7 @@ def features(workdir, data_dir, source="fbank", train="tones", **changes):
     config.features.update(source=source, phases=1)
     config.model.update(encoder_layers=1, width=16, heads=2, mlp_width=16, decoder_width=16)
     config.update(changes)
-    run = check_run(config, workdir)
+    run = open_run(config, workdir)
     return Features(run).of(run.folds[0].valid)
 
 

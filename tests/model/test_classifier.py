@@ -295,15 +295,15 @@ def test_the_backbone_of_a_graph_has_the_factors_that_it_is_given():
         ({"pool": "max"}, "head.pool='max' is unknown; known: mean, time"),
         (
             {"layer": "first"},
-            "head.layer=first is not one of .*known: last, weighted, 0 to 2",
+            "head.layer='first' is not one of .*known: last, weighted, 0 to 2",
         ),
         ({"layer": 1.5}, "head.layer=1.5 is not one of"),
         ({"projection": 0}, "head.projection=0 must be at least 1"),
         (
             {"layer": 3},
-            "head.layer=3 is not one of the model's 3 layers; known: .*0 to 2, -3 to -1",
+            "head.layer=3 is not one of the model's 3; known: .*0 to 2, -3 to -1",
         ),
-        ({"layer": "-4"}, "head.layer=-4 is not one of"),
+        ({"layer": "-4"}, "head.layer='-4' is not one of"),
     ],
 )
 def test_values_that_do_not_fit_are_one_line(fields, message):

@@ -57,9 +57,8 @@ def test_a_checkpoint_decides_every_field_that_shapes_its_arrays():
 def test_a_run_chooses_how_it_computes_and_drops_out():
     own = {"dtype": "bfloat16", "unroll": True, "remat": "dots", "layer_drop": 0.5,
            "dropout": 0.2, "attention_dropout": 0.3, "input_dropout": 0.4}  # fmt: skip
-    # The other fields may even be impossible: they are not looked at.
-    settings = dataclasses.asdict(CONFIG) | own | {"width": 1}
-    assert CONFIG.with_run_fields(settings) == dataclasses.replace(CONFIG, **own)
+    run = model_config(**own, width=32, heads=2, decoder_width=32, mask="span")
+    assert CONFIG.with_run_fields_of(run) == dataclasses.replace(CONFIG, **own)
 
 
 def test_layers_are_numbers_from_either_end_or_words():
@@ -67,5 +66,5 @@ def test_layers_are_numbers_from_either_end_or_words():
         assert parse_layer("layer", layer, 3) == number
     assert parse_layer("layer", "last", 3, ("last", "all")) == "last"
     for wrong in (3, "-4", 1.5, "first"):
-        with pytest.raises(ValueError, match=f"layer={wrong} is not one of the model's 3 layers; "):
+        with pytest.raises(ValueError, match=f"layer={wrong!r} is not one of the model's 3; known"):
             parse_layer("layer", wrong, 3, ("last",))

@@ -1,18 +1,17 @@
 """The loop's order of things, with steps that only count."""
 
+import dataclasses
 import itertools
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from maeast_jax import config as configuration
 from maeast_jax.runtime.cli import Interrupted, NonFiniteError
-from maeast_jax.training import metrics_writer
-from maeast_jax.training.loop import Loop
-from maeast_jax.training.steps import TrainState
+from maeast_jax.training import Evaluation, LoopConfig, MetricsWriter, loop, metrics_writer
+from maeast_jax.training.loop import Pace
 
 
 class Saved:
@@ -22,7 +21,7 @@ class Saved:
         self.workdir, self.steps, self.logged = workdir, [], []
 
     def save(self, step, parts):
-        assert int(parts["progress"]["step"]) == step
+        assert parts == {"step": step}
         if step not in self.steps:
             self.steps.append(step)
             rows = metrics_writer.read_metrics(self.workdir)
@@ -37,48 +36,58 @@ class Saved:
     close = wait
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """A training state that knows its step alone."""
+
+    step: jax.Array
+
+    def parts(self):
+        return {"step": int(self.step)}
+
+
 def metrics(loss):
     one = jnp.ones(())
-    names = ("loss", "mse", "info_nce", "grad_norm", "learning_rate")
-    return {name: (jnp.asarray(loss), one) for name in names}
+    return {name: (jnp.asarray(loss), one) for name in ("loss", "grad_norm", "learning_rate")}
+
+
+def when(**changes):
+    every = {"log_steps": 3, "eval_steps": 4, "checkpoint_steps": 5} | changes
+    total = every.pop("total_steps", 10)
+    return {
+        "total_steps": total,
+        **{name: range(0 if name == "eval_steps" else n, total, n) for name, n in every.items()},
+    }
 
 
 def run(
     workdir, saved, start_step=0, losses=(1.0,) * 10, during_evaluation=None, during_step=None,
-    eval_batches=True, knn=None, **fields,
+    values=None, **changes,
 ):  # fmt: skip
-    config = configuration.pretrain()
-    config.update(
-        {"total_steps": 10, "log_every": 3, "eval_every": 4, "checkpoint_every": 5} | fields
-    )
-    config.eval.pictures = 0
     loss_of_step = iter(losses)
 
     def step(state, batch):
         if during_step and int(state.step) + 1 == during_step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return TrainState(state.step + 1, {}, {}, {}), metrics(next(loss_of_step))
+        return Counter(state.step + 1), metrics(next(loss_of_step))
 
-    def evaluate(state, batch, index):
+    def evaluate(state, asked_to_stop):
         if during_evaluation and int(state.step) == during_evaluation:
             os.kill(os.getpid(), signal.SIGTERM)
-        return metrics(0.5)
+        if asked_to_stop():
+            return None
+        return Evaluation(state, {"loss": 0.5} if values is None else values)
 
-    held_out = {"mask": np.ones(1, bool)}
-    return Loop(
-        config=config,
-        workdir=workdir,
-        start_step=start_step,
-        checkpoints=saved,
-        step=step,
-        eval_step=evaluate,
-        reconstruct=None,
-        calibrate=None,
-        put=lambda batch: batch,
-        put_eval=lambda batch: batch,
-        eval_batches=(lambda: iter([held_out, held_out])) if eval_batches else None,
-        knn=knn,
-    ).run(TrainState(jnp.asarray(start_step), {}, {}, {}), itertools.repeat({}))
+    return loop.run(
+        Counter(jnp.asarray(start_step)),
+        step,
+        (batch for batch in itertools.repeat({})),
+        evaluate,
+        saved,
+        MetricsWriter(workdir, start_step),
+        LoopConfig(start_step=start_step, batch_size=8, **when(**changes)),
+    )[1]
 
 
 def rows(workdir):
@@ -90,7 +99,7 @@ def test_lines_are_on_the_disk_before_the_checkpoint_they_belong_to(tmp_path):
     assert run(tmp_path, saved)["loss"] == 0.5
     assert saved.steps == [5, 10]
     assert saved.logged == [5, 10]
-    assert [step for step, split in rows(tmp_path) if split == "train"] == [3, 5, 6, 9, 10]
+    assert [step for step, split in rows(tmp_path) if split == "train"] == [3, 4, 5, 6, 8, 9, 10]
     assert [step for step, split in rows(tmp_path) if split == "eval"] == [0, 4, 8, 10]
 
 
@@ -110,7 +119,7 @@ def test_a_state_past_a_loss_that_is_not_finite_is_never_saved(tmp_path, bad):
     saved = Saved(tmp_path)
     losses = [1.0] * 8 + [bad] + [1.0] * 9
     with pytest.raises(NonFiniteError, match=r"at step 9 \(step 5 is saved\)"):
-        run(tmp_path, saved, losses=losses, log_every=100)
+        run(tmp_path, saved, losses=losses, log_steps=100)
     assert saved.steps == [5]
 
 
@@ -123,11 +132,11 @@ def test_a_stop_during_the_last_evaluation_is_made_up_for(tmp_path):
     assert rows(tmp_path)[-1] == (10, "eval")
 
 
-def test_what_is_evaluated_in_another_process_is_evaluated(tmp_path):
-    """Of several processes the first alone asks neighbours: the others have nothing to show."""
+def test_an_evaluation_without_values_is_an_evaluation(tmp_path):
+    """Of several processes only the first asks neighbours; the others have no values to show."""
     saved = Saved(tmp_path)
     saved.wait = lambda: os.kill(os.getpid(), signal.SIGTERM)
-    assert run(tmp_path, saved, eval_batches=False, knn=lambda state: {}) == {}
+    assert run(tmp_path, saved, values={}) == {}
     assert saved.steps[-1] == 10
 
 
@@ -143,4 +152,55 @@ def test_rows_are_means_of_their_steps(tmp_path):
     losses = {
         r["step"]: r["loss"] for r in metrics_writer.read_metrics(tmp_path) if r["split"] == "train"
     }
-    assert losses == {3: 2.0, 5: 4.5, 6: 6.0, 9: 8.0, 10: 10.0}
+    assert losses == {3: 2.0, 4: 4.0, 5: 5.0, 6: 6.0, 8: 7.5, 9: 9.0, 10: 10.0}
+
+
+def loop_config(batch_size, **changes):
+    return LoopConfig(start_step=0, batch_size=batch_size, **when(**changes))
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def test_pace_is_between_two_calls():
+    clock = Clock()
+    pace = Pace(loop_config(batch_size=32, total_steps=1000, eval_steps=1000), clock)
+    assert pace.rate(100) is None
+    clock.seconds = 4.0
+    assert pace.rate(110) == 80.0
+    clock.seconds = 5.0
+    assert pace.rate(115) == 160.0
+    assert pace.rate(120) is None  # no time has passed
+    clock.seconds = 6.0
+    assert pace.rate(120) is None  # nor a step
+    clock.seconds = 8.0
+    assert pace.rate(121) == 16.0
+
+
+def test_time_left_has_the_steps_and_the_evaluations_ahead():
+    clock = Clock()
+    pace = Pace(loop_config(batch_size=8, total_steps=100, eval_steps=30), clock)
+    with pace.evaluation():  # before the clock of the steps starts
+        clock.seconds = 5.0
+    clock.seconds = 300.0  # compilation
+    pace.rate(10)
+    assert pace.seconds_left(10) is None
+    clock.seconds = 320.0
+    pace.rate(20)
+    # 80 steps of 2 s; evaluations after steps 30, 60, 90 and 100.
+    assert pace.seconds_left(20) == 80 * 2.0 + 4 * 5.0
+    clock.seconds = 340.0
+    pace.rate(30)
+    assert pace.seconds_left(30) == 70 * 2.0 + 4 * 5.0  # the one at 30 is still to come
+    with pace.evaluation():
+        clock.seconds = 347.0
+    clock.seconds = 367.0
+    assert pace.rate(40) == 8 * 10 / 20.0  # the evaluation's 7 s are not the steps'
+    assert pace.seconds_left(40) == 60 * 2.0 + 3 * 7.0
+    assert pace.seconds_left(100) == 7.0

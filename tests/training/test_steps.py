@@ -9,27 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from tiny import assert_close, authors_config
 
 from maeast_jax import fbank
 from maeast_jax.interop import parameters
 from maeast_jax.model import hashed_bits, masking, stream_key
 from maeast_jax.runtime import sharding
-from maeast_jax.training.optimizer import OptimizerConfig, adamw
+from maeast_jax.training.optimizer import AdamWConfig, adamw
 from maeast_jax.training.steps import (
     LossConfig,
     TrainState,
-    checkpoint_parts,
+    info_nce,
     init_state,
     make_eval_step,
     make_reconstruct,
     make_train_step,
-    state_from_parts,
+    mean_squared_error,
 )
 
-TINY = authors_config()
 FRAMES = 192
-RECIPE = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+TINY = authors_config()
+RECIPE = AdamWConfig(**tiny.section("optimizer", learning_rate=1e-3, warmup_steps=0))
+LOSS = LossConfig(**tiny.section("loss"))
 
 
 def constant(step):
@@ -57,7 +59,7 @@ def authors_step(golden, monkeypatch, optimizer):
     )
     monkeypatch.setattr(masking, "mask_tokens", lambda *_: masks)
     config = dataclasses.replace(TINY, tokens=golden["tokens"])
-    step = make_train_step(config, LossConfig(), optimizer, constant, seed=0, num_frames=FRAMES)
+    step = make_train_step(config, LOSS, optimizer, constant, seed=0, num_frames=FRAMES)
     return jax.jit(step), {"fbank": values["fbank"]}
 
 
@@ -121,7 +123,7 @@ def compiled(accumulation_steps, devices, seed, optimizer=ADAMW):
     mesh = sharding.make_mesh(*devices)
     step = make_train_step(
         TINY,
-        LossConfig(),
+        LOSS,
         optimizer,
         constant,
         seed=seed,
@@ -263,9 +265,7 @@ def test_streams_differ_by_step_and_by_name():
 def test_masks_change_from_step_to_step():
     """With a learning rate of 0 the same batch costs another loss at the next step."""
     optimizer = optax.set_to_zero()
-    step = jax.jit(
-        make_train_step(TINY, LossConfig(), optimizer, constant, seed=0, num_frames=FRAMES)
-    )
+    step = jax.jit(make_train_step(TINY, LOSS, optimizer, constant, seed=0, num_frames=FRAMES))
     state = init_state(TINY, optimizer, 0)
     batch = noise_batch(clips=2)
     state, first = step(state, batch)
@@ -277,7 +277,7 @@ def test_evaluation_counts_each_example_once_whatever_its_batch():
     config = TINY
     state = init_state(config, optax.identity(), 0)
     batch = noise_batch(clips=4)
-    evaluate = jax.jit(make_eval_step(config, LossConfig(), seed=0, num_frames=FRAMES))
+    evaluate = jax.jit(make_eval_step(config, LOSS, seed=0, num_frames=FRAMES))
     whole = evaluate(state, batch | {"mask": np.ones(4, bool)}, np.int32(0))
     part = evaluate(state, batch | {"mask": np.array([True, True, True, False])}, np.int32(0))
     last = evaluate(state, batch | {"mask": np.array([False, False, False, True])}, np.int32(0))
@@ -313,7 +313,7 @@ def test_every_scatter_knows_that_no_place_comes_twice(architecture):
         TINY, architecture=architecture, decoder_layers=int(architecture == "mae_ast")
     )
     optimizer = optax.identity()
-    step = make_train_step(config, LossConfig(), optimizer, constant, seed=0, num_frames=FRAMES)
+    step = make_train_step(config, LOSS, optimizer, constant, seed=0, num_frames=FRAMES)
     state = jax.eval_shape(lambda: init_state(config, optimizer, 0))
     batch = {"fbank": jax.ShapeDtypeStruct((2, FRAMES, 128), jnp.float32)}
     text = jax.jit(step).lower(state, batch).as_text()
@@ -322,21 +322,45 @@ def test_every_scatter_knows_that_no_place_comes_twice(architecture):
 
 
 def test_clips_of_another_length_are_refused():
-    step = make_train_step(
-        TINY, LossConfig(), optax.identity(), constant, seed=0, num_frames=FRAMES
-    )
-    with pytest.raises(ValueError, match="holds 208 frames a clip, but num_frames=192"):
+    step = make_train_step(TINY, LOSS, optax.identity(), constant, seed=0, num_frames=FRAMES)
+    with pytest.raises(ValueError, match="holds 208 frames per clip, but num_frames=192"):
         jax.eval_shape(step, init_state(TINY, optax.identity(), 0), noise_batch(frames=208))
 
 
 def test_parts_of_a_checkpoint_make_the_state_again():
     state = init_state(TINY, adamw(RECIPE, constant), 0)
-    parts = checkpoint_parts(state)
+    parts = state.parts()
     assert set(parts) == {"weights", "progress"}
-    assert jax.tree.structure(state_from_parts(parts)) == jax.tree.structure(state)
+    assert jax.tree.structure(TrainState.from_parts(parts)) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize("weights", [{"mse": -1.0}, {"mse": 0.0, "info_nce": 0.0}])
 def test_loss_weights_that_make_no_loss_are_refused(weights):
     with pytest.raises(ValueError, match="must not be negative, nor both zero"):
         LossConfig(**weights)
+
+
+def test_losses_are_the_authors(golden):
+    values = golden["values"]
+    target = values["pretrain.target"]
+    mse_B = mean_squared_error(values["pretrain.recon"], target)
+    info_nce_B, _ = info_nce(values["pretrain.class"], target)
+    np.testing.assert_allclose(jnp.mean(mse_B), values["pretrain.mse"], rtol=1e-6)
+    np.testing.assert_allclose(jnp.mean(info_nce_B), values["pretrain.info_nce"], rtol=1e-6)
+
+
+def test_a_blind_guess_costs_log_of_the_masked_patches():
+    target = jax.random.normal(jax.random.key(0), (2, 7, 256))
+    loss_B, _ = info_nce(jnp.zeros_like(target), target)
+    np.testing.assert_allclose(loss_B, np.log(7), rtol=1e-6)
+
+
+def test_info_nce_picks_among_the_same_clips_patches_only():
+    target = jnp.stack([jnp.eye(4, 256), 3.0 * jnp.eye(4, 256)])
+    loss_B, accuracy_B = info_nce(10.0 * target, target)
+    np.testing.assert_allclose(accuracy_B, 1.0)
+    alone_B, _ = info_nce(10.0 * target[:1], target[:1])
+    np.testing.assert_array_equal(loss_B[:1], alone_B)
+    wrong_B, accuracy_B = info_nce(10.0 * jnp.roll(target, 1, axis=1), target)
+    assert np.all(np.asarray(wrong_B) > np.asarray(loss_B))
+    np.testing.assert_allclose(accuracy_B, 0.0)

@@ -142,7 +142,7 @@ def test_reading_where_nothing_was_written(tmp_path):
 def test_tensorboard_gets_scalars_pictures_and_the_step_to_purge_from(tmp_path):
     writer = metrics_writer.MetricsWriter(tmp_path, resume_step=20)
     writer.write(30, "eval", {"loss": 0.5, "mse": 0.25})
-    writer.image(30, "reconstructions", np.zeros((4, 6, 3), np.uint8))
+    writer.picture(30, "reconstructions", np.zeros((4, 6, 3), np.uint8))
     writer.close()
     found = events(tmp_path)
     values = {(event.step, value.tag): value for event in found for value in event.summary.value}
