@@ -195,7 +195,7 @@ def updates(size: Size) -> list[Choice]:
               (layers, 4 * width, width)]  # fmt: skip
     parameters = [jnp.ones(shape) for shape in shapes]
     settings = configuration.pretrain().optimizer.to_dict()
-    as_is = optimizer.adamw(optimizer.OptimizerConfig(**settings), 1e-4)
+    as_is = optimizer.adamw(optimizer.AdamWConfig(**settings), 1e-4)
 
     def update(transform):
         def call(parameters, state):
