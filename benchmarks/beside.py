@@ -1,7 +1,7 @@
-"""Sides of a comparison, each in a process of its own, that work in turn: for beside_*.py.
+"""Sides of a comparison for beside_*.py: each works in a process of its own, and they take turns.
 
-In one process the thread pools of torch, TensorFlow and XLA would fight for the cores. One side
-after the other, a machine that slows down for a while would slow one of them.
+In one process the thread pools of torch, TensorFlow and XLA would compete for the cores. Turns are
+short and alternate, because a machine that is slow for a while should slow both sides.
 """
 
 import argparse
@@ -19,17 +19,17 @@ import numpy as np
 
 
 class SideError(Exception):
-    """A side's process failed; the message names it and says what it raised."""
+    """A side's process failed; the message has its name and its error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a side's process is ready to do.
+    """The work that a side's process is ready to do.
 
     Attributes:
-      run: does so many pieces of it, finished when it returns.
-      facts: what the side says of itself; pickled.
-      device_bytes: the most memory held on the accelerator so far, None where there is none.
+      run: Does the given number of pieces of work, and returns when they are done.
+      facts: Properties of the side for its row of the results; pickled.
+      device_bytes: Peak memory on the accelerator so far; None without an accelerator.
     """
 
     run: Callable[[int], None]
@@ -39,7 +39,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Seconds of one turn, of all the process' cores over it, and of these while it waited."""
+    """Times of one turn: wall and CPU seconds of the turn, and of the wait before it."""
 
     seconds: float
     cpu_seconds: float
@@ -48,12 +48,15 @@ class Turn:
 
 
 class Side:
-    """A process that builds its work at once and then works on command.
+    """A process that builds its work at once, and then works on command.
 
-    build: a function of a module, called in the process with `settings`; it imports what it needs,
-      so that a side measures no other side's libraries.
-    cpus: the cores that the process may use, None for all; set before anything is imported.
-    environment: variables of the process beside this one's, there from its start.
+    Args:
+      name: Name of the side, for results and errors.
+      build: A module's function that the process calls with `settings`. It does its own imports, so
+        that a side does not measure another side's libraries.
+      settings: Arguments of `build`; pickled.
+      cpus: Cores that the process may use, None for all; set before anything is imported.
+      environment: Variables that the process has in addition to this process' variables.
     """
 
     def __init__(
@@ -77,24 +80,25 @@ class Side:
         self.facts = self._answer()
 
     def turn(self, count: int) -> None:
-        """Does `count` pieces of work and keeps how long they took in `turns`."""
+        """Does `count` pieces of work, and appends their times to `turns`."""
         self._pipe.send(count)
         self.turns.append(Turn(*self._answer()))
 
     def close(self) -> int:
-        """Ends the process; the most bytes it held: on the accelerator, else in memory (VmHWM)."""
+        """Ends the process; returns its peak bytes on the accelerator, else in memory (VmHWM)."""
         self._pipe.send(None)
         peak_bytes = self._answer()
         self._process.join()
         return peak_bytes
 
     def kill(self) -> None:
+        """Ends the process, whatever it does."""
         self._process.kill()
         self._process.join()
 
     @property
     def waiting_load(self) -> float:
-        """Cores that the side kept busy while others worked."""
+        """Number of cores that the side kept busy while other sides worked."""
         waited = sum(turn.waited_seconds for turn in self.turns)
         return sum(turn.waited_cpu_seconds for turn in self.turns) / waited if waited else 0.0
 
@@ -113,7 +117,7 @@ class Side:
 
 @contextlib.contextmanager
 def ending(sides: list[Side]) -> Iterator[None]:
-    """Ends the processes of the sides that are in the list when the block is left, however."""
+    """Kills the processes of the sides in the list at the end of the block, also after an error."""
     try:
         yield
     finally:
@@ -123,7 +127,7 @@ def ending(sides: list[Side]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """A process that starts meanwhile has them; what was set before is set again."""
+    """Sets variables for processes that start in the block; restores the old values afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -134,25 +138,25 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def take_turns(sides: Sequence[Side], rounds: int, count: int) -> None:
-    """`rounds` times one turn each, `count` pieces of work a turn."""
+    """Gives each side one turn of `count` pieces of work, `rounds` times."""
     for _ in range(rounds):
         for side in sides:
             side.turn(count)
 
 
 def rates(side: Side, amount: float) -> np.ndarray:
-    """Per second, a turn each, where a turn does `amount`."""
+    """Returns `amount` per second for each turn, where `amount` is the work of one turn."""
     return amount / np.array([turn.seconds for turn in side.turns])
 
 
 def spread(values: np.ndarray) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
+    """Returns the median, the 10th and the 90th percentile."""
     low, middle, high = np.percentile(values, [10, 50, 90])
     return float(middle), float(low), float(high)
 
 
 def positive(text: str) -> int:
-    """A number from the command line."""
+    """Returns a whole number of at least 1 from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
     return int(text)

@@ -1,6 +1,6 @@
-"""Training steps for beside_torch.py: ours, and s3prl's copy of the authors' model.
+"""Training steps for beside_torch.py: ours, and that of s3prl's copy of the authors' model.
 
-Each is built in a process of its own, which starts jax or torch and never both.
+Each is built in a process of its own, which imports jax or torch but never both.
 """
 
 import dataclasses
@@ -20,19 +20,20 @@ BASE = {"encoder_layers": 12, "decoder_layers": 2, "width": 768, "heads": 12, "m
 TINY = {"encoder_layers": 2, "decoder_layers": 1, "width": 16, "heads": 2, "mlp_width": 32,
         "num_frames": 64}  # fmt: skip
 DROPOUTS = {"input_dropout": 0.1, "dropout": 0.1, "attention_dropout": 0.1, "layer_drop": 0.05}
-# Of what s3prl's model has and nothing in it reads: a norm over bands, and a vector put in the
-# place of masked tokens before they are dropped.
+# Parameters that s3prl's model has but never uses: a norm over bands, and a vector that replaces
+# masked tokens before they are dropped.
 UNREAD = ("layer_norm.weight", "layer_norm.bias", "encoder_mask_emb")
 _WARM_STEPS = 3  # the first compiles
 
 
 def features(batch: int, num_frames: int) -> np.ndarray:
-    """float32 [batch, num_frames, BANDS], like log energies of audio; the same on both sides."""
+    """Returns noise like log energies of audio, float32 [batch, num_frames, BANDS]."""
     normal = np.random.default_rng(0).standard_normal((batch, num_frames, BANDS), np.float32)
     return 4 * normal - 6.5
 
 
 def their_model(size: dict[str, int]):
+    """Returns s3prl's copy of the authors' model, with the paper's dropouts."""
     num_tokens = size["num_frames"] // PATCH[0] * (BANDS // PATCH[1])
     return reference.pretraining_model(
         PATCH,
@@ -53,7 +54,7 @@ def their_model(size: dict[str, int]):
 
 
 def their_loss(reconstruction_BxMxP, classification_BxMxP, target_BxMxP):
-    """10 MSE + InfoNCE among a clip's masked patches, by the plain dot product, in float32."""
+    """Returns 10 MSE + InfoNCE among a clip's masked patches, by plain dot products, in float32."""
     import torch
     from torch.nn import functional
 
@@ -68,13 +69,14 @@ def their_loss(reconstruction_BxMxP, classification_BxMxP, target_BxMxP):
 def build_theirs(
     *, mode: str, batch: int, dtype: str, device: str, size: dict[str, int]
 ) -> beside.Work:
+    """Returns the authors' training step, warm; torch is imported here."""
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     import torch
 
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(0)
     model = their_model(size).to(device)
-    # Their vector for masked tokens is float32, and torch refuses to write it among bfloat16's.
+    # Their vector for masked tokens is float32; torch refuses to write it into a bfloat16 tensor.
     model.post_extract_proj.register_forward_hook(lambda module, inputs, output: output.float())
     loss_of = their_loss
     if mode == "compiled":
@@ -127,8 +129,8 @@ def build_ours(
     size: dict[str, int],
     from_audio: bool,
     keeps_freed: bool,
-    workdir: str,
 ) -> beside.Work:
+    """Returns the step that training builds, warm; jax is imported here."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
@@ -138,12 +140,10 @@ def build_ours(
 
     if keeps_freed:
         memory.share_heap()
-    from maeast_jax.training.programs import Programs
-
     from maeast_jax import config as configuration
-    from maeast_jax.data import pipeline
     from maeast_jax.model import masking
-    from maeast_jax.training import pretraining as run
+    from maeast_jax.runtime import sharding
+    from maeast_jax.training import PretrainConfig, Pretraining
 
     config = configuration.pretrain()
     settings = dict(size)
@@ -152,26 +152,25 @@ def build_ours(
     config.model.update(
         settings, decoder_width=size["width"], dtype=dtype, unroll=mode == "unrolled", **DROPOUTS
     )
-    config.optimizer.warmup_steps = 0  # so that the first steps move a float32 that is near 1
+    config.optimizer.warmup_steps = 0  # so that the first steps change float32 values near 1
     config.mesh.data = 1
-    checked = run.check_run(config, workdir, batches=[])
+    config.data.source = "synthetic"
+    training = Pretraining(PretrainConfig.of(config))
     if from_audio:
-        synthetic = pipeline.DataConfig(source="synthetic")
-        host = next(run.train_stream(dataclasses.replace(checked, data=synthetic, batches=None)))
+        on_device = next(training.train_batches())
     else:
-        # As data.fbank=host, without the data set and TensorFlow that it would open.
-        in_stream = dataclasses.replace(checked.data, fbank="host")
-        checked = dataclasses.replace(checked, data=in_stream)
-        host = {"fbank": features(batch, config.num_frames)}
-    programs = Programs(checked)
-    state = programs.initial_state()
-    on_device = run.put_batch(checked, host)
+        # The step of data.fbank=host, without TensorFlow and the data set that it would open.
+        data = dataclasses.replace(training.config.data, source="tfds", fbank="host")
+        training.config = dataclasses.replace(training.config, data=data)
+        place = sharding.by_example(training.mesh)
+        on_device = {"fbank": jax.device_put(features(batch, config.num_frames), place)}
+    state = training.initial_state()
     step = None
 
     def run_steps(count: int) -> None:
         nonlocal state, step
         if step is None:
-            step = programs.step()
+            step = training.compile_step()
             memory.keep_freed(memory.planned_bytes(step))
         for _ in range(count):
             state, _ = step(state, on_device)
@@ -181,7 +180,7 @@ def build_ours(
         leaves = jax.tree_util.tree_leaves_with_path(state.params)
         return {jax.tree_util.keystr(path): float((leaf**2).sum()) for path, leaf in leaves}
 
-    num_tokens = int(np.prod(checked.model.grid(config.num_frames)))
+    num_tokens = int(np.prod(training.config.model.grid(config.num_frames)))
     facts = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "masked": num_tokens - masking.num_kept(num_tokens, config.model.mask_ratio),
@@ -197,7 +196,7 @@ def build_ours(
 
 
 def _warm_up(run, sums) -> dict[str, Any]:
-    """The first step's seconds, and which parameters are as they were after some steps."""
+    """Returns the seconds of the first step, and the parameters that some steps did not change."""
     before = sums()
     start = time.perf_counter()
     run(1)
@@ -209,15 +208,15 @@ def _warm_up(run, sums) -> dict[str, Any]:
 
 
 def check_same_work(ours: dict[str, Any], theirs: dict[str, Any], size: dict[str, int]) -> None:
-    """Raises ValueError where two sides, by their facts, do not do the same."""
+    """Raises ValueError if the facts of two sides show that they do different work."""
     unread = 2 * BANDS + size["width"]
     if ours["parameters"] != theirs["parameters"] - unread:
         raise ValueError(
-            f"ours has {ours['parameters']} parameters, theirs {theirs['parameters']}, of which "
-            f"{unread} that nothing reads"
+            f"ours has {ours['parameters']} parameters, theirs {theirs['parameters']}, "
+            f"{unread} of them unused"
         )
     if ours["masked"] != theirs["masked"]:
-        raise ValueError(f"ours masks {ours['masked']} tokens a clip, theirs {theirs['masked']}")
+        raise ValueError(f"ours masks {ours['masked']} tokens per clip, theirs {theirs['masked']}")
     unmoved = [*ours["unmoved"], *(name for name in theirs["unmoved"] if name not in UNREAD)]
     if unmoved:
-        raise ValueError(f"after {_WARM_STEPS} steps, not moved: {', '.join(unmoved)}")
+        raise ValueError(f"unchanged after {_WARM_STEPS} steps: {', '.join(unmoved)}")

@@ -2,18 +2,19 @@
 
 Theirs is s3prl's copy of their model in training mode with its own masking on the host, their loss,
 torch.nn.utils.clip_grad_norm_ and torch.optim.AdamW (fused); bfloat16 is torch.autocast over
-float32 parameters. `eager` as it is; `compiled` with torch.compile of each layer and of the loss:
-compiled whole it would be compiled again at every step, since it holds a step's mask as constants.
-Ours is the step that training builds. Both take the same log-mel energies, already on the device,
-with the paper's dropouts, and write float32 parameters. One thing is not the same: ours computes
-the last decoder layer's queries and MLP at the masked places only, for nothing else is read.
+float32 parameters. `eager` runs it as it is. `compiled` uses torch.compile for each layer and for
+the loss; the whole model would be compiled again at every step, because it holds the step's mask as
+constants. Ours is the step that training builds. Both take the same log-mel energies, which are on
+the device already, use the paper's dropouts, and write float32 parameters. There is one difference:
+ours computes the queries and the MLP of the last decoder layer at the masked places only, because
+nothing else is read.
 
-Each of ours and each of theirs are a pair that works in turn, a process each, so that a device
-holds two models at most; a ratio is taken each round. The first step's seconds hold compiling, from
-nothing cached. Memory is that of a process' whole life: VmHWM on a CPU, torch's
-max_memory_allocated and XLA's peak_bytes_in_use on a GPU. --batches tries each batch on each side
-alone first and compares every side's fastest. Needs what requirements-test.txt and
-requirements-reference.txt name.
+Each of ours is compared with each of theirs. The two work in turn, in a process each, so that a
+device holds at most two models, and each round gives one ratio. The seconds of the first step
+include the compilation, with empty caches. Memory is the peak of the process: VmHWM on a CPU,
+torch's max_memory_allocated and XLA's peak_bytes_in_use on a GPU. --batches first tries each batch
+on each side alone, and then compares the fastest of each side. The program needs
+requirements-test.txt and requirements-reference.txt.
 """
 
 import argparse
@@ -21,22 +22,21 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# No jax and no torch: each side starts one of them.
+# This process imports neither jax nor torch: each side imports one of them.
 from benchmarks import beside, beside_steps, reference
 
-# glibc's, by which freed memory is kept, in pieces of any size.
+# Settings of glibc by which a process keeps freed memory, in pieces of any size.
 _KEEPS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "1000000000000",
 }
-# What XLA, CUDA's allocator in torch and a machine's own say when memory has run out.
+# Words of XLA, of torch's CUDA allocator and of the system when memory has run out.
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "MemoryError", "ended with -9")
 
 
@@ -44,23 +44,22 @@ def size_of(options: argparse.Namespace) -> dict[str, int]:
     return beside_steps.TINY if options.tiny else beside_steps.BASE
 
 
-def build(side: str, batch: int, options: argparse.Namespace, workdir: str) -> beside.Side:
-    """The side `ours MODE` or `s3prl MODE`, warm."""
+def build(side: str, batch: int, options: argparse.Namespace) -> beside.Side:
+    """Returns the side `ours MODE` or `s3prl MODE`, warm."""
     who, mode = side.split()
     settings = {"mode": mode, "batch": batch, "dtype": options.dtype, "device": options.device}
     settings["size"] = size_of(options)
     if who == "s3prl":
         environment = _KEEPS if options.memory == "kept" else {}
         return beside.Side(side, beside_steps.build_theirs, settings, environment=environment)
-    settings |= {"from_audio": options.from_audio, "workdir": workdir}
-    settings["keeps_freed"] = options.memory != "returned"
+    settings |= {"from_audio": options.from_audio, "keeps_freed": options.memory != "returned"}
     return beside.Side(side, beside_steps.build_ours, settings)
 
 
-def best_batch(side: str, options: argparse.Namespace, workdir: str) -> int:
-    """The batch with the most clips a second in a trial of a few turns; one without room has none.
+def best_batch(side: str, options: argparse.Namespace) -> int:
+    """Returns the batch with the most clips per second in a trial of a few turns.
 
-    Raises beside.SideError where no batch has room, and for what else goes wrong.
+    Raises beside.SideError if no batch fits, and for every other failure.
     """
     if len(options.batches) == 1:
         return options.batches[0]
@@ -69,7 +68,7 @@ def best_batch(side: str, options: argparse.Namespace, workdir: str) -> int:
         trials = []
         try:
             with beside.ending(trials):
-                trials.append(build(side, batch, options, workdir))
+                trials.append(build(side, batch, options))
                 beside.take_turns(trials, 3, options.steps)
             found[batch] = statistics.median(beside.rates(trials[0], batch * options.steps))
             print(f"{side}, batch {batch}: {found[batch]:.2f} clips/s in a trial", flush=True)
@@ -83,14 +82,14 @@ def best_batch(side: str, options: argparse.Namespace, workdir: str) -> int:
     return max(found, key=found.get)
 
 
-def compare(options: argparse.Namespace, workdir: str) -> dict[str, Any]:
-    """Of each pair a row a side, ours first, and how many times as fast as theirs ours is."""
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns two rows per pair, ours first, and the ratio of their speeds."""
     ours = [f"ours {mode}" for mode in options.ours]
     theirs = [f"s3prl {mode}" for mode in options.modes]
-    batches = {name: best_batch(name, options, workdir) for name in (*ours, *theirs)}
+    batches = {name: best_batch(name, options) for name in (*ours, *theirs)}
     found = {"sides": [], "ratios": []}
     for names in itertools.product(ours, theirs):
-        rows, rates = compare_pair(names, batches, options, workdir)
+        rows, rates = compare_pair(names, batches, options)
         found["sides"] += rows
         ratio = beside.spread(rates[0] / rates[1])
         found["ratios"].append({"ours": names[0], "theirs": names[1], "ratio": ratio})
@@ -98,13 +97,13 @@ def compare(options: argparse.Namespace, workdir: str) -> dict[str, Any]:
 
 
 def compare_pair(
-    names: tuple[str, str], batches: dict[str, int], options: argparse.Namespace, workdir: str
+    names: tuple[str, str], batches: dict[str, int], options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """A row for each of both, and its clips a second in each round."""
+    """Returns a row for each of the two sides, and its clips per second in each round."""
     sides = []
     with beside.ending(sides):
         for name in names:
-            sides.append(build(name, batches[name], options, workdir))
+            sides.append(build(name, batches[name], options))
         beside_steps.check_same_work(sides[0].facts, sides[1].facts, size_of(options))
         beside.take_turns(sides, options.rounds, options.steps)
         peaks = [side.close() for side in sides]
@@ -128,8 +127,9 @@ def compare_pair(
 
 
 def table(found: dict[str, Any]) -> str:
+    """Returns the sides as a table in Markdown, and one line per ratio."""
     lines = [
-        "| side | type | batch | clips/s, median (10th-90th) | CPU seconds a clip | "
+        "| side | type | batch | clips/s, median (10th-90th) | CPU seconds per clip | "
         "first step, s | peak memory, GB |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -147,7 +147,7 @@ def table(found: dict[str, Any]) -> str:
             f"(median of the rounds; 10th-90th {low:.2f}-{high:.2f})."
         )
     busiest = max(side["waiting_load"] for side in found["sides"])
-    lines.append(f"A side that waited kept {busiest:.3f} cores busy at most.")
+    lines.append(f"A waiting side kept at most {busiest:.3f} cores busy.")
     return "\n".join(lines)
 
 
@@ -159,26 +159,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--modes", default="eager,compiled", help="theirs: of eager, compiled")
-    parser.add_argument("--ours", default="unrolled", help="ours: of scan, unrolled (model.unroll)")
+    parser.add_argument("--modes", default="eager,compiled", help="of theirs, from eager,compiled")
+    parser.add_argument("--ours", default="unrolled", help="modes of ours, from scan,unrolled")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch", type=beside.positive, default=8, help="of all sides")
+    parser.add_argument("--batch", type=beside.positive, default=8, help="clips per step")
     parser.add_argument(
-        "--batches", type=positives, help="8,16,32: of each side the fastest of them"
+        "--batches", type=positives, help="such as 8,16,32: each side takes its fastest"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--memory",
         choices=["as_is", "kept", "returned"],
         default="as_is",
-        help="of a CPU, between steps: as_is, ours kept as in training and theirs as torch has it; "
-        "kept, by both; returned to the system, by both",
+        help="memory that a step frees on a CPU. as_is: ours keeps it, as in training, theirs does "
+        "what torch does; kept: both keep it; returned: both return it to the system",
     )
     parser.add_argument("--rounds", type=beside.positive, default=15)
-    parser.add_argument("--steps", type=beside.positive, help="a turn; 1 on a CPU, 20 on a GPU")
+    parser.add_argument("--steps", type=beside.positive, help="per turn; 1 on a CPU, 20 on a GPU")
     parser.add_argument("--from_audio", action="store_true", help="ours starts from int16 audio")
     parser.add_argument("--tiny", action="store_true", help="a model for tests")
-    parser.add_argument("--json", type=Path, help="a file to write what was found to")
+    parser.add_argument("--json", type=Path, help="FILE for the results")
     options = parser.parse_args(arguments)
     for name, known in (("modes", ("eager", "compiled")), ("ours", ("scan", "unrolled"))):
         given = getattr(options, name).split(",")
@@ -195,8 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     if message := reference.missing():
         sys.exit(f"error: {message}")
     try:
-        with tempfile.TemporaryDirectory() as workdir:
-            found = compare(options, workdir)
+        found = compare(options)
     except (ValueError, beside.SideError) as error:
         sys.exit(f"error: {error}")
     print(table(found))

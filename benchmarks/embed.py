@@ -1,11 +1,11 @@
-"""python -m benchmarks.embed FOLDER [--count=1000]: embedding audio files, ours beside s3prl's.
+"""python -m benchmarks.embed FOLDER [--count=1000]: time of embedding audio files, beside s3prl's.
 
-The same files, drawn from FOLDER, and the same weights (base size, random; or --checkpoint), in
-float32, one process after the other: `maeast_jax.embed --pool=time`, with its windows and without,
-then s3prl's expert on what the same decoder reads, its last hidden states averaged over time, a
-clip at a time and in batches of eight of like length. Seconds are a process's whole life, memory is
-the most that it and its children held at once. Needs what requirements-test.txt and
-requirements-reference.txt name.
+Files drawn from FOLDER and weights (base size, random; or --checkpoint) are the same for all rows,
+in float32, one process after the other: `maeast_jax.embed --pool=time`, with windows and without,
+then s3prl's expert, with the same decoder, the last hidden states averaged over time, clip by clip
+and in batches of eight clips of similar length. Seconds are a process's whole life. Memory is the
+most that the process and its children held at once. Needs requirements-test.txt and
+requirements-reference.txt.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import reference
+from maeast_jax import fbank
 from maeast_jax.data import audio
 from maeast_jax.ingest import sources
 
@@ -26,7 +27,7 @@ _POLL_SECONDS = 0.2
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds that a command took and the most GB that it and its descendants held at once."""
+    """Returns a command's seconds and the most GB that it and its descendants held at once."""
     start = time.monotonic()
     process = subprocess.Popen(command)
     most = 0
@@ -38,12 +39,8 @@ def measure(command: list[str]) -> tuple[float, float]:
     return time.monotonic() - start, most / 1e9
 
 
-def num_frames(num_samples: int) -> int:
-    return 1 + (num_samples - 400) // 160
-
-
 def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
-    """Files drawn from a folder, those left out that s3prl cannot take alone."""
+    """Returns files drawn from a folder, without the files that are too short for s3prl."""
     files = [Path(file.path) for file in sources.list_folder(folder)]
     chosen = []
     for index in np.random.default_rng(0).permutation(len(files)):
@@ -51,7 +48,7 @@ def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
             samples = len(audio.decode(files[index]))
         except audio.UndecodableError:
             continue
-        if num_frames(samples) >= shortest_frames:
+        if fbank.frame_count(samples) >= shortest_frames:
             chosen.append(files[index])
         if len(chosen) == count:
             break
@@ -59,7 +56,7 @@ def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
 
 
 def embed_with_s3prl(checkpoint: str, listing: Path, output: Path, batch_size: int) -> None:
-    """What runs in the process that is measured."""
+    """Embeds the listed files; this runs in the process that is measured."""
     import torch
 
     expert = reference.expert(checkpoint)
@@ -73,7 +70,7 @@ def embed_with_s3prl(checkpoint: str, listing: Path, output: Path, batch_size: i
         with torch.no_grad():
             last = expert([torch.from_numpy(clips[index]) for index in batch])["hidden_states"][-1]
         for row, index in enumerate(batch):
-            steps = num_frames(len(clips[index])) // patch_frames
+            steps = fbank.frame_count(len(clips[index])) // patch_frames
             embeddings[index] = last[row, :steps].mean(0).numpy()
     np.save(output, np.stack(embeddings))
 
@@ -135,7 +132,7 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
             "",
             *lines,
             "",
-            "Greatest deviation of an embedding from s3prl's, a clip at a time: "
+            "Greatest deviation of an embedding from s3prl's, clip by clip: "
             f"{deviation:.1e} of the largest value.",
         ]
     )
@@ -150,7 +147,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _proportional_bytes(pid: int) -> int:
-    """What a process holds, pages that it shares with others in part."""
+    """Returns a process's memory; pages that it shares count in part."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,8 +1,9 @@
-"""python -m benchmarks.fidelity [FILE...]: our hidden states against s3prl's, a table by layer.
+"""python -m benchmarks.fidelity [FILE...]: a table of how far our hidden states are from s3prl's.
 
-Base size, float32, one batch of the audio files given (cut to 10 s; clips of the embedded corpus
-where none is), patches and frames, random weights; or the weights of --checkpoint=FILE.pt. Needs
-what requirements-test.txt and requirements-reference.txt name.
+The models have base size, random weights and compute in float32, once with patches and once with
+frames; --checkpoint=FILE.pt takes the weights of a file. The audio files, cut to 10 s, are one
+batch; without files, clips of the demo corpus are. Needs requirements-test.txt and
+requirements-reference.txt.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from maeast_jax.data import audio, demo_corpus
 from maeast_jax.inference import pretrained
 
 LONGEST_SAMPLES = 10 * fbank.SAMPLE_RATE_HZ
-# Samples of the embedded clips: 28 to 248 frames, most of them no multiple of a token's.
+# Samples of the demo clips: 28 to 248 frames, most of them no multiple of a token's frames.
 DEMO_SAMPLES = (4_801, 11_000, 17_777, 25_000, 40_000)
 
 
 class Deviation(NamedTuple):
-    """Of one layer's hidden states at real tokens: the greatest difference, the largest value."""
+    """The greatest difference and the largest value of one layer's hidden states at real tokens."""
 
     greatest: float
     largest: float
@@ -36,20 +37,20 @@ class Deviation(NamedTuple):
 
 
 def batch(clips: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Clips padded to the longest, [b, samples], and their lengths in samples, int32 [b]."""
+    """Returns clips padded to the longest, [b, samples], and their lengths, int32 [b]."""
     lengths = np.array([len(clip) for clip in clips], np.int32)
     return np.stack([np.pad(clip, (0, lengths.max() - len(clip))) for clip in clips]), lengths
 
 
 def deviations(model, expert, clips: Sequence[np.ndarray]) -> list[Deviation]:
-    """Of `model` (MaeAst) from `expert` (s3prl's) by layer; clips float32 [samples], one batch.
+    """Returns the deviation of `model` (MaeAst) from `expert` (s3prl's) per layer, for one batch.
 
-    Raises ValueError where the two hold different tokens for padding.
+    The clips are float32 [samples]. Raises ValueError if the two take different tokens for padding.
     """
     ours = model.encode(*batch(clips))
     theirs, padding = reference.hidden_states(expert, clips)
     if not np.array_equal(ours.padding, padding):
-        raise ValueError("the two models hold different tokens for padding")
+        raise ValueError("the two models take different tokens for padding")
     return [
         Deviation(float(np.abs(a - b)[~padding].max()), float(np.abs(b)[~padding].max()))
         for a, b in zip(np.asarray(ours.hidden_states), theirs, strict=True)
@@ -57,7 +58,7 @@ def deviations(model, expert, clips: Sequence[np.ndarray]) -> list[Deviation]:
 
 
 def table(columns: dict[str, list[Deviation]]) -> str:
-    """Markdown: a row a layer, two columns a model."""
+    """Returns a Markdown table with one row per layer and two columns per model."""
     names = [f"{name}, greatest | {name}, relative" for name in columns]
     lines = [f"| layer | {' | '.join(names)} |", "|---" * (1 + 2 * len(columns)) + "|"]
     for layer, row in enumerate(zip(*columns.values(), strict=True), start=1):
@@ -67,7 +68,7 @@ def table(columns: dict[str, list[Deviation]]) -> str:
 
 
 def read_clips(files: Sequence[Path]) -> list[np.ndarray]:
-    """Float32 clips of up to 10 s of the files, or of the embedded corpus."""
+    """Returns float32 clips of at most 10 s of the files, or of the demo corpus."""
     if files:
         clips = [audio.decode(file)[:LONGEST_SAMPLES] for file in files]
     else:

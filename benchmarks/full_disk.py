@@ -1,9 +1,10 @@
-"""python -m benchmarks.full_disk [--mib=3,10,12,16.5]: a run whose disk fills up, for real.
+"""python -m benchmarks.full_disk [--mib=3,10,12,16.5]: trains on disks that fill up.
 
-For each size a small model trains in a tmpfs of so many MiB, in a mount namespace of its own
-(`unshare --map-root-user --mount`, Linux), and saves every 5 of its 20 steps, 7.9 MB a save. It
-must end with code 1 and one line that says so, and every checkpoint before must load whole; then
-the tmpfs is made larger, and the same command must go on to the end. Prints a row a size.
+For each size in MiB, a small model trains for 20 steps in a tmpfs of that size, in its own mount
+namespace (`unshare --map-root-user --mount`, Linux). It saves 7.9 MB every 5 steps. The run must
+end with code 1 and one line that names the full disk, and every checkpoint saved before must load
+whole. Then the tmpfs is made larger, and the same command must go on to the end. Prints one row per
+size.
 """
 
 import argparse
@@ -21,7 +22,7 @@ STEPS = 20
 
 
 def available() -> bool:
-    """Whether this system lets us mount something that only we see."""
+    """Returns whether this system lets us mount a tmpfs in our own namespace."""
     probe = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
     try:
         return subprocess.run(probe, capture_output=True).returncode == 0
@@ -30,7 +31,11 @@ def available() -> bool:
 
 
 def fill(mib: float) -> list[str]:
-    """A row: size, exit code, last line, steps that are whole, and how the same command went on."""
+    """Fills a disk of `mib` MiB; returns the cells of a row.
+
+    They are the size, the exit code, the last line, the steps whose checkpoints are whole, and the
+    exit code and newest step of the same command with room.
+    """
     words = ["unshare", "--map-root-user", "--mount"]
     words += [sys.executable, "-m", "benchmarks.full_disk", f"--inside={mib}"]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -85,7 +90,7 @@ def main() -> None:
         raise SystemExit("error: unshare --map-root-user --mount is not allowed here; run as root")
     print("| MiB | exit code | last line | whole checkpoints | with room: exit code, newest |")
     print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as cache:  # else most of the time goes into compiling
+    with tempfile.TemporaryDirectory() as cache:  # each run would compile again
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         for mib in options.mib.split(","):

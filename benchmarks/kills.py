@@ -1,12 +1,14 @@
-"""python -m benchmarks.kills --workdir=DIR [--kills=50] [--processes=2]: a run killed at random.
+"""python -m benchmarks.kills --workdir=DIR [--kills=50] [--processes=2]: kills a run at random.
 
-A small model trains on synthetic clips and saves at every step; after a line has reported a new
-step it is killed (SIGKILL) at a random moment, most often in the middle of a save; of several
-processes one, drawn at random, and the others must end by themselves, with a code that launchers
-start again on. After every kill the newest checkpoint must load whole and be no older than the
-newest before the kill; then the run goes on. At the end its parameters, optimiser and losses must
-be those of a run that nobody killed, bit for bit. Prints a line a kill: what it left half written,
-and how the others ended. DIR is removed first and made anew: name a folder of its own.
+A small model trains on synthetic clips and saves at every step. After a line has reported a new
+step, the run is killed (SIGKILL) at a random moment, most often in the middle of a save. With
+several processes, one drawn at random is killed, and the others must end by themselves, with a code
+on which launchers start again. After every kill the newest checkpoint must load whole and must not
+be older than the newest one before the kill; then the run goes on. At the end, parameters,
+optimiser and losses must equal, bit for bit, those of a run that nobody killed.
+
+Prints one line per kill: what it left half-written, and how the other processes ended. DIR is
+removed first and made anew, so give the benchmark its own folder.
 """
 
 import argparse
@@ -28,12 +30,13 @@ from maeast_jax.runtime import cli
 from maeast_jax.training import metrics_writer
 
 _CONFIG = Path(__file__).parent / "kills_config.py"
-# Codes of those whose other process was killed: told of it, or ended by jax.
+# Exit codes of a process whose peer was killed: it noticed itself, or jax aborted it.
 _STARTED_AGAIN = (cli.EXIT_PEER_LOST, -signal.SIGABRT)
 
 
 def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
-    cache = workdir.parent / "compiled"  # else most of the time goes into compiling
+    """Starts the run in so many processes; they share a cache of compiled programs."""
+    cache = workdir.parent / "compiled"
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -60,7 +63,10 @@ def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
 
 
 def kill_once(workdir: Path, steps: int, processes: int, draw: random.Random) -> str | None:
-    """Runs until some step is reported, waits a random moment, kills; None where it had ended."""
+    """Runs until some step is reported, and kills one process a random moment later.
+
+    Returns what the kill left, in words; None where the run had ended by itself.
+    """
     reports = draw.randint(1, 4)
     victim = draw.randrange(processes)
     started = start(workdir, steps, processes)
@@ -80,12 +86,14 @@ def kill_once(workdir: Path, steps: int, processes: int, draw: random.Random) ->
     if any(code not in _STARTED_AGAIN for code in others):
         raise SystemExit(f"process {victim} was killed, and the others ended with {others}\n{told}")
     folder = workdir / checkpoint.CHECKPOINTS
-    half = [entry.name for entry in folder.iterdir() if not entry.name.isdigit()]
+    entries = folder.iterdir() if folder.exists() else ()
+    half = [entry.name for entry in entries if not entry.name.isdigit()]
     text = f"killed with {len(half)} half-written save(s)"
     return text + (f", process {victim}; the others ended with {others}" if others else "")
 
 
 def final(workdir: Path) -> list:
+    """Returns the arrays of the newest checkpoint and the losses of all steps."""
     newest = checkpoint.find(workdir)
     parts = [checkpoint.load_part(newest, name) for name in ("weights", "progress")]
     losses = np.array([(r["step"], r["loss"]) for r in metrics_writer.read_metrics(workdir)])

@@ -1,4 +1,4 @@
-"""A model that saves more than it computes, for benchmarks/kills.py."""
+"""A model that spends more time on saving than on computing, for kills.py and full_disk.py."""
 
 from maeast_jax import config as configuration
 

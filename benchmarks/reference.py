@@ -1,6 +1,6 @@
-"""s3prl's copy of the authors' model, to compare with: its expert, and checkpoints for it.
+"""s3prl's copy of the authors' model for comparisons: its expert, and checkpoints for it.
 
-Needs what requirements-test.txt and requirements-reference.txt name.
+Needs requirements-test.txt and requirements-reference.txt.
 """
 
 import contextlib
@@ -18,30 +18,30 @@ import numpy as np
 INSTALL = (
     "pip install -r requirements-test.txt && pip install --no-deps -r requirements-reference.txt"
 )
-# Statistics of log-mel energies that a checkpoint trained on audio would hold.
+# Statistics of log-mel energies, as a checkpoint that was trained on audio holds them.
 FBANK_MEAN, FBANK_VARIANCE = -6.5, 17.0
 
 
 def missing() -> str:
-    """What is not installed and the remedy, in one line; empty where nothing is missing."""
+    """Returns the missing packages and the remedy, in one line; empty if nothing is missing."""
     needed = ("torch", "omegaconf", "s3prl", "torchaudio")
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)} not installed: {INSTALL}" if absent else ""
 
 
 def expert(path: Path | str):
-    """s3prl's UpstreamExpert, a torch module in evaluation mode, of a checkpoint as the authors'.
+    """Returns s3prl's UpstreamExpert, a torch module in evaluation mode, of an authors' checkpoint.
 
-    Raises ModuleNotFoundError, with the remedy, where s3prl is not installed.
+    Raises ModuleNotFoundError, with the remedy, if s3prl is not installed.
     """
     return _s3prl("expert").UpstreamExpert(str(path)).eval()
 
 
 def hidden_states(expert, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """What the expert says of a batch of float32 clips [samples], each of 400 samples or more.
+    """Returns the expert's hidden states of a batch of float32 clips [samples], and its padding.
 
-    Returns float32 [layers, b, N, D], tokens time-major with frequency fastest, and bool [b, N],
-    True where the expert's model takes a token for padding.
+    A clip has at least 400 samples. The states are float32 [layers, b, N, D], tokens time-major
+    with frequency fastest. The padding is bool [b, N], True where the expert takes a token for it.
     """
     import torch
 
@@ -52,17 +52,17 @@ def hidden_states(expert, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, np.n
 
     with torch.no_grad(), expert.model.register_forward_hook(keep):
         layers = expert([torch.from_numpy(clip) for clip in clips])["hidden_states"]
-    # The expert lays the bands of a moment side by side; its model has a row a token.
+    # The expert returns the bands of a time step side by side; its model has one row per token.
     return np.stack([layer.numpy().reshape(*seen[0].shape, -1) for layer in layers]), seen[0]
 
 
 def pretraining_model(
     patch_shape: tuple[int, int], bands: int, *, mask_type: str, max_tokens: int, **changes
 ):
-    """s3prl's MAE_AST with random weights, a torch module in training mode, mask tokens and heads.
+    """Returns s3prl's MAE_AST with random weights, a torch module in training mode, with its heads.
 
-    patch_shape: (frames, bands) of a token. Base size and sinusoids as the authors' unless
-    `changes`, fields of s3prl's MAE_AST_Config, say otherwise; unknown ones raise TypeError.
+    patch_shape is (frames, bands) per token. The model has base size and the authors' sinusoids,
+    unless `changes` sets other fields of s3prl's MAE_AST_Config; unknown fields raise TypeError.
     """
     frames, patch_bands = patch_shape
     config = _s3prl("mae_ast").MAE_AST_Config(
@@ -84,7 +84,10 @@ def pretraining_model(
 
 
 def kaldi() -> types.ModuleType:
-    """torchaudio's compliance.kaldi; ModuleNotFoundError, with the remedy, where it is missing."""
+    """Returns torchaudio's compliance.kaldi.
+
+    Raises ModuleNotFoundError, with the remedy, if torchaudio is not installed.
+    """
     if message := missing():
         raise ModuleNotFoundError(message)
     with _torchaudio_of_python_alone():
@@ -94,11 +97,11 @@ def kaldi() -> types.ModuleType:
 def make_checkpoint(
     path: Path | str, *, tokens: str = "patch", seed: int = 0, max_tokens: int = 4096, **changes
 ) -> Path:
-    """Writes a checkpoint of s3prl's MAE-AST in the authors' layout; returns its path.
+    """Writes a checkpoint of s3prl's MAE-AST in the authors' layout and returns its path.
 
-    The weights are random and far from initial values, where biases are 0, norms change nothing
-    and attention is nearly uniform, so that much could be wrong and not show. Base size unless
-    `changes`, fields of s3prl's MAE_AST_Config, say otherwise; unknown ones raise TypeError.
+    The weights are random and far from initial values: with those, biases are 0, norms change
+    nothing and attention is nearly uniform, so that faults would not show. The model has base size
+    unless `changes` sets other fields of s3prl's MAE_AST_Config; unknown fields raise TypeError.
 
     max_tokens: rows of the position tables; s3prl's default of 48,000 would fill 300 MB.
     """
@@ -136,7 +139,7 @@ def make_checkpoint(
 
 @functools.cache
 def _s3prl(name: str) -> types.ModuleType:
-    """A module of s3prl's mae_ast."""
+    """Returns a module of s3prl's mae_ast."""
     if message := missing():
         raise ModuleNotFoundError(message)
     with _torchaudio_of_python_alone():
@@ -145,10 +148,10 @@ def _s3prl(name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _torchaudio_of_python_alone() -> Iterator[None]:
-    """While it lasts, `torchaudio` is no more than its compliance.kaldi.
+    """Reduces `torchaudio` to its compliance.kaldi for the duration of the `with` statement.
 
-    Importing the package loads a library that is built for one version of torch with CUDA; s3prl
-    calls the filter bank and nothing else, and that is plain Python.
+    Importing the whole package loads a library that is built for one version of torch with CUDA.
+    s3prl only calls the filter bank, which is plain Python.
     """
     folder = importlib.util.find_spec("torchaudio").submodule_search_locations[0]
     spec = importlib.util.spec_from_file_location(

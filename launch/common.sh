@@ -1,30 +1,24 @@
-# Sourced by the launchers: which exit codes bring a run back, and how commands are shown.
+# Functions for the launch scripts, which source this file.
 # shellcheck shell=bash
 
-# A mistake on the command line, as in the Python programs: one line and exit code 2.
+# Prints a mistake on the command line and ends with exit code 2, as the Python programs do.
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2
-}
-
-# What the system or the cloud refused: exit code 1.
-refused() {
-  printf 'error: %s\n' "$*" >&2
-  exit 1
 }
 
 note() {
   printf '%s: %s\n' "$(basename "$0")" "$*" >&2
 }
 
-# 70: an error unknown to the program, such as of a device. 75: another process of the run was lost.
-# Above 128: ended by a signal, 143 after saving.
-# 130 is Ctrl-C: a person wanted it to stop. 253 is what srun says when memory ran out.
+# restartable CODE: succeeds if starting the program again can help (docs/running.md lists the codes).
+# 70 is an error that the program does not know, 75 the loss of another process. Codes above 128 are
+# signals. 130 is Ctrl-C: a person stopped the run.
 restartable() {
   (($1 == 70 || $1 == 75 || ($1 > 128 && $1 != 130)))
 }
 
-# The words as a shell would need them typed; plain words stay as they are.
+# quote WORD...: prints the words as a shell expects them. Plain words stay as they are.
 quote() {
   local word out=() tick="'\\''"
   for word; do
@@ -37,23 +31,24 @@ quote() {
   printf '%s\n' "${out[*]}"
 }
 
-whole() { # whole NAME VALUE LEAST: refuses what is not a whole number of at least LEAST
+# whole NAME VALUE LEAST: refuses a value that is not a whole number of at least LEAST.
+whole() {
   if [[ ! $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then
     fail "$1=$2 must be a whole number of at least $3"
   fi
 }
 
-# help SCRIPT: the comment at its head.
+# help SCRIPT: prints the comment at the head of a script.
 help() {
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"
 }
 
-# joins PROGRAM...: refuses those of our programs that run in one process.
+# joins PROGRAM...: refuses the programs of this package that run in one process only.
 joins() {
   local before='' word
   for word; do
     if [[ $before == -m && $word == maeast_jax.* && $word != maeast_jax.train ]]; then
-      fail "$word runs in one process: start it by itself; launchers are for maeast_jax.train"
+      fail "$word runs in one process: start it without a launcher; launchers are for maeast_jax.train"
     fi
     before=$word
   done

@@ -1,7 +1,7 @@
 """MAE-AST (Baade, Peng, Harwath 2022) in JAX: a deep encoder sees only the unmasked tokens.
 
-`load(CKPT)` is maeast_jax.inference.pretrained.load; submodules are imported as they are first
-named, so that what decodes audio in processes of its own does not start jax in each.
+`maeast_jax.load(CKPT)` is `maeast_jax.inference.load`. This module imports `load` and submodules on
+first use, so that processes that only decode audio do not start jax.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return importlib.import_module("maeast_jax.inference.pretrained").load
+        return importlib.import_module("maeast_jax.inference").load
     try:
         return importlib.import_module(f"maeast_jax.{name}")
     except ModuleNotFoundError as error:

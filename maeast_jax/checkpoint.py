@@ -1,99 +1,129 @@
-"""Checkpoints of a run: `WORKDIR/checkpoints/STEP/`, written by Orbax, and `WORKDIR/config.json`.
+"""A run's folder on disk: its checkpoints, its configuration file and its lock.
 
-A checkpoint is two parts, so that weights load without the optimiser: `weights` {params,
-statistics} and `progress` {step, opt_state}. Orbax writes it under another name and renames it
-when it is whole, so the newest folder with a bare number for a name is complete. It deletes old
-ones where they lie: a kill can leave an older one short. On gs:// nothing can be renamed: there it
-writes under the bare number, and at the end the object `commit_success.txt` that completes it.
+`WORKDIR/checkpoints/STEP/` is one checkpoint, which Orbax writes in two parts, so that weights load
+without the optimiser: `weights` {params, statistics} and `progress` {step, opt_state}.
+
+On this machine Orbax writes a checkpoint under another name and renames it at the end, so the
+newest folder with a bare number for a name is complete. On gs:// nothing can be renamed: there
+Orbax writes under the bare number, and adds the object `commit_success.txt` at the end. Old
+checkpoints are deleted where they lie, so a kill can leave an older one incomplete.
 """
 
 import errno
 import json
 import os
-import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from maeast_jax.runtime import distributed, storage
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+_LOCK = "lock"
 _COMPLETE = "commit_success.txt"
+_SAVING = ocp.Context()
+# By default a thread makes the folders; where that fails, other threads wait for them for minutes.
+_SAVING.asynchronous.create_directories_asynchronously = False
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, or is not what was asked for; one line."""
+    """A checkpoint is missing, or does not hold what the caller needs; the message is one line."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them."""
+    """Saves and restores the checkpoints of one run, and keeps the newest `keep` of them.
+
+    An older checkpoint is deleted once a newer one is complete, at the next call of `save`, `wait`
+    or `close`. With several processes every process makes the same calls in the same order.
+
+    Orbax' own `Checkpointer` does the same, but asks jax's preemption service at every save which
+    step the run has reached. The service cannot tell these questions from those of
+    `distributed.stopping`, which counts otherwise, and then the processes never agree to stop.
+    """
 
     def __init__(self, workdir: str | os.PathLike, keep: int, config: dict[str, Any]):
+        """Removes what a killed process left half-written.
+
+        Args:
+          workdir: the run's folder.
+          keep: number of checkpoints to keep.
+          config: the run's configuration, which every checkpoint carries.
+        """
+        self._folder = storage.absolute(workdir) / CHECKPOINTS
+        self._keep = keep
         self._config = config
-        folder = storage.absolute(workdir) / CHECKPOINTS
-        if jax.process_index() == 0:
-            _clear_half_written(folder)
-        # Before any process lists the folder.
-        multihost_utils.sync_global_devices("half-written saves are cleared")
-        # Both policies are given: by default Orbax saves at every idle step and keeps everything.
-        self._checkpointer = ocp.training.Checkpointer(
-            folder,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        )
-        # At each save Orbax would ask jax's preemption service too, by the step. The service takes
-        # the last number that each process asked by for how far it is, and hosts.stopping counts
-        # otherwise: all would agree on a number that is past, or far ahead, and never stop.
-        self._checkpointer._manager.reached_preemption = lambda step: False
+        self._steps = saved_steps(workdir)
+        self._saving: Any = None  # Orbax' answer for the save under way
+        if distributed.is_first():
+            _clear_half_written(self._folder)
 
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """Returns the step of the newest checkpoint, saved or being saved; None without one."""
+        return self._steps[-1] if self._steps else None
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
-        """Starts writing; returns once the values are off the device, which may then be donated.
+        """Starts to write a checkpoint, once the one before is complete.
 
-        A step that is saved already is left as it is: the state is a function of the step.
+        Returns when the values have left the device, so the caller may donate `parts`. The newest
+        step is not saved again: a run's state is a function of its step.
+
+        Raises:
+          OSError: there is no space left, for this checkpoint or for the one before.
+          RuntimeError: a checkpoint could not be written for another reason.
+          PeerLostError: another process of the run is gone.
         """
-        if step != self.latest_step():
-            with _storage_may_fail():
-                self._checkpointer.save_checkpointables_async(
-                    step, parts, force=True, custom_metadata={"config": self._config}
-                )
+        if step == self.latest_step():
+            return
+        self.wait()
+        with _errors_of_a_save(), _SAVING:
+            self._saving = ocp.save_checkpointables_async(
+                self._folder / str(step), parts, custom_metadata={"config": self._config}
+            )
+        self._steps.append(step)
 
     def restore(self, step: int, abstract_parts: dict[str, Any]) -> dict[str, Any]:
-        """The checkpoint of `step`, placed as `abstract_parts` (shapes, types, shardings) says."""
-        return self._checkpointer.load_checkpointables(step, abstract_parts)
+        """Returns the parts saved at `step`.
+
+        Args:
+          step: the step of a complete checkpoint.
+          abstract_parts: the wanted trees of `jax.ShapeDtypeStruct`, with shardings.
+        """
+        with distributed.others_alive():
+            return ocp.load_checkpointables(self._folder / str(step), abstract_parts)
 
     def wait(self) -> None:
-        """Until all that was asked for is on the disk."""
-        with _storage_may_fail():
-            self._checkpointer.wait()
+        """Returns when the save under way is complete on disk; raises as `save` does."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with _errors_of_a_save():
+                saving.result()
+        for step in self._steps[: -self._keep]:
+            if distributed.is_first():
+                (self._folder / str(step)).rmtree(missing_ok=True)
+            self._steps.remove(step)
 
     def close(self) -> None:
-        with _storage_may_fail():
-            self._checkpointer.close()
+        """Waits for the save under way; raises as `save` does."""
+        self.wait()
 
 
 @contextmanager
-def _storage_may_fail() -> Iterator[None]:
-    """Raises OSError where there is no space, RuntimeError for what else storage refused.
+def _errors_of_a_save() -> Iterator[None]:
+    """Raises OSError for a full disk, RuntimeError for other failures of the storage.
 
-    Orbax writes through tensorstore, which raises ValueError for both: elsewhere a mistake of the
-    user's, after which no launcher starts again.
+    Orbax writes through tensorstore, which raises ValueError for both. Elsewhere ValueError is a
+    mistake of the user, after which no launcher starts the run again.
     """
     try:
-        yield
+        with distributed.others_alive():
+            yield
     except ValueError as error:
         for number in (errno.ENOSPC, errno.EDQUOT):
             if os.strerror(number) in str(error):
@@ -105,64 +135,69 @@ def _storage_may_fail() -> Iterator[None]:
         raise RuntimeError("a checkpoint could not be saved") from error
 
 
+def _clear_half_written(folder: epath.Path) -> None:
+    if folder.exists():
+        for entry in folder.iterdir():
+            is_unfinished = entry.name.isdigit() and not _is_complete(entry)
+            if is_unfinished or "orbax-checkpoint-tmp" in entry.name:
+                entry.rmtree()
+
+
+def _is_complete(folder: epath.Path) -> bool:
+    """Whether a folder with a bare number for a name is complete; on this machine it always is."""
+    return not storage.is_remote(folder) or (folder / _COMPLETE).exists()
+
+
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
-    """Steps of the checkpoints in a workdir, ascending; the last one is complete."""
+    """Returns the steps of the checkpoints in a workdir, ascending; the last one is complete."""
     folder = storage.path(workdir) / CHECKPOINTS
     with storage.reaching(folder):
         if not folder.is_dir():
             return []
-        return sorted(
-            int(entry.name)
-            for entry in folder.iterdir()
-            if entry.name.isdigit() and not _is_unfinished(entry)
-        )
-
-
-def _is_unfinished(folder: epath.Path) -> bool:
-    return storage.is_remote(folder) and not (folder / _COMPLETE).exists()
+        entries = [entry for entry in folder.iterdir() if entry.name.isdigit()]
+        return sorted(int(entry.name) for entry in entries if _is_complete(entry))
 
 
 def find(path: str | os.PathLike) -> epath.Path:
-    """The folder of one checkpoint: `path` itself, or the newest one of the run at `path`.
+    """Returns the folder of one checkpoint: `path` itself, or the newest one of the run at `path`.
 
     Raises CheckpointError where there is none.
     """
-    # Orbax reads absolute paths only, and warns at length of others.
+    # Orbax reads absolute paths only.
     path = storage.absolute(path)
     if path.name == CHECKPOINTS:
         path = path.parent
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        with storage.reaching(path):
-            if path.exists() and not _is_unfinished(path):
-                return path
-    steps = saved_steps(path)
-    if not steps and path.parent.name == CHECKPOINTS and (there := saved_steps(path.parent.parent)):
+    is_step = path.name.isdigit() and path.parent.name == CHECKPOINTS
+    steps = saved_steps(path.parent.parent if is_step else path)
+    if is_step and int(path.name) in steps:
+        return path
+    if is_step and steps:
         raise CheckpointError(
-            f"{path} is not there; the steps saved are {', '.join(map(str, there))}"
+            f"{path} is not there; the steps saved are {', '.join(map(str, steps))}"
         )
-    if not steps and (path / CONFIG).exists():
+    if steps:
+        return path / CHECKPOINTS / str(steps[-1])
+    if (path / CONFIG).exists():
         raise CheckpointError(
             f"{path} holds no checkpoint: that run has saved none, or is of mode linear or knn, "
             "on features of what its config.json names as init_from; name that"
         )
-    if not steps:
-        is_there = storage.is_remote(path) or path.exists()
-        reason = "holds no checkpoint" if is_there else "does not exist"
-        raise CheckpointError(
-            f"{path} {reason}; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, or a .pt or "
-            ".safetensors file"
-        )
-    return path / CHECKPOINTS / str(steps[-1])
+    is_there = storage.is_remote(path) or path.exists()
+    reason = "holds no checkpoint" if is_there else "does not exist"
+    raise CheckpointError(
+        f"{path} {reason}; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, or a .pt or "
+        ".safetensors file"
+    )
 
 
 def metadata(folder: epath.Path) -> dict[str, Any]:
-    """What was said of a checkpoint as it was written; `config` is its run's configuration.
+    """Returns the metadata saved with a checkpoint; its `config` is the run's configuration.
 
-    Raises CheckpointError where the folder holds something else, or no longer all.
+    Raises CheckpointError where the folder is another program's checkpoint, or is incomplete.
     """
     try:
         found = ocp.checkpointables_metadata(folder).custom_metadata
-        found["config"]  # another program's checkpoint has none
+        found["config"]
         return found
     except (KeyError, TypeError, FileNotFoundError, ValueError) as error:
         raise CheckpointError(
@@ -172,83 +207,62 @@ def metadata(folder: epath.Path) -> dict[str, Any]:
 
 
 def stamp(folder: epath.Path) -> int:
-    """When a checkpoint was completed (ns), by which one that took its place is told."""
+    """Returns when a checkpoint was completed, in ns; another checkpoint has another stamp."""
     return ocp.checkpointables_metadata(folder).commit_timestamp_nsecs
+
+
+def has_part(folder: epath.Path, name: str) -> bool:
+    """Returns whether a checkpoint holds the part `name`."""
+    return name in ocp.checkpointables_metadata(folder).metadata
+
+
+def load_part(folder: epath.Path, name: str) -> Any:
+    """Returns one part of a checkpoint as a tree of numpy arrays, in the shapes it was saved in."""
+    saved = ocp.checkpointables_metadata(folder).metadata[name]
+    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+    return ocp.load_checkpointables(folder, {name: shapes})[name]
 
 
 def write_parts(
     workdir: str | os.PathLike, parts: dict[str, Any], metadata: dict[str, Any]
 ) -> None:
-    """Makes a workdir of weights alone, at step 0: for `init_from` and loading, not to resume.
+    """Makes a workdir with one checkpoint at step 0, for `init_from` and loading, not to resume.
 
-    It is there whole or not at all. `metadata` has the key `config`. Raises CheckpointError where
-    there is something of that name.
+    The workdir appears whole or not at all.
+
+    Args:
+      workdir: a folder of this machine that does not exist or is empty.
+      parts: the trees to save, by name.
+      metadata: what `metadata` returns later; `config` must be among its keys.
+
+    Raises CheckpointError where something of that name exists.
     """
-    workdir = Path(workdir).absolute()
     check_new(workdir)
-    partial = workdir.with_name(f".{workdir.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        folder = partial / CHECKPOINTS / "0"
-        folder.parent.mkdir(parents=True)
-        ocp.save_checkpointables(folder, parts, custom_metadata=metadata)
+    with storage.whole(Path(workdir).absolute()) as partial:
+        ocp.save_checkpointables(partial / CHECKPOINTS / "0", parts, custom_metadata=metadata)
         write_config(partial, metadata["config"])
-        partial.replace(workdir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_new(workdir: str | os.PathLike) -> None:
-    """Raises CheckpointError where a folder cannot become a workdir of weights alone."""
+    """Raises CheckpointError where `write_parts` cannot make a workdir of this name."""
     workdir = Path(workdir)
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise CheckpointError(f"{workdir} exists and is no empty folder; choose another name")
 
 
-def has_part(folder: epath.Path, name: str) -> bool:
-    """Whether a checkpoint holds the tree `name`."""
-    return name in ocp.checkpointables_metadata(folder).metadata
-
-
-def load_part(folder: epath.Path, name: str) -> Any:
-    """One tree of a checkpoint as numpy arrays, whatever it holds."""
-    metadata = ocp.checkpointables_metadata(folder).metadata[name]
-    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
-    return ocp.load_checkpointables(folder, {name: shapes})[name]
-
-
-def _clear_half_written(folder: epath.Path) -> None:
-    """Removes what a kill left of a save; Orbax clears only some of its temporary folders."""
-    if folder.exists():
-        for entry in folder.iterdir():
-            left = entry.name.isdigit() and _is_unfinished(entry)
-            if left or "orbax-checkpoint-tmp" in entry.name:
-                entry.rmtree()
-
-
 def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Atomic, so that a kill leaves the old file or the new one."""
+    """Writes `config.json`; a kill leaves the old file or the new one."""
     text = json.dumps(config, indent=2) + "\n"
     storage.write_whole(storage.path(workdir) / CONFIG, text.encode())
 
 
-# A network file system may show a host what a folder held a minute ago (NFS: acdirmax, 60 s), and
-# keeps the lock of a host that died until its lease ends (NFSv4: 90 s).
-_SETTLING_SECONDS = 150
-_POLL_SECONDS = 1.0
-
-
 def newest_step(workdir: str | os.PathLike) -> int | None:
-    """The step of the newest checkpoint that any process of the run sees, once all see it.
+    """Returns the step of the newest checkpoint in a workdir; None without one.
 
-    Raises ValueError, in every process, where one does not come to see it.
+    Raises ValueError, in every process, where the processes see different steps.
     """
-
-    def seen() -> int:
-        return max(saved_steps(workdir), default=-1)
-
-    newest = distributed.largest(seen())
-    if not distributed.all_true(_settles(lambda: seen() == newest)):
+    newest = max(saved_steps(workdir), default=-1)
+    if not distributed.all_true(newest == distributed.from_first(newest)):
         raise ValueError(
             f"the processes of this run see different checkpoints in {workdir}: give a --workdir "
             "that all hosts share"
@@ -257,60 +271,31 @@ def newest_step(workdir: str | os.PathLike) -> int | None:
 
 
 @contextmanager
-def held(workdir: os.PathLike) -> Iterator[None]:
-    """Holds a workdir for this run, whose processes all see it.
+def held(workdir: str | os.PathLike) -> Iterator[None]:
+    """Keeps other runs out of a workdir.
 
-    The lock is on an open file, so it ends with its process, the run's first, however that ends;
-    where a file system has no locks, and on gs://, nothing keeps two runs apart.
+    The run's first process locks an open file, so the lock ends with that process, however it
+    ends. Where the file system has no locks, and on gs://, nothing keeps two runs apart.
 
-    Raises ValueError where another run is at work in it; in every process, where the hosts have
-    each a folder of their own by that name.
+    Raises ValueError, in every process, where another run holds the workdir, or where the hosts
+    do not share it.
     """
     if storage.is_remote(workdir):
         yield
         return
-    path = Path(workdir) / "lock"
-    if not distributed.is_first():
-        _check_shared(path, 0)
+    path = Path(workdir) / _LOCK
+    with ExitStack() as files:
+        is_ours = True
+        if distributed.is_first():
+            is_ours = storage.try_lock(files.enter_context(path.open("a")))
+        if not distributed.all_true(is_ours):
+            raise ValueError(
+                f"another process is training in {workdir}; wait for it or choose another --workdir"
+            )
+        # The first process has made the file by now.
+        if not distributed.all_true(path.exists()):
+            raise ValueError(
+                f"not every host sees what the first one writes to {workdir}: give a --workdir "
+                "that all of them share, or one on gs://"
+            )
         yield
-        return
-    with path.open("a") as file:
-        _take(file, path.parent)
-        nonce = secrets.randbits(30)
-        file.truncate(0)
-        file.write(str(nonce))
-        file.flush()
-        _check_shared(path, nonce)
-        yield
-
-
-def _take(file, workdir: Path) -> None:
-    if storage.try_lock(file):
-        return
-    # Of a run on several hosts it may be the lock of the one that was lost.
-    if distributed.is_joined():
-        print(f"another process holds {workdir}: waiting {_SETTLING_SECONDS} s for it", flush=True)
-        if _settles(lambda: storage.try_lock(file)):
-            return
-    raise ValueError(
-        f"another process is training in {workdir}; wait for it or choose another --workdir"
-    )
-
-
-def _check_shared(path: Path, nonce: int) -> None:
-    """Waits until all processes read the first one's `nonce` in the file at `path`."""
-    wanted = str(distributed.from_first(nonce))
-    if not distributed.all_true(_settles(lambda: path.exists() and path.read_text() == wanted)):
-        raise ValueError(
-            f"not every host sees what the first one writes to {path.parent}: give a --workdir "
-            "that all of them share, or one on gs://"
-        )
-
-
-def _settles(is_so: Callable[[], bool]) -> bool:
-    end = time.monotonic() + _SETTLING_SECONDS
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(_POLL_SECONDS)
-    return True

@@ -2,14 +2,15 @@
 
   python -m maeast_jax.embed FILE... --checkpoint=CKPT --output=FILE.npz|FILE.parquet
 
-FILE is an audio or video file of any format and length, or a folder of such at any depth. One that
-cannot be read is reported, the others are embedded, and the exit code is 4. The output appears once
-it is whole; maeast_jax/inference/embedding_file.py says what it holds, and the last line that is
-printed says how to read it.
+FILE is an audio or video file of any format and length, or a folder of such files at any depth. The
+program reports a file that it cannot read, embeds the others and ends with exit code 4. The output
+appears once it is whole. maeast_jax/inference/embedding_file.py describes its content, and the last
+line that the program prints reads it.
 """
 
 import dataclasses
 import inspect
+import math
 import os
 import sys
 import time
@@ -22,19 +23,15 @@ from absl import flags
 from tqdm import tqdm
 
 from maeast_jax.data import DecodePool, audio, num_cores
-
-# What starts jax is imported where it is used: each decoding process imports this file.
-from maeast_jax.inference import embedding_file
 from maeast_jax.ingest import sources
-from maeast_jax.runtime import cli, memory, terminal
+from maeast_jax.runtime import cli, terminal
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Each decoding process imports this file, and does not need jax.
     from maeast_jax.inference import Embedder
 
 EXIT_INCOMPLETE = 4
 
-_POOLS = ("mean", "time", "moments", "none")
-_SHORTEST_SECONDS = 0.025  # a frame
+_SHORTEST_SECONDS = 0.025  # one frame
 _FRAMES_PER_SECOND = 100
 
 
@@ -43,9 +40,9 @@ class Outcome:
     """What became of the files.
 
     Attributes:
-      done: names of those in the output, in its order.
-      failed: why, by name, of the others.
-      num_samples: of the former, at 16 kHz.
+      done: names of the embedded files, in the order of the output.
+      failed: the reason per file that is not embedded, by name.
+      num_samples: samples in the embedded files, at 16 kHz.
     """
 
     done: list[str] = dataclasses.field(default_factory=list)
@@ -69,28 +66,30 @@ def embed(
 ) -> Outcome:
     """Embeds files and folders of files into `output`; the arguments are the program's flags.
 
-    Where no file can be read, nothing is written.
+    If no file can be read, nothing is written.
 
     Raises:
-      ValueError: one line, before any file is decoded. OSError: nothing was written.
+      ValueError: one line, before any file is decoded.
+      OSError: the output cannot be written; nothing of it is left.
     """
+    from maeast_jax.inference import Embedder, embedding_file, pretrained
+    from maeast_jax.runtime import memory
+
     output = Path(output).expanduser()
     embedding_file.check(output, overwrite)
     files = sources.list_named(paths)
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"--num_processes={num_processes} must be at least 1")
-    num_processes = min(num_processes or num_cores(), len(files))
-
-    from maeast_jax.inference import Embedder, pretrained
-
     source = pretrained.read(checkpoint)
-    window_frames, stride_frames = _window(
-        window_seconds, stride_seconds, source.config.patch_shape[0], source.window_frames
-    )
+    patch_frames, _ = source.config.patch_shape
     embedder = Embedder(
-        source.model(dtype), pool=pool, layer=_layer(layer), window_frames=window_frames,
-        stride_frames=stride_frames, batch_tokens=batch_tokens,
-    )  # fmt: skip
+        source.model(dtype),
+        pool=pool,
+        layer=layer,
+        window_frames=_whole_tokens("window_seconds", window_seconds, patch_frames),
+        stride_frames=_whole_tokens("stride_seconds", stride_seconds, patch_frames),
+        batch_tokens=batch_tokens,
+    )
     settings = {
         "checkpoint": source.path,
         "tokens": source.config.tokens,
@@ -99,8 +98,8 @@ def embed(
         "layer": embedder.layer,
         "axes": embedder.axes,
         "step_seconds": embedder.step_seconds,
-        "window_seconds": window_frames / _FRAMES_PER_SECOND,
-        "stride_seconds": stride_frames / _FRAMES_PER_SECOND,
+        "window_seconds": embedder.window_frames / _FRAMES_PER_SECOND,
+        "stride_seconds": embedder.stride_frames / _FRAMES_PER_SECOND,
     }
     print(terminal.announce(_plan(len(files), embedder, settings, output)), flush=True)
     outcome = Outcome()
@@ -108,7 +107,7 @@ def embed(
     with (
         memory.out_of_memory("pass a smaller --batch_tokens or --window_seconds"),
         embedding_file.open_writer(output, embedder.axes, settings) as writer,
-        DecodePool(num_processes) as decode_pool,
+        DecodePool(min(num_processes or num_cores(), len(files))) as decode_pool,
         tqdm(total=len(files), unit="file") as bar,
     ):
         clips = _decoded(files, decode_pool, outcome, bar)
@@ -116,8 +115,18 @@ def embed(
             writer.add(outcome.done[index], embedding)
             bar.update()
         settings["failed"] = outcome.failed
-    seconds = time.monotonic() - start
-    print(terminal.announce(_summary(outcome, seconds, output, embedder.axes)), flush=True)
+    audio_seconds = outcome.num_samples / audio.SAMPLE_RATE_HZ
+    summary = {
+        "embedded": f"{len(outcome.done)} files, {audio_seconds / 3600:.3f} h of audio in "
+        f"{time.monotonic() - start:.1f} s",
+        "failed": f"{len(outcome.failed)} file{'' if len(outcome.failed) == 1 else 's'}",
+    }
+    if outcome.done:
+        how_to_read = embedding_file.how_to_read(output, embedder.axes)
+        summary |= {"output": str(output), "read it": how_to_read}
+    else:
+        summary["output"] = "none: no file could be read"
+    print(terminal.announce(summary), flush=True)
     return outcome
 
 
@@ -126,7 +135,7 @@ def _decoded(
 ) -> Iterator[np.ndarray]:
     """Yields the samples of the files that can be embedded, and reports the others."""
     for file, samples in zip(files, decode_pool.decode(files), strict=True):
-        # File names are arbitrary bytes; UTF-8 is not.
+        # File names are arbitrary bytes, but the output holds UTF-8.
         name = file.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         if isinstance(samples, str):
             reason = samples
@@ -142,54 +151,19 @@ def _decoded(
         bar.update()
 
 
-def _layer(text: int | str) -> int | str:
-    try:
-        return int(text)
-    except ValueError:
-        if text == "all":
-            return text
-        raise ValueError(f"--layer={text} must be a number or all") from None
-
-
-def _window(
-    window_seconds: float | None,
-    stride_seconds: float | None,
-    patch_frames: int,
-    default_frames: int,
-) -> tuple[int, int]:
-    """Frames of window and stride, rounded down to whole tokens; without cutting, 0 and 0."""
-
-    def frames(name: str, seconds: float) -> int:
-        # 10.24 * 100 need not be 1024.
-        steps = int(seconds * _FRAMES_PER_SECOND + 1e-6) // patch_frames
-        if steps < 1:
-            raise ValueError(
-                f"--{name}={seconds:g} must be at least {patch_frames / _FRAMES_PER_SECOND:g}, "
-                "the length of a token"
-            )
-        return steps * patch_frames
-
-    if window_seconds is None:
-        window_seconds = default_frames / _FRAMES_PER_SECOND
-    if not 0 <= window_seconds < float("inf"):
-        raise ValueError(f"--window_seconds={window_seconds:g} must be 0 (never cut) or more")
-    if not window_seconds:
-        if stride_seconds is not None:
-            raise ValueError(
-                f"--stride_seconds={stride_seconds:g} is for windows, and --window_seconds=0 has "
-                "none: drop either"
-            )
-        return 0, 0
-    stride_seconds = window_seconds if stride_seconds is None else stride_seconds
-    if not 0 < stride_seconds <= window_seconds:
+def _whole_tokens(flag: str, seconds: float | None, patch_frames: int) -> int | None:
+    """Returns the frames in so many seconds, rounded down to whole tokens."""
+    if seconds is None:
+        return None
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"--{flag}={seconds:g} must be 0 or more")
+    tokens = int(seconds * _FRAMES_PER_SECOND + 1e-6) // patch_frames  # 10.24 * 100 < 1024
+    if seconds and not tokens:
         raise ValueError(
-            f"--stride_seconds={stride_seconds:g} must be above 0 and at most the window, "
-            f"{window_seconds:g}: a longer one would leave audio out"
+            f"--{flag}={seconds:g} must be at least {patch_frames / _FRAMES_PER_SECOND:g}, "
+            "the length of a token"
         )
-    return frames("window_seconds", window_seconds), frames("stride_seconds", stride_seconds)
-
-
-# --- what is told ----------------------------------------------------------------------------
+    return tokens * patch_frames
 
 
 def _plan(
@@ -197,11 +171,12 @@ def _plan(
 ) -> dict[str, str]:
     sizes = {"layers": embedder.num_layers, "steps": "steps", "size": embedder.embedding_size}
     shape = ", ".join(str(sizes[axis]) for axis in embedder.axes)
-    step = f"steps of {embedder.step_seconds:g} s"
     pooled = {
-        "mean": "mean over time and bands", "time": "mean over time", "none": step,
+        "mean": "mean over time and bands",
+        "time": "mean over time",
         "moments": "mean and deviation over time",
-    }  # fmt: skip
+        "none": f"steps of {embedder.step_seconds:g} s",
+    }
     layers = "all layers"
     if embedder.layer != "all":
         layers = f"layer {embedder.layer} (0 to {embedder.num_layers - 1})"
@@ -210,60 +185,47 @@ def _plan(
         "files": str(num_files),
         "checkpoint": settings["checkpoint"],
         "model": f"{settings['tokens']} tokens, {embedder.num_layers} layers, {settings['dtype']}",
-        "windows": window if settings["window_seconds"] else "none: files are never cut",
-        "embedding": f"[{shape}] a file: {pooled[embedder.pool]} of {layers}",
+        "windows": window if embedder.window_frames else "none: files are never cut",
+        "embedding": f"[{shape}] per file: {pooled[embedder.pool]} of {layers}",
         "output": str(output),
     }
 
 
-def _summary(
-    outcome: Outcome, seconds: float, output: Path, axes: tuple[str, ...]
-) -> dict[str, str]:
-    audio_seconds = outcome.num_samples / audio.SAMPLE_RATE_HZ
-    hours = f"{audio_seconds / 3600:.3f} h of audio in {seconds:.1f} s"
-    lines = {
-        "embedded": f"{len(outcome.done)} files, {hours}",
-        "failed": f"{len(outcome.failed)} file{'' if len(outcome.failed) == 1 else 's'}",
-    }
-    if not outcome.done:
-        return lines | {"output": "none: no file could be read"}
-    return lines | {"output": str(output), "read it": embedding_file.how_to_read(output, axes)}
-
-
-# --- command line ----------------------------------------------------------------------------
-
-
 def _define_flags() -> None:
+    from maeast_jax.inference import POOLS
+
     flags.DEFINE_string(
         "checkpoint",
         None,
         "A run's workdir, WORKDIR/checkpoints/STEP, or a .pt or .safetensors file.",
     )
-    flags.DEFINE_string("output", None, "FILE.npz, or FILE.parquet, which is not kept in memory.")
+    flags.DEFINE_string("output", None, "FILE.npz, or FILE.parquet, which needs little memory.")
     flags.DEFINE_enum(
         "pool",
         "mean",
-        _POOLS,
-        "mean: over all tokens; time: over time, the bands side by side; moments: that, and the"
+        POOLS,
+        "mean: over all tokens; time: over time, with the bands side by side; moments: mean and"
         " deviation over time; none: every time step.",
     )
     flags.DEFINE_string("layer", "-1", "0 to the last, negative ones from the end, or all.")
     flags.DEFINE_float(
         "window_seconds",
         None,
-        "Longer files are cut into windows; 0: never. Default: the clips that the checkpoint was"
-        " trained on. Rounded down to whole tokens, as the stride.",
+        "Longer files are cut into windows; 0: never. Default: the length of the clips that the"
+        " checkpoint was trained on. Rounded down to whole tokens, like the stride.",
     )
     flags.DEFINE_float(
         "stride_seconds",
         None,
-        "From one window to the next. Default: the window. Where windows overlap, each moment is"
-        " taken from the one whose middle is nearest.",
+        "Time from one window to the next. Default: the window. Where windows overlap, each moment"
+        " is taken from the window with the nearest middle.",
     )
-    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "What the model computes in.")
-    flags.DEFINE_integer("batch_tokens", None, "Tokens a batch. Default: 1024 on CPU, else 16384.")
-    flags.DEFINE_integer("num_processes", None, "Processes that decode. Default: one a core.")
-    flags.DEFINE_bool("overwrite", False, "Replace the output, once done.")
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
+    flags.DEFINE_integer(
+        "batch_tokens", None, "Tokens per batch. Default: 1024 on a CPU, 16384 elsewhere."
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes that decode. Default: one per core.")
+    flags.DEFINE_bool("overwrite", False, "Replace the output when the new one is complete.")
     flags.FLAGS.set_gnu_getopt()  # flags may follow files
 
 

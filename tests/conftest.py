@@ -32,7 +32,7 @@ def drop_compiled_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="session", params=["patch", "frame"])
+@pytest.fixture(scope="module", params=["patch", "frame"])
 def golden(request):
     """The authors' tiny model: its tokens, configuration, weights and what it computes."""
     torch = pytest.importorskip("torch")

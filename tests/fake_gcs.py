@@ -1,8 +1,7 @@
-"""A stand-in for Google Cloud Storage on 127.0.0.1: as much of its JSON API as readers here use.
+"""A stand-in for Google Cloud Storage on 127.0.0.1, with its objects in memory.
 
-Those are gcsfs, google-cloud-storage, tensorstore and array_record's reader; `environment` points
-all of them at it. Objects live in memory. `python tests/fake_gcs.py` serves
-a bucket `bucket` until it is ended.
+It speaks as much of the JSON API as gcsfs, google-cloud-storage, tensorstore and array_record's
+reader use here; `environment` points all of them at it.
 """
 
 import base64
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from etils.epath import gpath
+
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)")
 _OBJECTS = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/o/?")
 _BUCKET = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/?")
@@ -24,15 +25,21 @@ _REWRITE = re.compile(
     r"/storage/v1/b/(?P<source>[^/]+)/o/(?P<name>[^/]+)"
     r"/rewriteTo/b/(?P<bucket>[^/]+)/o/(?P<target>[^/]+)"
 )
+_MOVE = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)/moveTo/o/(?P<target>[^/]+)")
 _UPLOAD = re.compile(r"/upload/storage/v1/b/(?P<bucket>[^/]+)/o")
 _TIME = "2026-01-01T00:00:00.000Z"
 
 
 class FakeGcs(ThreadingHTTPServer):
-    """`buckets` {bucket: {name: (bytes, generation)}}; `written`, names in the order of writing.
+    """A server of buckets.
 
-    `delete` and `copy` change objects behind the clients' backs; a bucket in `forbidden` can be
-    read and not written; what an object in `broken` holds cannot be had.
+    Attributes:
+      buckets: {bucket: {name: (bytes, generation)}}.
+      forbidden: buckets that can be read but not written.
+      broken: BUCKET/NAME of objects that are listed but cannot be read.
+      written: BUCKET/NAME of the objects, in the order of writing.
+
+    `put`, `delete` and `copy` change objects behind the clients' backs.
     """
 
     daemon_threads = True
@@ -49,13 +56,13 @@ class FakeGcs(ThreadingHTTPServer):
         self._generation = 1_000_000
 
     def handle_error(self, request, client_address):
-        # gcsfs asks for an object and a folder of a name at once, and hangs up on the slower.
+        # gcsfs asks for an object and a folder of one name at once, and hangs up on the slower.
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that send every reader here, and none to look for credentials elsewhere."""
+        """Variables that send every reader here; none looks for credentials elsewhere."""
         host = f"127.0.0.1:{self.server_port}"
         return {
             "STORAGE_EMULATOR_HOST": f"http://{host}",  # gcsfs, google-cloud-storage
@@ -109,33 +116,23 @@ class FakeGcs(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(*buckets: str):
+def standing_in(*buckets: str):
+    """Serves these buckets to this process and to the processes that it starts."""
+    before = dict(os.environ)
     server = FakeGcs(*buckets)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
+    os.environ.update(server.environment)
+    gpath._is_tf_installed.cache_clear()  # it has asked for EPATH_USE_TF once
     try:
         yield server
     finally:
+        os.environ.clear()
+        os.environ.update(before)
+        gpath._is_tf_installed.cache_clear()
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-@contextmanager
-def standing_in(*buckets: str):
-    """Serves these to this process, and to those that it starts."""
-    from etils.epath import gpath  # the program needs nothing beside this file
-
-    before = dict(os.environ)
-    with serving(*buckets) as server:
-        os.environ.update(server.environment)
-        gpath._is_tf_installed.cache_clear()  # which has asked for EPATH_USE_TF once
-        try:
-            yield server
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-            gpath._is_tf_installed.cache_clear()
 
 
 class _Failure(Exception):
@@ -146,6 +143,7 @@ class _Failure(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms between its head and its body
 
     def log_message(self, *_):
         pass
@@ -193,22 +191,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    # --- what is asked --------------------------------------------------------------------------
-
     def _get(self, path: str, query: dict):
         if match := _OBJECT.fullmatch(path):
             return self._get_object(self._bucket(match), unquote(match["name"]), query)
         if match := _OBJECTS.fullmatch(path):
             return 200, {}, json.dumps(self._list(self._bucket(match), query)).encode()
         if match := _BUCKET.fullmatch(path):
-            bucket = self._bucket(match)
-            found = {"kind": "storage#bucket", "id": bucket, "name": bucket, "location": "US"}
-            return 200, {}, json.dumps(found).encode()
+            self._bucket(match)
+            # As for an account that may use objects only; gcsfs then lists the bucket.
+            raise _Failure(403, "the caller does not have storage.buckets.get access")
         raise _Failure(404, f"no such address: {path}")
 
     def _post(self, path: str, query: dict):
         if match := _REWRITE.fullmatch(path):
             return self._rewrite(match)
+        if match := _MOVE.fullmatch(path):
+            bucket, name = self._writable(match), unquote(match["name"])
+            moved = self.server.buckets[bucket].pop(name, None)
+            if moved is None:
+                raise _Failure(404, f"No such object: {bucket}/{name}")
+            return self._store(bucket, unquote(match["target"]), moved[0], {})
         match = _UPLOAD.fullmatch(path)
         if not match:
             raise _Failure(404, f"no such address: {path}")
@@ -236,8 +238,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Failure(404, f"No such object: {bucket}/{name}")
         del self.server.buckets[bucket][name]
         return 204, {}, b""
-
-    # --- how it is done -------------------------------------------------------------------------
 
     def _bucket(self, match) -> str:
         bucket = unquote(match["bucket"])
@@ -341,9 +341,3 @@ def _parts(content_type: str, body: bytes) -> tuple[str, bytes]:
     content = data[strip.match(data).end() :]
     content = content[:-2] if content.endswith(b"\r\n") else content[:-1]
     return json.loads(metadata[strip.match(metadata).end() :])["name"], content
-
-
-if __name__ == "__main__":
-    with serving("bucket") as server:
-        print("\n".join(f"export {k}={v}" for k, v in server.environment.items()), flush=True)
-        threading.Event().wait()

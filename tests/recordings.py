@@ -6,6 +6,7 @@ import numpy as np
 import soundfile
 
 from maeast_jax.data import dataset
+from maeast_jax.ingest import BuildOptions, build_dataset
 
 
 def noise(seconds, seed):
@@ -14,7 +15,7 @@ def noise(seconds, seed):
 
 
 def clips_of_noise(count, seed, labels=None):
-    """Clips of several lengths for shard_writer, each with one of the labels in turn."""
+    """Clips of several lengths for `writer.write`, each with one of the labels in turn."""
     random = np.random.default_rng(seed)
     for index in range(count):
         samples = random.integers(-9000, 9000, 4_000 + 1_500 * index).astype(np.int16)
@@ -25,7 +26,7 @@ TONES = ["high", "low", "noise"]
 
 
 def tones(count, seed):
-    """Labelled clips for shard_writer: tones of two heights, and noise."""
+    """Labelled clips for `writer.write`: tones of two heights, and noise."""
     random = np.random.default_rng(seed)
     for index in range(count):
         label = index % 3
@@ -53,3 +54,14 @@ def digests(directory):
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()
     }
+
+
+def build(**options):
+    """Builds the data set `farm`, decoding in one process unless told otherwise."""
+    alone = {} if "beam_pipeline_options" in options else {"num_processes": 1}
+    return build_dataset(BuildOptions(**{"name": "farm", **alone, **options}))
+
+
+def visible(folder):
+    """The names in a folder, sorted, without hidden ones such as the lock of a data set."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

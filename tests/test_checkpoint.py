@@ -1,16 +1,26 @@
+"""Checkpoints, the lock of a run's folder, and what several processes see of both."""
+
 import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import fake_gcs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+from processes import ends, free_port
 
 from maeast_jax import checkpoint
+from maeast_jax.runtime import distributed, storage
 
+ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"width": 16}, "seed": 3}
 
 
@@ -21,16 +31,6 @@ def parts(value):
     }
 
 
-@pytest.fixture
-def saved(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
-    assert checkpoints.latest_step() is None
-    for step in (5, 10, 15):
-        checkpoints.save(step, parts(step))
-    checkpoints.close()
-    return tmp_path
-
-
 def placed(tree):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
@@ -38,15 +38,53 @@ def placed(tree):
     )
 
 
-def test_the_newest_are_kept_and_come_back_whole(saved):
-    assert checkpoint.saved_steps(saved) == [10, 15]
-    checkpoints = checkpoint.Checkpoints(saved, 2, CONFIG)
+def write(workdir, *steps):
+    checkpoints = checkpoint.Checkpoints(workdir, 2, CONFIG)
+    for step in steps:
+        checkpoints.save(step, parts(step))
+        assert checkpoints.latest_step() == step
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run that saved the steps 5, 10 and 15 and kept two; tests only read it."""
+    folder = tmp_path_factory.mktemp("written")
+    assert checkpoint.Checkpoints(folder, 2, CONFIG).latest_step() is None
+    write(folder, 5, 10, 15)
+    return folder
+
+
+@pytest.fixture
+def saved(written, tmp_path):
+    """A copy of `written`, to change."""
+    return Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def assert_holds(workdir, value):
+    part = checkpoint.load_part(checkpoint.find(workdir), "weights")
+    np.testing.assert_array_equal(part["params"]["w"], np.full((3, 4), value))
+
+
+def test_the_newest_are_kept_and_come_back_whole(written):
+    assert checkpoint.saved_steps(written) == [10, 15]
+    checkpoints = checkpoint.Checkpoints(written, 2, CONFIG)
     for step in (10, 15):
         restored = checkpoints.restore(step, placed(parts(0.0)))
         assert jax.tree.structure(restored) == jax.tree.structure(parts(0.0))
         np.testing.assert_array_equal(restored["weights"]["params"]["w"], np.full((3, 4), step))
         assert int(restored["progress"]["step"]) == step
     checkpoints.close()
+
+
+def test_a_checkpoint_is_deleted_only_when_a_newer_one_is_complete(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1, CONFIG)
+    checkpoints.save(1, parts(1))
+    checkpoints.wait()
+    checkpoints.save(2, parts(2))
+    assert 1 in checkpoint.saved_steps(tmp_path)
+    checkpoints.wait()
+    assert checkpoint.saved_steps(tmp_path) == [2]
 
 
 def test_values_are_off_the_device_when_save_returns(tmp_path):
@@ -57,48 +95,46 @@ def test_values_are_off_the_device_when_save_returns(tmp_path):
     checkpoints.save(1, state)
     overwrite(state)
     checkpoints.close()
-    part = checkpoint.load_part(checkpoint.find(tmp_path), "weights")
-    np.testing.assert_array_equal(part["params"]["w"], np.ones((3, 4)))
+    assert_holds(tmp_path, 1)
 
 
 def test_a_step_that_is_saved_stays_as_it_is(saved):
     checkpoints = checkpoint.Checkpoints(saved, 2, CONFIG)
     checkpoints.save(15, parts(99))
     checkpoints.close()
-    part = checkpoint.load_part(checkpoint.find(saved), "weights")
-    np.testing.assert_array_equal(part["params"]["w"], np.full((3, 4), 15))
+    assert_holds(saved, 15)
 
 
-def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(saved, tmp_path):
-    assert checkpoint.find(saved).name == "15"
-    assert checkpoint.find(saved / "checkpoints" / "10").name == "10"
-    assert checkpoint.find(saved / "checkpoints").name == "15"
+def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(written, tmp_path):
+    assert checkpoint.find(written).name == "15"
+    assert checkpoint.find(written / "checkpoints" / "10").name == "10"
+    assert checkpoint.find(written / "checkpoints").name == "15"
     with pytest.raises(checkpoint.CheckpointError, match=r"11 is not there; .* saved are 10, 15"):
-        checkpoint.find(saved / "checkpoints" / "11")
-    (saved / "empty").mkdir()
-    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint; name a run's"):
-        checkpoint.find(saved / "empty")
+        checkpoint.find(written / "checkpoints" / "11")
     with pytest.raises(checkpoint.CheckpointError, match="nowhere does not exist; name a run's"):
         checkpoint.find(tmp_path / "nowhere")
+    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint; name a run's"):
+        checkpoint.find(tmp_path)
+    checkpoint.write_config(tmp_path, CONFIG)
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint: that run has saved none"):
+        checkpoint.find(tmp_path)
 
 
-def test_relative_paths_are_made_absolute(saved, monkeypatch):
-    monkeypatch.chdir(saved.parent)
-    folder = checkpoint.find(saved.name)
+def test_relative_paths_are_made_absolute(written, monkeypatch):
+    monkeypatch.chdir(written.parent)
+    folder = checkpoint.find(written.name)
     assert folder.is_absolute() and checkpoint.metadata(folder) == {"config": CONFIG}
 
 
-def test_weights_load_without_the_optimiser_and_bring_their_configuration(saved):
-    folder = checkpoint.find(saved)
-    assert checkpoint.metadata(folder) == {"config": CONFIG}
-    weights = checkpoint.load_part(folder, "weights")
-    np.testing.assert_array_equal(weights["params"]["w"], np.full((3, 4), 15))
+def test_an_incomplete_checkpoint_is_no_checkpoint_of_this_program(saved):
+    (saved / "checkpoints" / "15" / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="15 is not a checkpoint of this program"):
+        checkpoint.metadata(checkpoint.find(saved))
 
 
 def test_what_a_kill_leaves_half_written_is_not_a_checkpoint_and_is_cleared(saved):
     half = saved / "checkpoints" / "20.orbax-checkpoint-tmp"
     shutil.copytree(saved / "checkpoints" / "15", half)
-    (half / "commit_success.txt").unlink()
     assert checkpoint.saved_steps(saved) == [10, 15]
     assert checkpoint.find(saved).name == "15"
     checkpoint.Checkpoints(saved, 2, CONFIG).close()
@@ -116,6 +152,7 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     whole, weights = tmp_path / "whole", {"weights": parts(3)["weights"]}
     checkpoint.write_parts(whole, weights, {"config": CONFIG})
     assert checkpoint.saved_steps(whole) == [0]
+    assert checkpoint.has_part(checkpoint.find(whole), "weights")
     assert not checkpoint.has_part(checkpoint.find(whole), "progress")
     stamp = checkpoint.stamp(checkpoint.find(whole))
     with pytest.raises(checkpoint.CheckpointError, match="whole exists and is no empty folder"):
@@ -134,24 +171,51 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert checkpoint.stamp(checkpoint.find(whole)) > stamp
 
 
-@pytest.mark.parametrize("call", ["save", "wait", "close"])
-def test_what_tensorstore_says_of_storage_is_told_apart(tmp_path, monkeypatch, call):
-    def refused(*_, **__):
-        raise ValueError(said)
-
-    def attempt():
-        checkpoints.save(1, parts(1)) if call == "save" else getattr(checkpoints, call)()
+def test_a_folder_that_cannot_be_made_fails_before_any_thread_waits_for_it(tmp_path, monkeypatch):
+    def fail(folder, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
-    name = {"save": "save_checkpointables_async"}.get(call, call)
-    monkeypatch.setattr(checkpoints._checkpointer, name, refused)
+    monkeypatch.setattr(type(storage.path(tmp_path)), "mkdir", fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(1, parts(1))
+    checkpoints.close()
+
+
+class FailedSave:
+    """Orbax' answer for a save that fails in the background."""
+
+    def __init__(self, said):
+        self._said = said
+
+    def result(self):
+        raise ValueError(self._said)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_is_told_from_other_failures(tmp_path, monkeypatch, in_background):
+    def fail(*_, **__):
+        if in_background:
+            return FailedSave(said)
+        raise ValueError(said)
+
+    monkeypatch.setattr(ocp, "save_checkpointables_async", fail)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+
+    def attempt():
+        checkpoints.save(1, parts(1))
+        checkpoints.close()
+
     for number in (errno.ENOSPC, errno.EDQUOT):
         said = f"RESOURCE_EXHAUSTED: Error writing x: {os.strerror(number)}"
+        checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
         with pytest.raises(OSError, match="no space left to save a checkpoint") as error:
             attempt()
         assert error.value.errno == number
+        checkpoints.close()  # the failure is raised once
     said = "UNAVAILABLE: HTTP response code: 503"
-    with pytest.raises(RuntimeError, match="could not be saved") as error:  # no mistake of a user's
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    with pytest.raises(RuntimeError, match="could not be saved") as error:  # not the user's mistake
         attempt()
     assert said in str(error.value.__cause__)
 
@@ -160,8 +224,125 @@ def test_saves_ask_nothing_of_the_service_by_which_processes_agree_to_stop(tmp_p
     asked = []
     service = "reached_preemption_sync_point"
     monkeypatch.setattr(multihost_utils, service, lambda step: asked.append(step) or False)
-    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
-    checkpoints.save(1, parts(1))
-    checkpoints.wait()
-    checkpoints.close()
+    write(tmp_path, 1)
     assert checkpoint.saved_steps(tmp_path) == [1] and not asked
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    for _ in range(2):  # the lock is given back
+        with (
+            checkpoint.held(tmp_path),
+            pytest.raises(ValueError, match=f"another process is training in {tmp_path}; wait"),
+            checkpoint.held(tmp_path),
+        ):
+            pass
+
+
+def test_every_process_must_see_the_same_folder(tmp_path, monkeypatch):
+    """A process that is not the first, which sees step 15 and has made the lock."""
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    with (
+        pytest.raises(ValueError, match=f"not every host sees what the first one .* {tmp_path}"),
+        checkpoint.held(tmp_path),
+    ):
+        pass
+    monkeypatch.setattr(distributed, "from_first", lambda step: 15)
+    with pytest.raises(ValueError, match=f"see different checkpoints in {tmp_path}: give"):
+        checkpoint.newest_step(tmp_path)
+    (tmp_path / "checkpoints" / "15").mkdir(parents=True)
+    assert checkpoint.newest_step(tmp_path) == 15
+
+
+def test_a_run_without_checkpoints_starts_at_none(tmp_path):
+    assert checkpoint.newest_step(tmp_path) is None
+
+
+PROCESS = """
+import sys
+import jax
+import numpy as np
+from maeast_jax import checkpoint
+from maeast_jax.runtime import distributed
+address, process, folder, saves = sys.argv[1:]
+distributed.initialize(address, 2, int(process))
+try:
+    print(checkpoint.newest_step(folder), file=sys.stderr)
+    with checkpoint.held(folder):
+        print("held", file=sys.stderr)
+        checkpoints = checkpoint.Checkpoints(folder, 2, {})
+        rows = jax.sharding.NamedSharding(jax.make_mesh((2,), "x"), jax.P("x"))
+        for step in range(1, int(saves) + 1):
+            row = np.full((1, 4), step, np.float32)
+            w = jax.make_array_from_process_local_data(rows, row)
+            checkpoints.save(step, {"weights": {"w": w}})
+        checkpoints.close()
+except ValueError as error:
+    print("ValueError", error, file=sys.stderr)
+"""
+
+
+def two(folders, saves=0):
+    """What two processes say, each with a folder of its own."""
+    address = f"127.0.0.1:{free_port()}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(i), str(folder), str(saves)],
+            cwd=ROOT, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i, folder in enumerate(folders)
+    ]  # fmt: skip
+    return [told for _, _, told in ends(started)]
+
+
+@pytest.mark.slow
+def test_two_hosts_save_into_the_folder_that_they_share_and_into_no_others(tmp_path):
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    for folder in (shared, other):
+        folder.mkdir()
+    for told in two([shared, other]):
+        assert f"not every host sees what the first one writes to {tmp_path}" in told
+    for told in two([shared, shared], saves=4):
+        assert "None\nheld" in told
+    assert checkpoint.saved_steps(shared) == [3, 4]
+    part = checkpoint.load_part(checkpoint.find(shared), "weights")
+    np.testing.assert_array_equal(part["w"], np.full((2, 4), 4))
+    for told in two([shared, other]):
+        assert f"see different checkpoints in {tmp_path}" in told
+    with checkpoint.held(shared):
+        for told in two([shared, shared]):
+            assert f"another process is training in {shared}" in told
+
+
+@pytest.fixture(scope="module")
+def store():
+    with fake_gcs.standing_in("bucket") as server:
+        yield server
+
+
+def test_a_checkpoint_on_gs_is_complete_with_its_last_object(store):
+    workdir = "gs://bucket/run"
+    checkpoint.write_config(workdir, CONFIG)
+    write(workdir, 5)
+    store.copy("bucket", "run/checkpoints/5/", "run/checkpoints/10/")
+    assert checkpoint.saved_steps(workdir) == [5, 10]
+    store.delete("bucket", "run/checkpoints/10/commit_success.txt")
+    assert checkpoint.saved_steps(workdir) == [5]
+    assert checkpoint.find(workdir).name == "5"
+    assert checkpoint.metadata(checkpoint.find(workdir)) == {"config": CONFIG}
+    with pytest.raises(checkpoint.CheckpointError, match=r"10 is not there; .* saved are 5"):
+        checkpoint.find(f"{workdir}/checkpoints/10")
+    checkpoints = checkpoint.Checkpoints(workdir, 1, CONFIG)
+    assert not [name for name in store.names("bucket") if name.startswith("run/checkpoints/10")]
+    checkpoints.save(10, parts(10))
+    checkpoints.close()
+    assert checkpoint.saved_steps(workdir) == [10]
+    restored = checkpoints.restore(10, placed(parts(0.0)))
+    np.testing.assert_array_equal(restored["weights"]["params"]["w"], np.full((3, 4), 10))
+    assert not [name for name in store.names("bucket") if name.startswith("run/checkpoints/5")]
+
+
+def test_a_bucket_is_not_locked():
+    with checkpoint.held(storage.path("gs://bucket/run")):
+        pass

@@ -1,4 +1,4 @@
-"""The program: what it writes, says and refuses, and how it ends."""
+"""The program: its output, messages, errors and exit codes."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_a_folder_becomes_an_npz_file(sounds, model, tmp_path, capsys):
     assert "files       7\n" in told.out
     assert f"checkpoint  {CHECKPOINT}\n" in told.out
     assert "windows     0.64 s every 0.64 s\n" in told.out
-    assert "embedding   [64] a file: mean over time and bands of layer 2 (0 to 2)\n" in told.out
+    assert "embedding   [64] per file: mean over time and bands of layer 2 (0 to 2)\n" in told.out
     assert "embedded  5 files, 0.001 h of audio in " in told.out
     assert "failed    2 files\n" in told.out
     assert f"read it   import numpy as np; f = np.load({str(output)!r})" in told.out
@@ -110,7 +110,7 @@ def test_files_are_listed_once_as_first_named(sounds, monkeypatch):
         sources.list_named(["a", "gone"])
 
 
-def test_where_no_file_can_be_read_nothing_is_written(sounds, tmp_path, capsys):
+def test_without_a_readable_file_nothing_is_written(sounds, tmp_path, capsys):
     paths = [sounds / "short.wav", sounds / "broken.mp3"]
     outcome = embed(paths, checkpoint=CHECKPOINT, output=tmp_path / "out.parquet")
     assert outcome.done == [] and len(outcome.failed) == 2
@@ -149,15 +149,11 @@ def test_files_may_stay_uncut(sounds, model, tmp_path, capsys):
         ({"output": "none/out.npz"}, "none is not a folder"),
         ({"checkpoint": "empty"}, "empty holds no checkpoint"),
         ({"pool": "max"}, "pool='max' is unknown"),
-        ({"layer": "3"}, "layer=3 is not one of the model's 3"),
-        ({"layer": "last"}, "--layer=last must be a number or all"),
+        ({"layer": "last"}, "layer='last' is not one of the model's 3; known: all, 0 to 2"),
         ({"window_seconds": 0.1}, "--window_seconds=0.1 must be at least 0.16, the length of a"),
-        ({"window_seconds": -1}, "--window_seconds=-1 must be 0 (never cut) or more"),
-        ({"window_seconds": float("nan")}, "--window_seconds=nan must be"),
-        ({"window_seconds": 1, "stride_seconds": 2}, "--stride_seconds=2 must be above 0 and at"),
-        ({"stride_seconds": 0.01}, "--stride_seconds=0.01 must be at least 0.16"),
-        ({"stride_seconds": 0}, "--stride_seconds=0 must be above 0"),
-        ({"window_seconds": 0, "stride_seconds": 1}, "--stride_seconds=1 is for windows"),
+        ({"window_seconds": float("nan")}, "--window_seconds=nan must be 0 or more"),
+        ({"window_seconds": 1, "stride_seconds": 2}, "(1.92 s) is longer than the window"),
+        ({"window_seconds": 0, "stride_seconds": 1}, "(0.96 s) is for windows"),
         ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1"),
         ({"num_processes": 0}, "--num_processes=0 must be at least 1"),
         ({"dtype": "float16"}, "model.dtype='float16' is unknown"),
@@ -179,7 +175,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 
 
 def run(*arguments, blocked="", cwd=ROOT):
-    """The program in a process of its own, in which `blocked` cannot be imported."""
+    """Runs the program in a process of its own that cannot import `blocked`."""
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({blocked.split()!r})); "
         "runpy.run_module('maeast_jax.embed', run_name='__main__', alter_sys=True)"
@@ -190,7 +186,8 @@ def run(*arguments, blocked="", cwd=ROOT):
     )  # fmt: skip
 
 
-def test_the_process_ends_with_4_where_a_file_failed(sounds, tmp_path):
+@pytest.mark.slow
+def test_the_process_ends_with_4_if_a_file_failed(sounds, tmp_path):
     (tmp_path / "broken.wav").write_text("words")
     done = run(
         sounds / "a", "broken.wav", "--checkpoint", CHECKPOINT, "--layer=0", "--overwrite",
@@ -203,10 +200,10 @@ def test_the_process_ends_with_4_where_a_file_failed(sounds, tmp_path):
         assert list(file["files"]) == [str(sounds / "a/0.wav"), str(sounds / "a/1.wav")]
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_2_for_a_mistake(tmp_path):
     for arguments, message in [
         (["a.wav", "--output=a.npz"], "error: --checkpoint is missing (--help lists the flags)\n"),
-        (["a.wav"], "error: --checkpoint and --output are missing"),
         (["gone.wav", "--checkpoint=x", "--output=a.npz"], "error: gone.wav is not there; check"),
         (["--pool=max", "--checkpoint=x", "--output=a.npz"], "--pool=max"),
     ]:
@@ -216,6 +213,7 @@ def test_the_process_ends_with_2_for_a_mistake(tmp_path):
         assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing(tmp_path):
     recording = tmp_path / "in" / "0.flac"
     recording.parent.mkdir()
@@ -240,6 +238,6 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 
 def test_a_decoding_process_starts_no_jax():
-    code = "import maeast_jax.embed, sys; print({'jax', 'flax', 'tensorboardX'} & {*sys.modules})"
+    code = "import maeast_jax.embed, sys; print({'jax', 'flax', 'pyarrow'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr

@@ -1,22 +1,23 @@
 """Speed of whole training steps: python -m maeast_jax.benchmark --model=mae_ast,ssast --batch=8,32
 
-A row for each combination of the lists --model --tokens --encoder_layers --batch --dtype
---num_frames, all else as --config has it: forward pass, backward pass and optimiser, compiled ahead
-and placed as in training, on all devices that jax sees, on noise. Standard output gets a table in
-Markdown: clips a second (the median of samples), operations a clip on paper and their share of what
-the devices reach in plain matrix products of that type, and the memory that XLA plans for a device.
-Progress goes to standard error.
+The program measures one row per combination of the lists --model --tokens --encoder_layers --batch
+--dtype --num_frames; all other settings are those of --config. A row is a training step (forward
+pass, backward pass and optimiser), compiled and placed as in training, on all devices that jax
+sees, on noise. The program prints a table in Markdown: clips per second (the median of samples),
+operations per clip on paper and their share of the rate of plain matrix products in that type, and
+the memory that XLA plans per device. Progress goes to standard error.
 
-Exit codes: 0, also where a batch does not fit, which is a row; 1 for what the system refused; 2
+Exit codes: 0, also if a batch does not fit, which is a row; 1 if the system refused something; 2
 for a mistake in flags, configuration or data; 3 for a loss that is not finite; 130 after Ctrl-C.
 --json holds what was measured until then.
 """
 
 import json
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
@@ -24,60 +25,131 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from maeast_jax.benchmark import benchmark_config, devices, table
-from maeast_jax.benchmark import cases as speed_rows
+from maeast_jax.benchmark import cases, measure, table
 from maeast_jax.benchmark.cases import Case, Row
 from maeast_jax.data import pipeline, writer
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import cli, memory, storage, terminal
+from maeast_jax.training import Pretraining
 
-# A temporary data set: ten seconds each, which training's crops of 10.24 s loop.
+# The temporary data set: clips of ten seconds, which training's crops of 10.24 s loop.
 _NOISE_CLIPS, _NOISE_SAMPLES = 256, 160_000
+# More steps than a measurement takes, so that the stream of batches does not end.
+_MANY_STEPS = 1_000_000
+# Fields that the program sets, and the flags to set them by.
+_OWN_FIELDS = {
+    "model.architecture": "model", "model.passes": "model", "model.tokens": "tokens",
+    "model.encoder_layers": "encoder_layers", "batch_size": "batch", "model.dtype": "dtype",
+    "num_frames": "num_frames", "data.source": "input", "data.fbank": "input",
+    "data.dir": "data_dir", "data.train": "data",
+}  # fmt: skip
 
 
-def main(arguments: list[str]) -> int | None:
-    if arguments:
-        raise ValueError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
-    values = flags.FLAGS.flag_values_dict()
-    if values["keep_freed"]:
-        memory.share_heap()  # before anything asks for jax's backend
-    benchmark_config.check(values)
-    base = benchmark_config.base(values)
-    with _input(base, values["input"], values["data_dir"], values["data"]):
-        return _run(base, benchmark_config.cases(base, values), values)
+class _WholeNumbers(flags.ListParser):
+    def parse(self, argument):
+        try:
+            return [int(word) for word in super().parse(argument)]
+        except ValueError:
+            raise ValueError("must be whole numbers") from None
 
 
-def _run(base: ConfigDict, cases: list[Case], values: dict) -> int | None:
-    """Says what it will do, measures, and says what came out."""
-    memory_bytes = values["memory_gb"] and round(1e9 * values["memory_gb"])
-    checked = [speed_rows.check(base, case) for case in cases]
-    mesh = checked[0].mesh
-    if values["find"] and not memory_bytes:
-        memory_bytes = devices.memory_bytes(mesh)
-    lines = {
-        "rows": "\n".join(map(str, cases)),
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
-        "time": f"{values['seconds']:g} s a row, and what its compilation takes"
-        + ("" if values["input"] == "none" else ", as long for its input, and for both together"),
-    }
-    if values["find"]:
-        held = terminal.si(memory_bytes, "B")
-        lines["find"] = f"the {values['find']} batch in {held} a device, from those named on"
-    lines |= {name: values[name] for name in ("json", "picture") if values[name]}
-    _say(terminal.announce(lines))
+def define() -> None:
+    """Defines the program's flags beside --config."""
+
+    def numbers(name: str, text: str) -> None:
+        flags.DEFINE(_WholeNumbers(), name, None, text, serializer=flags.CsvListSerializer(","))
+
+    default = "Default: that of --config."
+    models = ",".join(cases.MODELS)
+    flags.DEFINE_list("model", ["mae_ast", "ssast"], f"From {models}.")
+    flags.DEFINE_list("tokens", None, f"Such as patch,frame. {default}")
+    numbers("encoder_layers", f"Such as 6,12. {default}")
+    numbers("batch", f"Clips per step on all devices together, such as 8,32. {default}")
+    flags.DEFINE_list("dtype", None, f"The model computes in float32,bfloat16. {default}")
+    numbers("num_frames", f"Lengths of clips in frames of 10 ms, such as 1024. {default}")
+    flags.DEFINE_float(
+        "seconds",
+        10.0,
+        "Time per row after compilation and warm-up; there are always three samples.",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_enum(
+        "input",
+        "none",
+        ["none", "device", "host"],
+        "none: only steps, on a batch that stays on the devices. device, host: also the clips per"
+        " second of reading a data set, with log-mel energies computed there, alone and together"
+        " with the steps.",
+    )
+    flags.DEFINE_string(
+        "data", None, "Name of a data set for --input. Default: noise, written for the purpose."
+    )
+    flags.DEFINE_string("data_dir", None, "Folder of --data. Default: that of TFDS.")
+    flags.DEFINE_enum(
+        "find",
+        None,
+        ["largest", "fastest"],
+        "largest: the largest batch that fits, by doubling and halving, to a sixteenth. fastest:"
+        " the batch with the most clips per second, by doubling as long as it fits. There is one"
+        " row per batch tried, from --batch on; default: one clip per device.",
+    )
+    flags.DEFINE_float(
+        "memory_gb",
+        None,
+        "With --find: 1e9 bytes that XLA may plan per device. Default: the memory that jax may use"
+        " (XLA_PYTHON_CLIENT_MEM_FRACTION on a GPU); on a CPU, four fifths of the free memory.",
+    )
+    flags.DEFINE_bool(
+        "keep_freed",
+        True,
+        "On a CPU, keep the memory that a step frees for the next step, as training does. With"
+        " false the system gets it back.",
+    )
+    flags.DEFINE_string("json", None, "FILE for the list of rows, written anew after each row.")
+    flags.DEFINE_string("picture", None, "FILE.png for bars of clips per second and memory.")
+    flags.DEFINE_bool("overwrite", False, "Replace --json and --picture.")
+
+
+def main(base: ConfigDict) -> int | None:
+    """Measures and prints; returns the exit code after Ctrl-C.
+
+    Raises:
+      ValueError: a flag, a field or the data cannot work; nothing was compiled.
+      NonFiniteError: a loss is not finite.
+    """
+    options = flags.FLAGS
+    _check(options)
+    if options.keep_freed:
+        memory.share_heap()  # before anything starts jax's backend
+    with _input(base, options):
+        lists = {name: options[name].value for name in cases.LISTS}
+        if options.find and options.batch is None:
+            lists["batch"] = [cases.least_batch(base)]
+        opened = {case: cases.open_case(base, case) for case in cases.combinations(base, lists)}
+        return _run(base, opened, options)
+
+
+def _run(
+    base: ConfigDict, opened: Mapping[Case, Pretraining], options: flags.FlagValues
+) -> int | None:
+    mesh = next(iter(opened.values())).mesh
+    memory_bytes = options.memory_gb and round(1e9 * options.memory_gb)
+    if options.find and not memory_bytes:
+        memory_bytes = measure.memory_bytes(mesh)
+    _say(terminal.announce(_plan(opened, options, mesh, memory_bytes)))
     rows: list[Row] = []
 
     def on_row(row: Row) -> None:
         rows.append(row)
-        if values["json"]:
+        if options.json:
             text = json.dumps(rows, indent=1)
-            storage.write_whole(storage.path(values["json"]), f"{text}\n".encode())
+            storage.write_whole(storage.path(options.json), f"{text}\n".encode())
         _say(_progress(row))
 
     try:
-        speed_rows.measure_all(
-            dict(zip(cases, checked, strict=True)), base, seconds=values["seconds"],
-            find=values["find"], memory_bytes=memory_bytes, on_row=on_row,
+        cases.measure_all(
+            opened, base, seconds=options.seconds, find=options.find,
+            memory_bytes=memory_bytes, on_row=on_row,
         )  # fmt: skip
     except KeyboardInterrupt:
         _say(f"interrupted after {len(rows)} rows")
@@ -85,49 +157,63 @@ def _run(base: ConfigDict, cases: list[Case], values: dict) -> int | None:
     finally:
         if rows:
             print(f"{table.table(rows)}\n", flush=True)
-            print("\n".join(table.remarks(rows, values["find"])), flush=True)
-    if values["picture"] and any(row["fits"] for row in rows):
-        plots.write_png(values["picture"], table.chart(rows))
-    elif values["picture"]:
-        _say(f"no picture {values['picture']}: no row fits; choose a smaller --batch")
+            print("\n".join(table.remarks(rows, options.find)), flush=True)
+    if options.picture and any(row["fits"] for row in rows):
+        plots.write_png(options.picture, table.chart(rows))
+    elif options.picture:
+        _say(f"no picture {options.picture}: no row fits; choose a smaller --batch")
     return None
 
 
-def _progress(row: Row) -> str:
-    case = Case(**{name: row[name] for name in benchmark_config.LISTS})
-    if not row["fits"]:
-        return f"{case}: does not fit"
-    clips, seconds = (table.number(row[n]) for n in ("clips_per_second", "step_seconds"))
-    return (
-        f"{case}: {clips} clips/s, {seconds} s a step, {terminal.si(row['peak_memory_bytes'], 'B')}"
-    )
+def _check(options: flags.FlagValues) -> None:
+    """Raises ValueError for flags that contradict each other and for unusable output files."""
+    for field, flag in _OWN_FIELDS.items():
+        if f"config.{field}" in options:
+            raise ValueError(f"--config.{field} is set by --{flag}; use --{flag}")
+    if empty := [name for name in cases.LISTS if options[name].value == []]:
+        raise ValueError(f"--{empty[0]}= is empty; leave it out or name what to measure")
+    if options.memory_gb is not None and not (options.find and options.memory_gb > 0):
+        raise ValueError(f"--memory_gb={options.memory_gb:g} needs --find, and a number above 0")
+    if options.find and len(options.batch or ()) > 1:
+        raise ValueError("--find needs a single --batch, where the search begins")
+    if options.input == "none" and (options.data or options.data_dir):
+        raise ValueError("--data and --data_dir need --input=device or --input=host; add one")
+    if options.data_dir and not options.data:
+        raise ValueError(f"--data_dir={options.data_dir} needs --data=NAME; add it")
+    if options.picture and not options.picture.endswith(".png"):
+        raise ValueError(f"--picture={options.picture} must end in .png")
+    for name in ("json", "picture"):
+        if options[name].value:
+            _check_output(name, storage.path(options[name].value), options.overwrite)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _check_output(name: str, path: os.PathLike, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ValueError(f"--{name}={path} exists; choose another name or pass --overwrite")
+    if not storage.is_remote(path) and not path.parent.is_dir():
+        raise ValueError(f"--{name}={path}: {path.parent} is not a folder; make it first")
 
 
 @contextmanager
-def _input(base: ConfigDict, place: str, data_dir: str | None, name: str | None) -> Iterator[None]:
-    """Sets where batches of `base` come from, and what of training no step depends on."""
+def _input(base: ConfigDict, options: flags.FlagValues) -> Iterator[None]:
+    """Sets the source of batches in `base`, and clears the fields that no step depends on."""
     base.init_from = base.eval.knn = base.data.eval = ""
-    # A stream of so many steps: it does not end while it is timed.
-    base.total_steps = max(base.total_steps, 1_000_000)
-    if place == "none":
+    base.total_steps = max(base.total_steps, _MANY_STEPS)
+    if options.input == "none":
         base.data.update(source="synthetic", train="", dir="", fbank="device")
         yield
         return
     try:
         pipeline.prepare_tensorflow()
     except ValueError as error:
-        raise ValueError(f"--input={place}: {error}, or pass --input=none") from None
-    base.data.update(source="tfds", fbank=place)
-    if name:
-        base.data.update(train=name, dir=data_dir or "")
+        raise ValueError(f"--input={options.input}: {error}, or pass --input=none") from None
+    base.data.update(source="tfds", fbank=options.input)
+    if options.data:
+        base.data.update(train=options.data, dir=options.data_dir or "")
         yield
         return
     with tempfile.TemporaryDirectory() as folder:
-        _say(f"writing {_NOISE_CLIPS} clips of noise of 10 s, in place of --data")
+        _say(f"no --data: writing {_NOISE_CLIPS} clips of 10 s of noise")
         writer.write("noise", folder, {"train": _noise})
         base.data.update(train="noise", dir=folder)
         yield
@@ -139,6 +225,37 @@ def _noise() -> Iterator[writer.Example]:
         yield str(index), random.integers(-8192, 8192, _NOISE_SAMPLES, np.int16), None
 
 
+def _plan(
+    opened: Mapping[Case, Pretraining], options: flags.FlagValues, mesh, memory_bytes: int | None
+) -> dict[str, str]:
+    """Lines that say what will be measured, before the first compilation."""
+    lines = {
+        "rows": "\n".join(map(str, opened)),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
+        "time": f"compilation and {options.seconds:g} s per row"
+        + ("" if options.input == "none" else ", as long for its input, and for both together"),
+    }
+    if options.find:
+        held = terminal.si(memory_bytes, "B")
+        lines["find"] = f"the {options.find} batch in {held} per device, from these rows on"
+    return lines | {
+        name: options[name].value for name in ("json", "picture") if options[name].value
+    }
+
+
+def _progress(row: Row) -> str:
+    case = Case(**{name: row[name] for name in cases.LISTS})
+    if not row["fits"]:
+        return f"{case}: does not fit"
+    clips, seconds = (table.number(row[name]) for name in ("clips_per_second", "step_seconds"))
+    held = terminal.si(row["peak_memory_bytes"], "B")
+    return f"{case}: {clips} clips/s, {seconds} s per step, {held}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
-    benchmark_config.define()
-    cli.run_flags(main, required=())
+    define()
+    cli.run(main, workdir=False, default_config="configs/pretrain.py")

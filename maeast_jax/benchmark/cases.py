@@ -1,10 +1,9 @@
-"""Rows of a benchmark: what each is of, how it differs from a configuration, what it measured."""
+"""Rows of a benchmark: the model and batch of each row, and the search for a batch."""
 
 import copy
 import dataclasses
 import functools
 import itertools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,16 +12,15 @@ from ml_collections import ConfigDict
 from maeast_jax import config as configuration
 from maeast_jax.benchmark import measure as speed
 from maeast_jax.runtime import memory, sharding
-from maeast_jax.training import pretraining
-from maeast_jax.training.pretraining import Run
+from maeast_jax.training import PretrainConfig, Pretraining
 
 Row = dict[str, Any]
 # Name of a model -> model.architecture, model.passes.
 MODELS = {"mae_ast": ("mae_ast", 1), "ssast": ("ssast", 1), "ssast_two_passes": ("ssast", 2)}
-# A search for the largest batch ends where it is known to this share.
+# A search for the largest batch ends when the answer is known to this share.
 _KNOWN_TO = 16
-# What a row has, whatever became of it; the first twelve are promised to those who read JSON.
-_FIELDS = (
+# The fields of a row, in the order of --json.
+FIELDS = (
     "model", "tokens", "encoder_layers", "batch", "dtype", "clips_per_second", "step_seconds",
     "flops_per_clip", "matrix_rate_share", "peak_memory_bytes", "compile_seconds", "device",
     "num_frames", "devices", "fits", "input", "input_clips_per_second", "together_clips_per_second",
@@ -33,7 +31,7 @@ _FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one row is of; the names are those of the flags and of the row."""
+    """The settings of one row; its fields are named as the flags and as the row's fields."""
 
     model: str
     tokens: str
@@ -49,8 +47,14 @@ class Case:
         )
 
 
+LISTS = tuple(field.name for field in dataclasses.fields(Case))
+
+
 def combinations(base: ConfigDict, lists: Mapping[str, Sequence | None]) -> list[Case]:
-    """All combinations, models side by side; a list that is None is the one value of `base`."""
+    """Returns all combinations of the lists, with the models side by side.
+
+    A list that is None or absent stands for the value of `base`, or for both models.
+    """
     axes = {
         "num_frames": [base.num_frames],
         "tokens": [base.model.tokens],
@@ -65,7 +69,7 @@ def combinations(base: ConfigDict, lists: Mapping[str, Sequence | None]) -> list
 
 
 def config_of(base: ConfigDict, case: Case) -> ConfigDict:
-    """`base` as the case has it. Raises ValueError for an unknown model."""
+    """Returns `base` with the settings of `case`; raises ValueError for an unknown model."""
     if case.model not in MODELS:
         raise ValueError(f"--model={case.model} is unknown; known: {', '.join(MODELS)}")
     config = copy.deepcopy(base)
@@ -81,20 +85,19 @@ def config_of(base: ConfigDict, case: Case) -> ConfigDict:
     return config
 
 
-def check(base: ConfigDict, case: Case) -> Run:
-    """Raises ValueError, in one line, for what cannot work."""
-    with tempfile.TemporaryDirectory() as workdir:
-        return pretraining.check_run(config_of(base, case), workdir)
+def open_case(base: ConfigDict, case: Case) -> Pretraining:
+    """Returns the run of a case, not compiled; raises ValueError if the case cannot work."""
+    return Pretraining(PretrainConfig.of(config_of(base, case)))
 
 
 def least_batch(base: ConfigDict) -> int:
-    """A clip for each of the devices that share a batch, and each part of it."""
+    """Returns one clip for each device that shares a batch, and for each part of the batch."""
     mesh = sharding.make_mesh(**base.mesh.to_dict())
     return sharding.batch_shares(mesh) * base.accumulation_steps
 
 
 def measure_all(
-    checked: Mapping[Case, Run],
+    opened: Mapping[Case, Pretraining],
     base: ConfigDict,
     *,
     seconds: float,
@@ -102,44 +105,52 @@ def measure_all(
     memory_bytes: int | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Measures one case after the other; `on_row` gets each row as soon as it is there.
+    """Returns the rows, measured one after the other.
 
-    Where `base.data` names data sets, the input is measured too, alone and with the steps.
+    If `base.data` names a data set, the input is measured too, alone and together with the steps.
 
     Args:
-      checked: cases and what `check` made of them and `base`.
-      seconds: a row is timed for; so are its input alone, and both together.
-      find: "largest" or "fastest": a case's batch is where a search for the largest begins, by
-        doubling alone for the fastest, and a row is what was tried.
-      memory_bytes: a device's, that a search may fill; needed by `find`.
+      opened: The cases, each with the run that `open_case` made of it and `base`.
+      seconds: Time per row, and as long again for its input alone and for both together.
+      find: "largest" or "fastest" searches for a batch, and makes a row of each batch tried. The
+        search begins at the batch of a case. "fastest" only doubles.
+      memory_bytes: Memory per device that a search may fill; `find` needs it.
+      on_row: Gets each row as soon as it is measured.
 
     Raises NonFiniteError.
     """
     rows: list[Row] = []
 
-    def is_fitting(case: Case, case_run: Run) -> bool:
-        rows.append(measure(case_run, case, seconds, memory_bytes))
+    def fits(case: Case, training: Pretraining) -> bool:
+        rows.append(measure(training, case, seconds, memory_bytes))
         on_row(rows[-1])
         return rows[-1]["fits"]
 
-    def try_batch(case: Case, batch: int) -> bool:
+    def batch_fits(case: Case, batch: int) -> bool:
         case = dataclasses.replace(case, batch=batch)
-        return is_fitting(case, check(base, case))
+        return fits(case, open_case(base, case))
 
-    for case, case_run in checked.items():
+    for case, training in opened.items():
         if find is None:
-            is_fitting(case, case_run)
+            fits(case, training)
         else:
-            tried = functools.partial(try_batch, case)
-            unit, is_exact = least_batch(base), find == "largest"
-            search(tried, start=case.batch, unit=unit, is_exact=is_exact)
+            search(
+                functools.partial(batch_fits, case),
+                start=case.batch,
+                unit=least_batch(base),
+                is_exact=find == "largest",
+            )
     return rows
 
 
 def search(fits: Callable[[int], bool], *, start: int, unit: int, is_exact: bool) -> int:
-    """The largest batch that fits: by doubling alone, or known to a sixteenth; 0 where none does.
+    """Returns the largest batch that fits, or 0.
 
-    `start`, and so all that is tried, is a multiple of `unit`.
+    Args:
+      fits: Whether a batch fits.
+      start: The first batch to try, a multiple of `unit`.
+      unit: All batches tried are multiples of it.
+      is_exact: False only doubles; True goes on until the answer is known to a sixteenth.
     """
     largest, too_large = 0, start
     while fits(too_large):
@@ -153,27 +164,30 @@ def search(fits: Callable[[int], bool], *, start: int, unit: int, is_exact: bool
     return largest
 
 
-def measure(checked: Run, case: Case, seconds: float, memory_bytes: int | None = None) -> Row:
-    """One row: a case, costs and times as in speed.py. What was not measured is None.
+def measure(
+    training: Pretraining, case: Case, seconds: float, memory_bytes: int | None = None
+) -> Row:
+    """Returns the row of a case: its settings, and costs and times as in measure.py.
 
-    `fits` is False where the devices, or a plan within `memory_bytes` a device, have no room.
+    A field that was not measured is None. `fits` is False if the devices have no room, or if the
+    plan per device exceeds `memory_bytes`.
     """
-    mesh = checked.mesh
-    is_fed = checked.data.source != "synthetic"
-    row = dict.fromkeys(_FIELDS) | dataclasses.asdict(case)
+    data = training.config.data
+    has_input = data.source != "synthetic"
+    row = dict.fromkeys(FIELDS) | dataclasses.asdict(case)
     row |= {
-        "device": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
-        "input": checked.data.fbank if is_fed else "none",
+        "device": training.mesh.devices.flat[0].device_kind,
+        "devices": training.mesh.size,
+        "input": data.fbank if has_input else "none",
         "fits": False,
     }
     try:
-        subject = speed.compile_step(checked)
+        subject = speed.compile_step(training)
         row |= speed.costs(subject)
         if memory_bytes is not None and row["peak_memory_bytes"] > memory_bytes:
             return row
         row |= speed.measure(subject, seconds)
-        if is_fed:
+        if has_input:
             row |= speed.measure_input(subject, seconds)
     except memory.OutOfMemoryError:
         return row

@@ -1,10 +1,11 @@
-"""How fast a run's training step is, and what it takes: seconds, memory, operations.
+"""Speed and costs of a run's training step: seconds, memory, operations.
 
-A step is compiled as training compiles it, ahead and on the run's mesh. Times are the host's, from
-a moment when the devices have nothing left to do to the next one.
+A step is compiled as training compiles it, on the run's mesh. A measurement begins when the devices
+have no work left, and ends when they have no work left.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,119 +13,136 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maeast_jax.benchmark import devices
-from maeast_jax.model import flops
-from maeast_jax.runtime import memory
+from maeast_jax.model import COMPUTE_DTYPES, flops, product
+from maeast_jax.runtime import memory, processor, sharding
 from maeast_jax.runtime.cli import NonFiniteError
-from maeast_jax.training import pretraining
-from maeast_jax.training.loop import STEPS_IN_FLIGHT
-from maeast_jax.training.pretraining import Run
-from maeast_jax.training.programs import Programs
+from maeast_jax.training import Pretraining, loop
 
 Clock = Callable[[], float]
-# What a row's time is shared among, and how many of them a median is taken over at least.
+# A row's time is divided into so many samples. The median needs so many at least.
 SAMPLES = 20
 LEAST_SAMPLES = 3
-# On a CPU the heap that is kept (host_memory.py) grows until about the fourth step.
+# On a CPU the memory that jax keeps (runtime/memory.py) grows until about the fourth step.
 WARM_STEPS = 4
+# Sides of the square matrices that matrix_rate multiplies; the best rate counts.
+MATRIX_SIDES = (1024, 2048, 4096, 8192)
+_CHAIN = 8  # products in a row
+_CHAIN_SECONDS = 0.2  # after a slower chain, no larger matrix is tried
+# jax reports one event per program that it gives to XLA, also if a cache has the program.
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A run's step, compiled."""
+    """A run with its compiled step."""
 
-    checked: Run
-    programs: Programs
+    training: Pretraining
     step: jax.stages.Compiled
     compile_seconds: float
 
     @property
     def batch_size(self) -> int:
-        return self.checked.config.batch_size
+        return self.training.config.batch_size
 
     @property
     def planned_bytes(self) -> int:
-        """Memory a device."""
+        """Memory per device, as XLA plans it."""
         return memory.planned_bytes(self.step)
 
 
-def compile_step(checked: Run, clock: Clock = time.perf_counter) -> Subject:
-    """Raises memory.OutOfMemoryError where the compiler already finds that it does not fit."""
+def compile_step(training: Pretraining, clock: Clock = time.perf_counter) -> Subject:
+    """Compiles the step; raises memory.OutOfMemoryError if the compiler finds no room for it."""
     start = clock()
-    programs = Programs(checked)
     with memory.out_of_memory():
-        step = programs.step()
-    subject = Subject(checked, programs, step, clock() - start)
+        step = training.compile_step()
+    subject = Subject(training, step, clock() - start)
     memory.keep_freed(jax.device_count() * subject.planned_bytes)  # as training does
     return subject
 
 
 def costs(subject: Subject) -> dict[str, Any]:
-    """What is known of a step before it runs.
+    """Returns the costs of a step that are known before it runs.
 
-    flops_per_clip: on paper, three times the forward pass.
-    xla_flops_per_clip: as XLA counts the program that it made, elementwise work with it; None where
-      the layers (`model.unroll=False`) or the parts of a batch are a loop, whose body it counts
-      once, and on backends that do not count.
-    peak_memory_bytes: a device's, as XLA plans it.
+    flops_per_clip: Operations on paper, three times those of the forward pass.
+    xla_flops_per_clip: Operations that XLA counts in the compiled program, elementwise ones
+      included. XLA counts the body of a loop once, so it is None if the layers
+      (`model.unroll=False`) or the parts of a batch are a loop. It is also None on backends that
+      do not count.
+    peak_memory_bytes: Memory per device, as XLA plans it.
+    compile_seconds: Time of the compilation.
     """
-    config, mesh = subject.checked.config, subject.checked.mesh
-    xla = None
+    config = subject.training.config
+    xla_flops = None
     if config.model.unroll and config.accumulation_steps == 1:
-        xla = _counted_flops(subject.step)
+        xla_flops = _counted_flops(subject.step)
+    if xla_flops is not None:
+        xla_flops = round(xla_flops * subject.training.mesh.size / subject.batch_size)
     return {
-        "flops_per_clip": 3 * flops.pretrain_forward(subject.checked.model, config.num_frames),
-        "xla_flops_per_clip": xla and round(xla * mesh.size / subject.batch_size),
+        "flops_per_clip": _flops_per_clip(subject),
+        "xla_flops_per_clip": xla_flops,
         "peak_memory_bytes": subject.planned_bytes,
         "compile_seconds": subject.compile_seconds,
     }
 
 
+def _flops_per_clip(subject: Subject) -> int:
+    config = subject.training.config
+    return 3 * flops.pretrain_forward(config.model, config.num_frames)
+
+
 def _counted_flops(step: jax.stages.Compiled) -> float | None:
-    """A device's, as XLA counts them; None where it does not."""
+    """Returns the operations per device that XLA counts, or None."""
     try:
-        costs = step.cost_analysis()
+        analysis = step.cost_analysis()
     except (NotImplementedError, jax.errors.JaxRuntimeError):
         return None
-    return costs.get("flops") if costs else None
+    return analysis.get("flops") if analysis else None
 
 
 def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) -> dict[str, Any]:
-    """Times a step on one batch that stays on the devices.
+    """Returns the speed of a step on one batch that stays on the devices.
 
-    clips_per_second and step_seconds are those of the median sample, the percentiles those of the
-    samples. matrix_rate_share is of what the devices reach in plain matrix products, with the
-    operations on paper. device_peak_bytes is the device's own count, None where it has none or was
-    higher before. recompiles: programs compiled while steps were timed.
+    clips_per_second, step_seconds: Of the median sample; _p10 and _p90 are percentiles of the
+      samples.
+    samples, steps: Number of samples; number of steps, those before the samples included.
+    matrix_rate: FLOP/s that the devices reach in plain matrix products.
+    matrix_rate_share: Operations on paper per second, as a share of that rate.
+    device_peak_bytes: The device's own count. None if it does not count, or if an earlier row held
+      more.
+    recompiles: Programs that were compiled while steps were timed.
 
-    Raises memory.OutOfMemoryError; NonFiniteError where the loss ends as no number.
+    Raises:
+      memory.OutOfMemoryError: the devices have no room.
+      NonFiniteError: the loss of the last step is not finite.
     """
-    checked, batch_size = subject.checked, subject.batch_size
-    rate = devices.matrix_rate(checked.mesh, checked.model.dtype)
-    device = checked.mesh.devices.flat[0]
-    before = devices.peak_bytes(device)
+    training = subject.training
+    rate = matrix_rate(training.mesh, training.config.model.dtype)
+    device = training.mesh.devices.flat[0]
+    before = peak_bytes(device)
     with memory.out_of_memory():
         steps = _Steps(subject)
-        with devices.counting_compiles() as compiled:
+        with counting_compiles() as compiled:
             samples = time_steps(steps.advance, seconds, clock)
         loss = steps.loss()
     if not math.isfinite(loss):
-        raise NonFiniteError(f"the loss is {loss} after {steps.count} steps of one batch")
-    after = devices.peak_bytes(device)
+        raise NonFiniteError(f"the loss is {loss} after {steps.count} steps on one batch")
+    after = peak_bytes(device)
     step_seconds = float(np.median(samples))
-    slow, fast = (batch_size / np.percentile(samples, [90, 10])).tolist()
-    work = 3 * flops.pretrain_forward(checked.model, checked.config.num_frames)
+    slow, fast = (subject.batch_size / np.percentile(samples, [90, 10])).tolist()
+    clips_per_second = subject.batch_size / step_seconds
     return {
-        "clips_per_second": batch_size / step_seconds,
+        "clips_per_second": clips_per_second,
         "clips_per_second_p10": slow,
         "clips_per_second_p90": fast,
         "step_seconds": step_seconds,
         "samples": len(samples),
         "steps": steps.count,
         "matrix_rate": rate,
-        "matrix_rate_share": work * batch_size / step_seconds / rate,
+        "matrix_rate_share": _flops_per_clip(subject) * clips_per_second / rate,
         "device_peak_bytes": after if after is not None and after > before else None,
         "recompiles": len(compiled),
     }
@@ -133,14 +151,16 @@ def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) 
 def measure_input(
     subject: Subject, seconds: float, clock: Clock = time.perf_counter
 ) -> dict[str, Any]:
-    """Clips a second of the run's input alone, and of input and steps together as in training."""
-    with _stream(subject.checked) as batches:
-        alone = _clips_per_second(lambda: next(batches), subject.batch_size, seconds, clock)
+    """Returns clips per second of the run's input alone, and of input and steps together."""
+    with _batches(subject) as batches:
+        alone = _clips_per_second(
+            lambda: jax.block_until_ready(next(batches)), subject.batch_size, seconds, clock
+        )
     with memory.out_of_memory():
-        # First: compiling it would leave the stream time to read ahead.
+        # One step before the stream opens, or the stream could read ahead during a compilation.
         steps = _Steps(subject)
         steps.advance(1)
-    with _stream(subject.checked) as batches, memory.out_of_memory():
+    with _batches(subject) as batches, memory.out_of_memory():
         together = _clips_per_second(
             lambda: steps.feed(batches), subject.batch_size, seconds, clock, steps.wait
         )
@@ -150,11 +170,16 @@ def measure_input(
 def time_steps(
     advance: Callable[[int], None], seconds: float, clock: Clock = time.perf_counter
 ) -> list[float]:
-    """Seconds a step in each of LEAST_SAMPLES or more samples, which take `seconds` in all.
+    """Returns seconds per step in each sample; the samples take `seconds` together.
 
-    advance: does so many steps and waits for the last. A sample is of as many steps as make it a
-      SAMPLES-th of the time, one where a step takes longer. Not counted are the first WARM_STEPS,
-      and a whole sample where that is more than a step.
+    There are LEAST_SAMPLES at least. A sample is as many steps as take a SAMPLES-th of the time,
+    and one step at least. The first WARM_STEPS do not count, nor does the first sample of several
+    steps, which only tells their number.
+
+    Args:
+      advance: Does so many steps, and waits for the last one.
+      seconds: Time of all samples.
+      clock: Tells the time in seconds.
     """
     for _ in range(WARM_STEPS - 1):
         advance(1)
@@ -174,25 +199,26 @@ def time_steps(
 
 
 class _Steps:
-    """A state on its way through steps, of one batch that stays or of batches as they come."""
+    """A training state that steps move on, with one batch again and again or with a stream."""
 
     def __init__(self, subject: Subject):
-        self._subject = subject
-        self._state = subject.programs.initial_state()
-        with _stream(subject.checked) as batches:
-            self._batch = pretraining.put_batch(subject.checked, next(batches))
+        self._step = subject.step
+        self._state = subject.training.initial_state()
+        with _batches(subject) as batches:
+            self._batch = next(batches)
         self._in_flight: list[Any] = []
         self.count = 0
 
     def advance(self, count: int) -> None:
+        """Does `count` steps on the same batch, and waits for the last one."""
         for _ in range(count):
-            self._step(self._batch)
+            self._do(self._batch)
         self.wait()
 
-    def feed(self, batches: Iterator[pretraining.Batch]) -> None:
-        """One step as the training loop does it: the next batch is placed while devices work."""
-        self._step(pretraining.put_batch(self._subject.checked, next(batches)))
-        if len(self._in_flight) > STEPS_IN_FLIGHT:
+    def feed(self, batches: Iterator) -> None:
+        """Does one step as the training loop does: the devices work while the next batch comes."""
+        self._do(next(batches))
+        if len(self._in_flight) > loop.STEPS_IN_FLIGHT:
             jax.block_until_ready(self._in_flight.pop(0))
 
     def wait(self) -> None:
@@ -203,8 +229,8 @@ class _Steps:
         total, count = jax.device_get(self._in_flight[-1]["loss"])
         return float(total / count)
 
-    def _step(self, batch) -> None:
-        self._state, metrics = self._subject.step(self._state, batch)
+    def _do(self, batch) -> None:
+        self._state, metrics = self._step(self._state, batch)
         self._in_flight.append(metrics)
         self.count += 1
 
@@ -216,7 +242,7 @@ def _clips_per_second(
     clock: Clock,
     wait: Callable[[], None] = lambda: None,
 ) -> float:
-    """The rate of turns, after some that use up what was read ahead or compiled."""
+    """Returns the rate of turns, after four turns that use up the batches that were read ahead."""
     for _ in range(4):
         turn()
     wait()
@@ -229,9 +255,76 @@ def _clips_per_second(
 
 
 @contextmanager
-def _stream(checked: Run) -> Iterator[Iterator[pretraining.Batch]]:
-    batches = pretraining.train_stream(checked)
+def _batches(subject: Subject) -> Iterator[Iterator]:
+    batches = subject.training.train_batches()
     try:
         yield batches
     finally:
         batches.close()
+
+
+@functools.cache
+def matrix_rate(mesh: Mesh, dtype: str) -> float:
+    """Returns the FLOP/s of all devices together in products of square matrices; measures once.
+
+    It uses the model's own product: float32 in full precision; bfloat16 summed in float32.
+    """
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    whole = sharding.replicated(mesh)
+    kind = COMPUTE_DTYPES[dtype]
+    float32_factors = not processor.multiplies_bfloat16()
+
+    def chain(left, right):
+        for _ in range(_CHAIN):
+            left = product("mk,kn->mn", left, right, float32_factors=float32_factors)
+        return left
+
+    chain = jax.jit(sharding.traced_on(mesh, chain), out_shardings=rows)
+    best = 0.0
+    for side in MATRIX_SIDES:
+        # Noise, because some devices are faster on zeros; scaled so that the variance stays.
+        random = np.random.default_rng(side)
+        left = random.standard_normal((mesh.size * side, side), np.float32)
+        right = random.standard_normal((side, side), np.float32) / math.sqrt(side)
+        left = jax.device_put(jnp.asarray(left, kind), rows)
+        right = jax.device_put(jnp.asarray(right, kind), whole)
+        jax.block_until_ready(chain(left, right))
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(chain(left, right))
+            seconds.append(time.perf_counter() - start)
+        best = max(best, 2 * _CHAIN * mesh.size * side**3 / min(seconds))
+        if min(seconds) > _CHAIN_SECONDS:
+            break
+    return best
+
+
+def memory_bytes(mesh: Mesh) -> int:
+    """Returns the memory per device: jax's own limit, or a share of this machine's free memory."""
+    stats = mesh.devices.flat[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return memory.available_bytes() // mesh.size
+
+
+def peak_bytes(device: jax.Device) -> int | None:
+    """Returns the most memory ever in use, or None on devices that do not count (CPU)."""
+    stats = device.memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None
+
+
+@contextmanager
+def counting_compiles() -> Iterator[list[float]]:
+    """Yields a list that gets the seconds of each program that is compiled meanwhile."""
+    compiled: list[float] = []
+
+    def listen(event: str, duration_seconds: float, **_) -> None:
+        if event == _COMPILED:
+            compiled.append(duration_seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

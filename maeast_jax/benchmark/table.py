@@ -1,4 +1,4 @@
-"""What a benchmark's rows say, in Markdown: a table, and lines that compare them."""
+"""A benchmark's rows in Markdown: a table, and remarks that compare rows."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ from maeast_jax.benchmark.cases import Row
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime.terminal import si
 
-# What two rows share that are compared, and what a search leaves open.
+# Fields that must agree for two rows to be comparable; rows of one search agree in them too.
 _SETTING = ("num_frames", "tokens", "encoder_layers", "dtype", "input", "devices", "device")
 _MODEL_COLOURS = ("#4c78a8", "#e45756", "#f2a6a4")
 _BAR_LABELS = {
@@ -23,7 +23,7 @@ _BAR_LABELS = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a row; columns of the input only where one was measured."""
+    """Returns one line per row; the input and the device's own count have columns if measured."""
     columns = {
         "model": lambda row: row["model"],
         "tokens": lambda row: row["tokens"],
@@ -34,13 +34,13 @@ def table(rows: Sequence[Row]) -> str:
         "clips/s": lambda row: number(row["clips_per_second"]),
         "10 to 90 %": _spread,
         "step, s": lambda row: number(row["step_seconds"]),
-        "GFLOP a clip": lambda row: number(row["flops_per_clip"], 1e-9),
+        "GFLOP per clip": lambda row: number(row["flops_per_clip"], 1e-9),
         "of the matrix rate": lambda row: _percent(row["matrix_rate_share"]),
         "memory, GB": lambda row: number(row["peak_memory_bytes"], 1e-9),
-        "compiled in, s": lambda row: number(row["compile_seconds"]),
+        "compilation, s": lambda row: number(row["compile_seconds"]),
     }
     if any(row["device_peak_bytes"] is not None for row in rows):
-        columns["memory by the device, GB"] = lambda row: number(row["device_peak_bytes"], 1e-9)
+        columns["memory, device's count, GB"] = lambda row: number(row["device_peak_bytes"], 1e-9)
     if any(row["input_clips_per_second"] is not None for row in rows):
         columns["input alone, clips/s"] = lambda row: number(row["input_clips_per_second"])
         columns["together, clips/s"] = lambda row: number(row["together_clips_per_second"])
@@ -50,7 +50,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def remarks(rows: Sequence[Row], find: str | None = None) -> list[str]:
-    """The devices and what they reach, MAE-AST beside the others, and what a search found."""
+    """Returns the devices, their rates, a search's result, and MAE-AST beside the others."""
     lines = []
     for row in _first_of(rows, lambda row: (row["devices"], row["device"])):
         lines.append(f"{row['devices']} x {row['device']}")
@@ -63,16 +63,16 @@ def remarks(rows: Sequence[Row], find: str | None = None) -> list[str]:
     counted = [row["device_peak_bytes"] is not None for row in rows if row["fits"]]
     if any(counted) and not all(counted):
         lines.append(
-            "memory by the device: a dash where an earlier row held as much, since devices count "
+            "memory, device's count: a dash if an earlier row held as much, because devices count "
             "for the whole process; name smaller rows first"
         )
     if recompiled := [row for row in rows if row["recompiles"]]:
-        lines.append(f"slowed by compiling while they were timed: {len(recompiled)} of {len(rows)}")
+        lines.append(f"rows slowed by a compilation meanwhile: {len(recompiled)} of {len(rows)}")
     return lines
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
-    """MAE-AST's clips a second and memory, as multiples of each other model's at equal settings."""
+    """Returns MAE-AST's speed and memory relative to each other model, at equal settings."""
 
     def setting(row: Row) -> tuple:
         return (*(row[name] for name in _SETTING), row["batch"])
@@ -139,7 +139,7 @@ def chart(rows: Iterable[Row]) -> np.ndarray:
 
 
 def number(value: float | None, scale: float = 1.0) -> str:
-    """Three digits; a dash for what was not measured."""
+    """Returns `value * scale` to three digits; a dash for None."""
     if value is None:
         return "-"
     value *= scale
@@ -147,7 +147,7 @@ def number(value: float | None, scale: float = 1.0) -> str:
 
 
 def _found(rows: Sequence[Row], find: str) -> Iterable[str]:
-    """The best of what a search tried, of each model and setting."""
+    """Yields the best batch that a search tried, for each model and setting."""
     score = "batch" if find == "largest" else "clips_per_second"
     searched = lambda row: (row["model"], *(row[name] for name in _SETTING))  # noqa: E731
     for first in _first_of(rows, searched):
@@ -164,7 +164,7 @@ def _found(rows: Sequence[Row], find: str) -> Iterable[str]:
 
 
 def _name(row: Row, rows: Sequence[Row], batch: int | None = None) -> str:
-    """A setting in words; its frames only where they differ."""
+    """Returns a setting in words, with its frames only if the rows differ in them."""
     words = [f"{row['encoder_layers']} layers", row["tokens"]]
     if batch is not None:
         words.append(f"batch {batch}")
@@ -175,6 +175,7 @@ def _name(row: Row, rows: Sequence[Row], batch: int | None = None) -> str:
 
 
 def _first_of(rows: Iterable[Row], key) -> list[Row]:
+    """Returns the first row for each value of `key`."""
     first = {}
     for row in rows:
         first.setdefault(key(row), row)
@@ -192,5 +193,5 @@ def _percent(share: float | None) -> str:
 
 
 def _ratio(value: float) -> str:
-    """Two digits, 1.0 with its zero."""
+    """Returns two digits, 1.0 with its zero."""
     return f"{value:#.2g}".rstrip(".")

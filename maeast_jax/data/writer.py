@@ -1,45 +1,49 @@
 """Writes TFDS data sets in array_record shards: whole, or not at all.
 
-TensorFlow Datasets is imported inside the function that needs it.
+TensorFlow Datasets is imported inside the functions that need it.
 """
 
+import contextlib
+import fcntl
 import itertools
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
-from maeast_jax.data import staging
 from maeast_jax.data.audio import SAMPLE_RATE_HZ
-from maeast_jax.data.staging import DataError
 from maeast_jax.runtime import storage
 
 VERSION = "1.0.0"
 
-# id, int16 [samples] at 16 kHz, label: in multi-label sets the names of all that hold
+# Id, int16 [samples] at 16 kHz, and label: in multi-label sets the names of all classes that hold.
 Example = tuple[str, np.ndarray, str | Collection[str] | None]
 
+_STAGING_PREFIX = "incomplete."
+_INFO_FILE = "dataset_info.json"  # a folder without it does not open as a data set
 
-def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path | epath.Path:
-    """`data_dir` with `~` expanded; None for TFDS' own: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+
+class DataError(ValueError):
+    """A data set cannot be written or opened; the message is one line with the remedy."""
+
+
+def resolve_data_dir(data_dir: str | os.PathLike | None) -> epath.Path:
+    """Returns `data_dir` with `~` expanded; None is $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     if not data_dir:
         import tensorflow_datasets as tfds
 
         data_dir = tfds.core.constants.DATA_DIR
-    return (
-        storage.path(data_dir)
-        if storage.is_remote(data_dir)
-        else Path(os.path.expanduser(data_dir))
-    )
+    return storage.path(data_dir)
 
 
 def write(
     name: str,
-    data_dir: str | Path | None,
+    data_dir: str | os.PathLike | None,
     splits: Mapping[str, Callable[[], Iterator[Example]]],
     label_names: Sequence[str] | None = None,
     multi_label: bool = False,
@@ -48,61 +52,64 @@ def write(
     overwrite: bool = False,
     wait: bool = False,
     may_be_empty: Collection[str] = (),
-) -> Path:
-    """Writes the TFDS data set `data_dir/name/1.0.0`: `id`, `audio` and, where named, the class.
+) -> epath.Path:
+    """Writes the TFDS data set `data_dir/name/1.0.0` and returns that folder.
 
-    That is `label`, a ClassLabel; in multi-label sets `labels`, a Sequence of it.
+    Its features are `id`, `audio` and, in sets with labels, `label` (a ClassLabel) or, in
+    multi-label sets, `labels` (a Sequence of it).
 
-    Everything goes into an incomplete directory that nothing opens and that is renamed at the end,
-    so whoever kills this leaves what was there before; the next call removes the remains. What is
-    in the shards, and in which order, depends on the examples alone, not on their order (TFDS
-    orders by a hash of the id).
+    TFDS writes into a folder that nothing opens and that is renamed at the end. A build that is
+    killed therefore leaves the data set that was there before, and the next build removes the
+    remains. The content and order of the shards depend on the examples alone, not on their order:
+    TFDS sorts by a hash of the id.
 
     Args:
       name: lower snake case.
-      data_dir: made where missing; None for TFDS' default.
-      splits: split name -> function that returns an iterator of (id, int16 [samples] at 16 kHz,
-        label); ids are unique over all splits.
+      data_dir: is made where it is missing; None is TFDS' default.
+      splits: split name -> function that returns an iterator over its examples; ids are unique over
+        all splits.
       label_names: the classes in the order of their numbers; None for a set without labels.
-      multi_label: an example's label is a collection of names, empty where none holds; they are
-        stored in the order of their numbers.
-      finish: called with the directory when all examples are out and before the rename: it may add
-        files, or raise to fail the build.
+      multi_label: an example's label is a collection of names, empty where no class holds. They
+        are stored in the order of their numbers.
+      description: text for TFDS' description of the set.
+      finish: is called with the new folder before the rename. It may add files, or raise an error,
+        which fails the build.
       overwrite: replace an existing set, once the new one is complete.
-      wait: for whoever wants the set, not to be the one that builds it: where another process is
-        building it, wait for that; where the set is there, return it as it is (unless `overwrite`).
-      may_be_empty: splits that the set goes without where they have no examples.
-
-    Returns:
-      The directory of the version.
+      wait: where another process builds the set, wait for it; where the set exists, return it
+        unchanged (unless `overwrite`).
+      may_be_empty: splits that are left out where they have no examples.
 
     Raises:
-      DataError: a bad name, a data_dir that cannot be written, an existing set, a running build of
-        the same name, a split without examples, an id used twice, audio or a label that does not
-        fit.
+      DataError: a bad name, an existing set, another process that builds the same set, a split
+        without examples, an id that is used twice, audio or a label that does not fit.
+      ValueError: `data_dir` cannot be written.
     """
     data_dir = resolve_data_dir(data_dir)
     check_writable(name, data_dir, list(splits), overwrite or wait)
     target = data_dir / name / VERSION
-    with staging.locked(target, wait):
+    with locked(target.parent, wait):
         if wait and not overwrite and target.exists():
             return target
-        _check_free(target, overwrite)  # a build may have ended since the first check
-        with staging.directory(target) as aside:
+        with staged(target, overwrite) as folder:
             classes = Classes(label_names, multi_label)
-            builder = make_builder(name, aside, splits, may_be_empty, classes, description)
-            builder.download_and_prepare(file_format="array_record")
-            staged = Path(builder.data_dir)
+
+            def generators() -> dict:
+                ids: set[str] = set()
+                return {
+                    split: _checked(split, examples, classes, ids)
+                    for split, examples in _opened(splits, may_be_empty).items()
+                }
+
+            prepare(name, folder, classes, description, generators)
             if finish is not None:
-                finish(staged)
-            staging.publish(staged, target)
+                finish(folder / name / VERSION)
     return target
 
 
 def check_writable(
-    name: str, data_dir: Path, split_names: Sequence[str], overwrite: bool = False
+    name: str, data_dir: epath.Path, split_names: Sequence[str], overwrite: bool = False
 ) -> None:
-    """Raises the DataError that `write` would raise for its arguments alone; makes `data_dir`."""
+    """Makes `data_dir`, and raises the error that `write` would raise for these arguments."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise DataError(
             f"data set name {name!r}: expected lower snake case (a letter, then letters, digits, _)"
@@ -112,44 +119,101 @@ def check_writable(
             raise DataError(
                 f"split name {split!r}: expected letters, digits and _, and not the reserved 'all'"
             )
-    if storage.is_remote(data_dir):
-        storage.make_writable(data_dir, "--data_dir")
-    else:
-        _make_writable(data_dir)
+    storage.make_writable(data_dir, "--data_dir (in a configuration: data.dir)")
     _check_free(data_dir / name / VERSION, overwrite)
 
 
-def _make_writable(data_dir: Path) -> None:
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=data_dir):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"cannot write to data directory {data_dir} ({error.strerror}): choose another"
-            " (--data_dir of build_dataset, data.dir of a configuration)"
-        ) from None
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
+def _check_free(target: epath.Path, overwrite: bool) -> None:
     home = target.parent
     if home.exists() and not home.is_dir():
         raise DataError(f"{home} is a file: choose another name, or move it away")
-    if foreign := staging.others(target):
-        raise DataError(
-            f"{home} holds another data set ({', '.join(foreign)}): choose another name"
-        )
-    if not overwrite and staging.is_there(target):
+    others = sorted(
+        path.name
+        for path in home.glob("*")
+        if path.is_dir() and path.name != VERSION and not path.name.startswith(_STAGING_PREFIX)
+    )
+    if others:
+        raise DataError(f"{home} holds another data set ({', '.join(others)}): choose another name")
+    if target.exists() and not overwrite:
         raise DataError(
             f"data set {target} exists: choose another name, or pass --overwrite to replace it"
         )
+
+
+# --- one build at a time, whole or not at all ------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(home: epath.Path, wait: bool = False) -> Iterator[None]:
+    """Holds the right to build in the folder `home`; the lock ends with the process.
+
+    The lock's file `.NAME.lock` stays beside `home`: removing it would let two processes hold
+    locks on two files of the same name. On gs:// there are no locks, and this does nothing.
+
+    Args:
+      wait: wait for another process that builds there, in place of raising a DataError.
+    """
+    if storage.is_remote(home):
+        yield
+        return
+    with open(home.with_name(f".{home.name}.lock"), "w") as file:
+        if not storage.try_lock(file):
+            if not wait:
+                raise DataError(
+                    f"another process is building {home}: wait for it, or choose another name"
+                )
+            print(f"another process is building {home}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def staged(target: epath.Path, overwrite: bool) -> Iterator[epath.Path]:
+    """Yields a folder for `prepare`; on exit the data set in it becomes `target`.
+
+    The caller holds the lock of `target.parent`. After an error `target` is what it was before.
+    `storage.whole` does not serve here: TFDS writes into subfolders NAME/VERSION, `overwrite`
+    replaces a folder that is not empty, and `target` may lie on gs://.
+    """
+    home = target.parent
+    _check_free(target, overwrite)  # a build may have ended since the first check
+    for leftover in home.glob(f"{_STAGING_PREFIX}*"):  # killed builds leave these
+        leftover.rmtree()
+    folder = home / f"{_STAGING_PREFIX}{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        built = folder / home.name / VERSION
+        if storage.is_remote(target):
+            _publish_objects(built, target)
+        else:
+            if target.exists():
+                target.rename(folder / "replaced")
+            built.rename(target)
+    finally:
+        folder.rmtree(missing_ok=True)
+        if not storage.is_remote(home):
+            with contextlib.suppress(OSError):
+                os.rmdir(home)  # it is empty where the first build failed
+
+
+def _publish_objects(built: epath.Path, target: epath.Path) -> None:
+    """Copies objects within Google's storage, the one without which nothing opens last."""
+    import fsspec
+
+    target.rmtree(missing_ok=True)
+    filesystem = fsspec.filesystem("gcs")
+    names = sorted(file.name for file in built.iterdir())
+    for part in ([name for name in names if name != _INFO_FILE], [_INFO_FILE]):
+        sources, targets = ([str(place / name) for name in part] for place in (built, target))
+        filesystem.copy(sources, targets)
 
 
 # --- what TFDS is given ----------------------------------------------------------------------
 
 
 class Classes:
-    """The labels' feature, and what of an example goes into it."""
+    """The classes of a data set: their TFDS feature, and the encoding of an example's label."""
 
     def __init__(self, names: Sequence[str] | None, multi_label: bool):
         if names is None and multi_label:
@@ -158,40 +222,70 @@ class Classes:
         self._numbers = {name: number for number, name in enumerate(names or ())}
         self._multi_label = multi_label
 
-    def features(self, tfds) -> dict:
+    def features(self) -> dict:
+        """Returns the features that a set has beside `id` and `audio`."""
+        import tensorflow_datasets as tfds
+
         if self._names is None:
             return {}
         label = tfds.features.ClassLabel(names=self._names)
         return {"labels": tfds.features.Sequence(label)} if self._multi_label else {"label": label}
 
-    def encode(self, example_id: str, label) -> dict:
+    def encode(self, example: Example) -> dict:
+        """Returns the example as a dict of TFDS features; DataError for an unknown class."""
+        example_id, audio, label = example
+        encoded = {"id": example_id, "audio": audio}
         if self._names is None:
-            return {}
-        unknown = [
-            name for name in (label if self._multi_label else [label]) if name not in self._numbers
-        ]
-        if unknown:
-            raise DataError(
-                f"label {unknown[0]!r} of {example_id!r} is none of the {len(self._names)} label"
-                " names"
-            )
+            return encoded
+        for name in label if self._multi_label else [label]:
+            if name not in self._numbers:
+                raise DataError(
+                    f"label {name!r} of {example_id!r} is none of the {len(self._names)} label"
+                    " names"
+                )
         if self._multi_label:
-            return {"labels": sorted({self._numbers[name] for name in label})}
-        return {"label": self._numbers[label]}
+            return encoded | {"labels": sorted({self._numbers[name] for name in label})}
+        return encoded | {"label": self._numbers[label]}
 
 
-def make_builder(name, data_dir, splits, may_be_empty, classes: Classes, description):
-    """A TFDS builder of the data set, as a class of its own because TFDS names it by class."""
+def prepare(
+    name: str,
+    folder: epath.Path,
+    classes: Classes,
+    description: str,
+    generators: Callable[..., Mapping],
+    beam: Mapping | None = None,
+) -> None:
+    """Lets TFDS write a data set into `folder/name/1.0.0`, with its Beam writer where asked.
+
+    Args:
+      generators: returns split name -> iterator of (id, dict of features). With `beam` it is called
+        with a Beam pipeline and returns PCollections of the same pairs.
+      beam: the arguments `beam_runner` and `beam_options` of TFDS' DownloadConfig.
+    """
     import tensorflow_datasets as tfds
 
-    tfds.disable_progress_bar()  # its bars would break up the caller's, which knows hours and rates
+    tfds.disable_progress_bar()  # the caller's bar knows files, hours and rates
     features = {
         "id": tfds.features.Text(),
         "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
-        **classes.features(tfds),
+        **classes.features(),
     }
 
-    class Shards(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class ShardWriter(tfds.core.writer.ExampleWriter):
+        """Writes shards on this machine first: array_record cannot write to gs://."""
+
+        def write(self, path, examples):
+            if not storage.is_remote(path):
+                return super().write(path, examples)
+            with tempfile.NamedTemporaryFile() as file:
+                super().write(file.name, examples)
+                epath.Path(file.name).copy(path)
+            return None
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(VERSION)
+
         def _info(self):
             return tfds.core.DatasetInfo(
                 builder=self,
@@ -202,32 +296,38 @@ def make_builder(name, data_dir, splits, may_be_empty, classes: Classes, descrip
 
         def _split_generators(self, dl_manager):
             del dl_manager
-            ids = set()
-            return {
-                split: _checked(split, examples, classes, ids)
-                for split, examples in _opened(splits, may_be_empty).items()
-            }
+            return generators()
 
         def _generate_examples(self):
             raise AssertionError("TFDS asks for it, but _split_generators has the generators")
 
-        def _log_download_bytes(self):  # TFDS prints a "download" of unknown size
+        def _example_writer(self):
+            return ShardWriter(file_format=self.info.file_format)
+
+        def _log_download_bytes(self):  # TFDS would print a "download" of unknown size
             pass
 
         def _log_download_done(self):
             pass
 
-    Shards.name = name
-    Shards.VERSION = tfds.core.Version(VERSION)
-    return Shards(data_dir=data_dir)
+    class BeamBuilder(Builder, skip_registration=True):
+        def _split_generators(self, dl_manager, pipeline):  # TFDS looks for this argument
+            del dl_manager
+            return generators(pipeline)
+
+    builder_class = Builder if beam is None else BeamBuilder
+    builder_class.name = name  # TFDS names a data set by its class
+    builder = builder_class(data_dir=folder)
+    config = tfds.download.DownloadConfig(**(beam or {}))
+    builder.download_and_prepare(file_format="array_record", download_config=config)
 
 
 def _opened(splits, may_be_empty: Collection[str]) -> dict[str, Iterator[Example]]:
-    """The examples of each split, without the splits that may be empty and are.
+    """Returns the examples of each split, without the splits that may be empty and are.
 
-    TFDS wants to know the splits before it takes any example, so these splits' first examples are
-    made here. They come first, as TFDS writes the splits in this order: what their sources hold in
-    memory, such as files decoded ahead, would else be held for the length of the others.
+    TFDS asks for the splits before it takes any example, so the first example of a split that may
+    be empty is made here. These splits come first, because TFDS writes the splits in this order:
+    otherwise files that their sources decode ahead would stay in memory while others are written.
     """
     opened = {}
     for split in sorted(splits, key=lambda split: split not in may_be_empty):
@@ -244,9 +344,10 @@ def _opened(splits, may_be_empty: Collection[str]) -> dict[str, Iterator[Example
 
 
 def _checked(split, examples, classes: Classes, ids: set[str]) -> Iterator[tuple[str, dict]]:
-    """The examples of a split as TFDS wants them; `ids` are those of all splits so far."""
+    """Yields a split's examples in TFDS' form; `ids` collects the ids of all splits."""
     empty = True
-    for example_id, audio, label in examples:
+    for example in examples:
+        example_id, audio, _ = example
         if example_id in ids:
             raise DataError(f"id {example_id!r} is used twice: ids must be unique over all splits")
         if audio.dtype != np.int16 or audio.ndim != 1 or not len(audio):
@@ -254,9 +355,9 @@ def _checked(split, examples, classes: Classes, ids: set[str]) -> Iterator[tuple
                 f"audio of {example_id!r} is {audio.dtype} {list(audio.shape)}, expected int16"
                 " [samples] with at least one sample"
             )
-        features = {"id": example_id, "audio": audio, **classes.encode(example_id, label)}
+        encoded = classes.encode(example)
         ids.add(example_id)
         empty = False
-        yield example_id, features
+        yield example_id, encoded
     if empty:
         raise DataError(f"split {split!r} has no examples: leave it out, or put clips into it")

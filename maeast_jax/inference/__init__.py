@@ -1,6 +1,6 @@
-"""A model from any checkpoint, and embeddings from it."""
+"""Models from any checkpoint, and embeddings from them."""
 
 from maeast_jax.inference.embedder import POOLS, Embedder
-from maeast_jax.inference.pretrained import FILES, Pretrained
+from maeast_jax.inference.pretrained import Pretrained, load
 
-__all__ = ["FILES", "POOLS", "Embedder", "Pretrained"]
+__all__ = ["POOLS", "Embedder", "Pretrained", "load"]

@@ -1,4 +1,4 @@
-"""Windows of many clips and lengths through padded batches of few shapes, and back in order."""
+"""Clips cut into windows, windows in padded batches of few shapes, and results back in order."""
 
 import collections
 import dataclasses
@@ -11,8 +11,59 @@ import numpy as np
 _BATCHES_IN_FLIGHT = 2
 
 
+# --- Windows ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A part of a clip that the model sees alone. All fields count time steps of the clip.
+
+    A time step is one token along time, with all its bands.
+
+    Attributes:
+      start, stop: the steps that the window holds.
+      own_start, own_stop: the steps that the embedding takes from it; the others are context.
+    """
+
+    start: int
+    stop: int
+    own_start: int
+    own_stop: int
+
+
+def num_steps(num_frames: int, patch_frames: int) -> int:
+    """Returns the whole time steps in `num_frames`, at least 1: a shorter clip is padded."""
+    return max(1, num_frames // patch_frames)
+
+
+def cut(num_steps: int, window_steps: int, stride_steps: int) -> list[Window]:
+    """Returns windows of `window_steps` over a clip; one window where that is 0 or more than it.
+
+    Windows start every `stride_steps`, which are 1 to `window_steps`. The last window is moved back
+    to end where the clip ends. Each step is taken from exactly one of the windows that hold it: the
+    one with the nearest centre, and the earlier one of two at the same distance. So each step has
+    as much context on both sides as there is.
+    """
+    if not window_steps or num_steps <= window_steps:
+        return [Window(0, num_steps, 0, num_steps)]
+    last = num_steps - window_steps
+    starts = [*range(0, last, stride_steps), last]
+    # The first step past the midpoint of two centres, which are start + (window - 1) / 2.
+    edges = [
+        (start + following + window_steps - 1) // 2 + 1
+        for start, following in itertools.pairwise(starts)
+    ]
+    return [
+        Window(start, start + window_steps, own_start, own_stop)
+        for start, own_start, own_stop in zip(starts, [0, *edges], [*edges, num_steps], strict=True)
+    ]
+
+
+# --- Batches ----------------------------------------------------------------------------------
+
+
 class Bucket(NamedTuple):
-    """A shape of batches: `num_rows` rows of up to `num_samples`, of one type of samples."""
+    """A shape of batches: `num_rows` rows of `num_samples` samples of type `dtype`."""
 
     num_samples: int
     num_rows: int
@@ -21,13 +72,13 @@ class Bucket(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """A window of a clip.
+    """A window with its samples.
 
     Attributes:
-      bucket: the smallest that holds it.
-      samples: [samples].
-      num_frames: frames in them that count.
-      own: the first time step to take from it, and the one past the last.
+      bucket: the smallest bucket that holds the window.
+      samples: [samples], at most `bucket.num_samples`.
+      num_frames: the frames in `samples`.
+      own: the first time step to take from the window, and the step past the last.
     """
 
     bucket: Bucket
@@ -37,10 +88,12 @@ class Row:
 
 
 class Batch(NamedTuple):
-    """What is computed at once; rows that stand for none are a frame of silence and own nothing.
+    """The rows that are computed at once. An empty row is one frame of silence and owns no step.
 
-    audio: [num_rows, num_samples], padded with zeros. num_frames: int32 [num_rows].
-    own: int32 [num_rows, 2].
+    Attributes:
+      audio: [num_rows, num_samples], padded with zeros.
+      num_frames: int32 [num_rows].
+      own: int32 [num_rows, 2].
     """
 
     audio: np.ndarray
@@ -49,7 +102,7 @@ class Batch(NamedTuple):
 
 
 def pack(rows: list[Row], bucket: Bucket) -> Batch:
-    """Pads rows to a bucket's shape."""
+    """Returns a batch of the bucket's shape with these rows."""
     audio = np.zeros((bucket.num_rows, bucket.num_samples), bucket.dtype)
     num_frames = np.ones(bucket.num_rows, np.int32)
     own = np.zeros((bucket.num_rows, 2), np.int32)
@@ -62,7 +115,7 @@ def pack(rows: list[Row], bucket: Bucket) -> Batch:
 
 @dataclasses.dataclass(eq=False)
 class _Clip:
-    """A clip under way; `parts` holds what each row gave, None where it has not yet."""
+    """A clip under way. `parts` holds the result of each row, None until it is computed."""
 
     number: int
     num_steps: int
@@ -72,11 +125,15 @@ class _Clip:
 
 
 class Stream:
-    """Clips in, what their rows gave out in the same order; rows wait until they fill a batch.
+    """Takes in clips as rows, and gives out the results of their rows in the order of the clips.
 
-    compute: starts the computation of a batch and returns an array of a result a row, which is
-      waited for two batches later.
-    most_steps, most_bytes: a partial batch is computed once clips of more time steps or bytes wait.
+    Rows wait until they fill a batch of their bucket.
+
+    Args:
+      compute: starts the computation of a batch and returns an array with one result per row. The
+        stream waits for the array two batches later.
+      most_steps, most_bytes: once the waiting clips have more time steps or bytes than this, a
+        batch is computed although it is not full.
     """
 
     def __init__(self, compute: Callable[[Batch], np.ndarray], most_steps: int, most_bytes: int):
@@ -92,9 +149,11 @@ class Stream:
         self._num_steps = self._num_bytes = 0
 
     def add(self, rows: list[Row], num_steps: int, num_bytes: int) -> Iterator[list[np.ndarray]]:
-        """Takes in a clip and yields those that are complete, a list of what their rows gave each.
+        """Takes in a clip and yields the results of each clip that is complete, one per row.
 
-        num_steps, num_bytes: of the clip and its result, until it is given out.
+        Args:
+          rows: the clip's windows.
+          num_steps, num_bytes: what the clip and its result take until they are given out.
         """
         clip = _Clip(next(self._numbers), num_steps, num_bytes, [None] * len(rows), len(rows))
         self._clips.append(clip)
@@ -111,7 +170,7 @@ class Stream:
             yield from self._complete()
 
     def flush(self) -> Iterator[list[np.ndarray]]:
-        """Computes all that is left."""
+        """Computes the waiting rows and yields the results of the remaining clips."""
         while self._clips:
             if self._queues:
                 self._start(max(self._queues))
@@ -120,7 +179,7 @@ class Stream:
             yield from self._complete()
 
     def _advance(self) -> None:
-        """Moves the first clip on: starts the first of its rows, or waits for results."""
+        """Brings the first clip nearer its end: starts its first row, or waits for results."""
         oldest = min(self._queues, key=lambda b: self._queues[b][0][0].number, default=None)
         if oldest is not None and self._queues[oldest][0][0] is self._clips[0]:
             self._start(oldest)
@@ -129,7 +188,7 @@ class Stream:
 
     def _start(self, bucket: Bucket) -> None:
         entries = self._take(bucket, bucket.num_rows)
-        # A batch costs the same however full, and one batch fewer may be one compile fewer.
+        # A batch costs the same however full it is, and one batch fewer may save a compilation.
         for shorter in sorted(self._queues, reverse=True):
             if shorter.num_samples < bucket.num_samples and shorter.dtype == bucket.dtype:
                 entries += self._take(shorter, bucket.num_rows - len(entries))
@@ -149,7 +208,7 @@ class Stream:
         entries, results = self._in_flight.popleft()
         results = np.asarray(results)
         for (clip, place, _), result in zip(entries, results[: len(entries)], strict=True):
-            # A copy, or the whole batch would stay for as long as one of its rows.
+            # Without the copy the whole batch would stay in memory as long as one of its rows.
             clip.parts[place] = result.copy()
             clip.num_missing -= 1
 

@@ -1,6 +1,6 @@
 """Embeddings of clips of any length: windows, batches of few shapes, pooling on the device.
 
-Names of shapes: B rows of a batch (a window each), S samples, T frames, C time steps, N tokens,
+Names of shapes: B rows of a batch (one window each), S samples, T frames, C time steps, N tokens,
 R bands of tokens, D width of the encoder, L layers.
 """
 
@@ -16,45 +16,58 @@ from flax import nnx
 
 from maeast_jax import fbank
 from maeast_jax.data import pipeline
-from maeast_jax.inference import windows
-from maeast_jax.inference.batching import Batch, Bucket, Row, Stream
-from maeast_jax.inference.windows import Window
-from maeast_jax.model import SpectrogramEncoder
+from maeast_jax.inference import batching
+from maeast_jax.inference.batching import Batch, Bucket, Row, Stream, Window
+from maeast_jax.model import SpectrogramEncoder, parse_layer
 
 POOLS = ("mean", "time", "moments", "none")
 ALL_LAYERS = "all"
 # The paper's clip, 10.24 s.
 DEFAULT_WINDOW_FRAMES = 1024
-# On two CPU cores the paper's model does 1,520 tokens/s in batches of 1,024, 1,340 in one row of
-# 512 and 1,180 in batches of 4,096, which leave the cache. An accelerator wants many tokens.
+# On two CPU cores the paper's model computes 1,520 tokens/s in batches of 1,024 tokens, 1,340 in
+# single rows of 512, and 1,180 in batches of 4,096, which no longer fit the cache.
 CPU_BATCH_TOKENS = 1_024
 ACCELERATOR_BATCH_TOKENS = 16_384
 
-# Rows wait for others of their length until so much waits that a partial batch costs little of it.
+# Rows wait for others of their length until a batch that is not full costs little in comparison.
 _WAITING_BATCHES = 16
 _WAITING_BYTES = 1 << 30
 
 
 class Embedder:
-    """Calls a model on any number of clips of any length.
+    """Embeds any number of clips of any length with one model.
 
-    A clip longer than a window is cut as `windows.cut` says, and an embedding holds each time step
-    of the clip once, so that means are weighted by length. Frames past the last whole time step are
-    left out; a clip shorter than one is padded to it. No result depends on other clips.
+    A clip longer than a window is cut as `batching.cut` says. An embedding counts each time step of
+    the clip once, so means are weighted by length. Frames past the last whole time step are left
+    out, and a clip shorter than one step is padded to it. No result depends on other clips. Windows
+    are padded to one of nine lengths, and each length is compiled once per type of samples.
 
-    pool: "mean" over all tokens, [D]; "time": over time alone, a step's R bands side by side,
-      lowest first, [R * D]; "moments": that mean, then the deviation over time, [2 * R * D];
-      "none": every time step, [steps, R * D]. R is 1 for frame tokens.
-    phases: of pooled embeddings, on how many grids of tokens a clip is seen, each begun a part of a
-      token earlier than the one before, on the clip's own end; more than a token has frames are
-      not. What sounds half a patch later is else another thing to the model. Costs as many times.
-    layer: after which one, 0 to `num_layers` - 1 or from -1 backwards; "all" is a leading axis.
-    window_frames: None is what the model was trained on (else the paper's 1,024, to whole tokens);
-      0 never cuts: memory grows with the square of a clip's length.
-    stride_frames: None is the window: no overlap, but for the last window's.
-    batch_tokens: None chooses by the kind of device.
+    Args:
+      model: the encoder.
+      pool: "mean" over all tokens, [D]; "time", over time alone, with the R bands of a step side by
+        side, lowest first, [R * D]; "moments", the mean over time and then the deviation over time,
+        [2 * R * D]; "none", every time step, [steps, R * D]. R is 1 for frame tokens.
+      phases: the number of token grids on which a clip is seen; the embedding pools over all of
+        them. Each grid starts a part of a token earlier than the one before, and the clip's own end
+        fills its front. Without it the model hears another sound when a clip starts half a token
+        later. The cost grows in proportion. At most the frames of a token count. pool="none" has
+        one phase.
+      layer: the layer whose output is embedded, as `parse_layer` takes it; "all" adds a leading
+        axis.
+      window_frames: frames of a window, a multiple of a token's. None: the clips that the model was
+        trained on (1,024 where it does not know). 0: clips are never cut, and memory grows with
+        the square of their length.
+      stride_frames: frames from one window to the next. None: the window, so that only the last
+        window overlaps.
+      batch_tokens: tokens per batch. None: 1,024 on a CPU, 16,384 elsewhere.
 
-    Windows are padded to one of nine lengths, and each is compiled once a type of samples.
+    Attributes:
+      pool: as above.
+      num_layers: layers of the whole encoder.
+      layer: from 0, or "all".
+      window_frames, stride_frames: frames of both, 0 where clips are never cut.
+      embedding_size: the length of an embedding's last axis.
+
     Raises ValueError, in one line, for values that do not fit the model.
     """
 
@@ -76,21 +89,16 @@ class Embedder:
         config = model.config
         self.pool = pool
         self.num_layers = config.encoder_layers
-        self.layer = _layer_index(layer, self.num_layers)
+        self.layer = parse_layer("layer", layer, self.num_layers, (ALL_LAYERS,))
         self._patch_frames, patch_bands = config.patch_shape
         phases = min(phases, self._patch_frames)
         self._early_frames = [self._patch_frames * phase // phases for phase in range(phases)]
         self._bands = fbank.NUM_MEL_BANDS // patch_bands
         if window_frames is None:
             window_frames = model.window_frames or self._default_steps() * self._patch_frames
-        self._window_steps = self._whole_steps("window_frames", window_frames)
-        stride_frames = window_frames if stride_frames is None else stride_frames
-        self._stride_steps = self._whole_steps("stride_frames", stride_frames)
-        if window_frames and not 0 < stride_frames <= window_frames:
-            raise ValueError(
-                f"stride_frames={stride_frames} must be {self._patch_frames} to the window's "
-                f"{window_frames}: a longer stride would leave frames out"
-            )
+        self.window_frames, self.stride_frames = _window_and_stride(
+            window_frames, stride_frames, self._patch_frames
+        )
         if batch_tokens is None:
             is_cpu = jax.default_backend() == "cpu"
             batch_tokens = CPU_BATCH_TOKENS if is_cpu else ACCELERATOR_BATCH_TOKENS
@@ -107,26 +115,27 @@ class Embedder:
 
     @property
     def step_seconds(self) -> float:
-        """From one time step to the next."""
+        """Seconds from one time step to the next."""
         return self._patch_frames * fbank.FRAME_SHIFT / fbank.SAMPLE_RATE_HZ
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Names of an embedding's axes: those of "layers", "steps", "size" that it has."""
+        """Names of an embedding's axes, among "layers", "steps" and "size"."""
         layers = ("layers",) if self._plan.all_layers else ()
         return (*layers, "steps", "size") if self.pool == "none" else (*layers, "size")
 
     def num_steps(self, num_samples: int) -> int:
-        """Time steps of a clip; ValueError for fewer than 400 samples."""
-        return windows.num_steps(fbank.num_frames(num_samples), self._patch_frames)
+        """Returns the time steps of a clip. Raises ValueError for fewer than 400 samples."""
+        return batching.num_steps(fbank.num_frames(num_samples), self._patch_frames)
 
     def __call__(self, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields each clip's embedding, float32 with `axes`, in order.
 
-        clips: [samples] at 16 kHz, int16 or float in [-1, 1], 400 samples (25 ms) at least. They
-          are taken up to 16 batches or 1 GiB ahead of the results.
+        Args:
+          clips: [samples] at 16 kHz, int16 or float in [-1, 1], at least 400 samples (25 ms). They
+            are taken up to 16 batches or 1 GiB ahead of the results.
 
-        Raises ValueError for another shape or type, or a clip too short.
+        Raises ValueError for another shape or type, or a clip that is too short.
         """
         most_steps = _WAITING_BATCHES * self._batch_tokens // self._bands
         stream = Stream(self._compute, most_steps, _WAITING_BYTES)
@@ -145,27 +154,21 @@ class Embedder:
             yield self._joined(parts, windows_of_clips.popleft())
 
     def _default_steps(self) -> int:
-        return windows.num_steps(DEFAULT_WINDOW_FRAMES, self._patch_frames)
-
-    def _whole_steps(self, name: str, frames: int) -> int:
-        if frames < 0 or frames % self._patch_frames:
-            raise ValueError(
-                f"{name}={frames} must be a multiple of {self._patch_frames}, the frames of a token"
-            )
-        return frames // self._patch_frames
+        return batching.num_steps(DEFAULT_WINDOW_FRAMES, self._patch_frames)
 
     def _on_grids(self, samples: np.ndarray) -> Iterator[np.ndarray]:
-        """The clip with some of its own end in front, once a phase."""
+        """Yields, for each phase, the clip with some of its own end in front."""
         for frames in self._early_frames:
             front = np.arange(-frames * fbank.FRAME_SHIFT, 0) % len(samples)
             yield np.concatenate([samples[front], samples]) if frames else samples
 
     def _cut(self, samples: np.ndarray) -> list[Window]:
         num_steps = self.num_steps(len(samples))
-        return windows.cut(num_steps, self._window_steps, self._stride_steps)
+        window_steps = self.window_frames // self._patch_frames
+        return batching.cut(num_steps, window_steps, self.stride_frames // self._patch_frames)
 
     def _rows(self, samples: np.ndarray, cut: list[Window]) -> list[Row]:
-        """The windows' own samples; only the one of a clip shorter than a step lacks frames."""
+        """Returns the windows with their samples. Only a clip shorter than a step lacks frames."""
         num_frames = fbank.num_frames(len(samples))
         rows = []
         for window in cut:
@@ -179,7 +182,8 @@ class Embedder:
         return rows
 
     def _bucket(self, num_steps: int, dtype: str) -> Bucket:
-        steps = pipeline.bucket_steps(num_steps, self._window_steps or self._default_steps())
+        window_steps = self.window_frames // self._patch_frames or self._default_steps()
+        steps = pipeline.bucket_steps(num_steps, window_steps)
         num_rows = max(1, self._batch_tokens // (steps * self._bands))
         return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows, dtype)
 
@@ -194,7 +198,7 @@ class Embedder:
         return 4 * self.embedding_size * layers * vectors
 
     def _joined(self, parts: list[np.ndarray], cut: list[Window]) -> np.ndarray:
-        """A clip's embedding from what its windows gave."""
+        """Returns a clip's embedding from the results of its windows."""
         if self.pool == "none":
             embedding = np.concatenate(
                 [
@@ -209,14 +213,14 @@ class Embedder:
             if self.pool == "moments":
                 mean, square = np.split(embedding, 2, axis=-1)
                 variance = square - mean**2
-                variance[variance < 1e-6 * square] = 0.0  # float32's rounding
+                variance[variance < 1e-6 * square] = 0.0  # smaller values are rounding errors
                 embedding = np.concatenate([mean, np.sqrt(variance)], axis=-1)
             embedding = embedding.astype(np.float32)
         return embedding if self._plan.all_layers else embedding[0]
 
 
 def _num_own(cut: list[Window]) -> int:
-    """Time steps that windows stand for."""
+    """Returns the time steps that the embedding takes from these windows."""
     return sum(window.own_stop - window.own_start for window in cut)
 
 
@@ -236,20 +240,42 @@ def _checked(number: int, samples: np.ndarray) -> np.ndarray:
     return samples.astype(np.float32, copy=False) if is_float else samples
 
 
-def _layer_index(layer: int | str, num_layers: int) -> int | str:
-    """The layer counted from 0, or "all"."""
-    if layer == ALL_LAYERS:
-        return layer
-    if not isinstance(layer, int | np.integer) or not -num_layers <= layer < num_layers:
+def _window_and_stride(
+    window_frames: int, stride_frames: int | None, patch_frames: int
+) -> tuple[int, int]:
+    """Returns the frames of window and stride, 0 and 0 where clips are never cut.
+
+    Raises ValueError where they are not whole tokens or would leave frames out.
+    """
+    if not window_frames:
+        if stride_frames:
+            raise ValueError(
+                f"a stride of {_length(stride_frames)} is for windows, but the window is 0 (clips "
+                "are never cut); drop either"
+            )
+        return 0, 0
+    stride_frames = window_frames if stride_frames is None else stride_frames
+    for name, frames in (("window", window_frames), ("stride", stride_frames)):
+        if frames < 1 or frames % patch_frames:
+            raise ValueError(
+                f"a {name} of {_length(frames)} must be a multiple of {patch_frames} frames, the "
+                "length of a token"
+            )
+    if stride_frames > window_frames:
         raise ValueError(
-            f"layer={layer} is not one of the model's {num_layers}: 0 to {num_layers - 1}, or "
-            f"-{num_layers} to -1, or all"
+            f"a stride of {_length(stride_frames)} is longer than the window, "
+            f"{_length(window_frames)}, and would leave frames out; shorten it"
         )
-    return int(layer) % num_layers
+    return window_frames, stride_frames
+
+
+def _length(frames: int) -> str:
+    seconds = frames * fbank.FRAME_SHIFT / fbank.SAMPLE_RATE_HZ
+    return f"{frames} frames ({seconds:g} s)"
 
 
 def _first_layers(model: SpectrogramEncoder, count: int) -> SpectrogramEncoder:
-    """The model with the first layers of its encoder only, on the same arrays."""
+    """Returns the model with only the first layers of its encoder; it shares the arrays."""
     model = nnx.merge(*nnx.split(model))
     graph, stacked = nnx.split(model.encoder.layers)
     model.encoder.layers = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[:count], stacked))
@@ -258,7 +284,7 @@ def _first_layers(model: SpectrogramEncoder, count: int) -> SpectrogramEncoder:
 
 
 class _Plan(NamedTuple):
-    """What is static of the computation."""
+    """The static arguments of the computation."""
 
     graph: nnx.GraphDef
     pool: str
@@ -270,9 +296,10 @@ class _Plan(NamedTuple):
 def _embed(
     plan: _Plan, state: Any, audio_BxS: jax.Array, num_frames_B: jax.Array, own_Bx2: jax.Array
 ) -> jax.Array:
-    """What each row gives: [B, L, size] sums over its own steps, or [B, L, C, size] of all steps.
+    """Returns per row the sums over its own steps, [B, L, size], or all steps, [B, L, C, size].
 
-    num_frames_B: frames that count. own_Bx2: the first own step and the one past the last.
+    num_frames_B counts the frames of each row; own_Bx2 holds its first own step and the step past
+    its last.
     """
     fbank_BxTxF = fbank.fbank(audio_BxS)
     model = nnx.merge(plan.graph, state)
@@ -288,7 +315,7 @@ def _embed(
     is_own_BxC = (step_C >= own_Bx2[:, :1]) & (step_C < own_Bx2[:, 1:])
     if plan.pool == "moments":
         x = jnp.concatenate([x, jnp.square(x)], axis=-1)
-    # Not a product with 0 and 1, whose factors a TPU would round.
+    # A product with 0 and 1 would be wrong on a TPU, which rounds the factors.
     x = jnp.sum(jnp.where(is_own_BxC[:, None, :, None], x, jnp.zeros_like(x)), axis=2)
     if plan.pool != "mean":
         return x

@@ -1,18 +1,20 @@
-"""Files of embeddings with the names of what they are of: NumPy's .npz and Parquet.
+"""Files that hold embeddings, the names of the embedded files and settings: .npz and Parquet.
 
-Both hold settings as JSON, so that a file says how it was made. Embeddings have named axes:
-"layers" where there are all, "steps" (of time) where these are kept, "size".
+The settings are JSON that says how the file was made. Embeddings have named axes: "layers" where
+the file holds all layers, "steps" where it holds every time step, and "size".
 
 | file     | content                                                                             |
 |----------|-------------------------------------------------------------------------------------|
-| .npz     | files [n], embeddings [n, size] or [n, layers, size], settings; with steps:         |
-|          | embeddings [(layers,) total steps, size], all files one after the other, steps [n]  |
-| .parquet | a row a file: file, embedding (lists of float32, nested as the axes are); settings  |
-|          | are at pyarrow.parquet.read_metadata(path).metadata[b"settings"]                    |
+| .npz     | files [n], embeddings [n, size] or [n, layers, size], settings; with "steps":       |
+|          | embeddings [(layers,) total steps, size], file after file, and steps [n]            |
+| .parquet | one row per file: file, embedding (lists of float32, nested as the axes are); the   |
+|          | settings are pyarrow.parquet.read_metadata(path).metadata[b"settings"]              |
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ _ROW_GROUP_BYTES = 64 << 20
 
 
 def check(path: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raises ValueError, in one line, where `open_writer` could not write to `path`."""
+    """Raises ValueError, in one line, if `open_writer` could not write to `path`."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--output={path} must end in {' or '.join(SUFFIXES)}")
@@ -45,22 +47,35 @@ def check(path: str | os.PathLike, overwrite: bool = False) -> None:
             ) from None
 
 
+@contextlib.contextmanager
 def open_writer(
     path: str | os.PathLike, axes: tuple[str, ...], settings: dict[str, Any]
-) -> "_Writer":
-    """The writer that the suffix of `path` asks for, to be used in a `with` statement.
+) -> Iterator["_NpzWriter | _ParquetWriter"]:
+    """Opens a writer of the kind that the suffix of `path` names; `add` takes the embeddings.
 
-    The file appears, or replaces one of its name, when the statement ends; not where it ends by an
-    error or nothing was added. `settings` are written then: they may still grow.
+    The file appears, or replaces another one, when the `with` statement ends. It does not where the
+    statement ends by an exception or nothing was added.
 
-    axes: of each embedding.
+    Args:
+      path: the file.
+      axes: names of the axes of each embedding.
+      settings: what the file says of itself. They are written last, so they may still grow.
     """
     kind = _ParquetWriter if Path(path).suffix == ".parquet" else _NpzWriter
-    return kind(Path(path), axes, settings)
+    with contextlib.suppress(_NothingAddedError), storage.whole(path) as partial:
+        writer = kind(partial, axes)
+        try:
+            yield writer
+        except BaseException:
+            writer.discard()
+            raise
+        if not writer.num_files:
+            raise _NothingAddedError
+        writer.finish(json.dumps(settings))
 
 
 def how_to_read(path: str | os.PathLike, axes: tuple[str, ...]) -> str:
-    """Python that reads such a file, with each file's embedding at the same place as its name."""
+    """Returns Python code that reads such a file into `files` and `embeddings`, in equal order."""
     path = os.fspath(path)
     if path.endswith(".npz"):
         lines = [
@@ -83,59 +98,30 @@ def how_to_read(path: str | os.PathLike, axes: tuple[str, ...]) -> str:
     return "; ".join(lines)
 
 
-class _Writer:
-    """What both kinds share: a temporary file beside the final one."""
+class _NothingAddedError(Exception):
+    """Keeps `open_writer` from making a file."""
 
-    def __init__(self, path: Path, axes: tuple[str, ...], settings: dict[str, Any]):
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.partial")
+
+class _NpzWriter:
+    """Collects the embeddings in memory."""
+
+    def __init__(self, partial: Path, axes: tuple[str, ...]):
+        self._partial = partial
         self._axes = axes
-        self._settings = settings
-        self._num_files = 0
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        try:
-            if error_type is None and self._num_files:
-                self._finish(json.dumps(self._settings))
-                os.replace(self._partial, self._path)
-            else:
-                self._discard()
-        finally:
-            self._partial.unlink(missing_ok=True)
-
-    def add(self, file: str, embedding: np.ndarray) -> None:
-        """Takes in an embedding, float32 with the writer's axes."""
-        self._num_files += 1
-        self._add(file, embedding)
-
-    def _add(self, file: str, embedding: np.ndarray) -> None:
-        raise NotImplementedError
-
-    def _finish(self, settings: str) -> None:
-        """Writes the temporary file to its end."""
-        raise NotImplementedError
-
-    def _discard(self) -> None:
-        """Lets go of the temporary file."""
-
-
-class _NpzWriter(_Writer):
-    """Collects in memory."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self._partial.touch()  # what cannot be written is known before anything is computed
         self._files: list[str] = []
         self._embeddings: list[np.ndarray] = []
 
-    def _add(self, file: str, embedding: np.ndarray) -> None:
+    @property
+    def num_files(self) -> int:
+        return len(self._files)
+
+    def add(self, file: str, embedding: np.ndarray) -> None:
+        """Takes in the embedding of a file, float32 with the writer's axes."""
         self._files.append(file)
         self._embeddings.append(embedding)
 
-    def _finish(self, settings: str) -> None:
+    def finish(self, settings: str) -> None:
+        """Writes the file."""
         arrays = {"files": np.array(self._files), "settings": np.array(settings)}
         if "steps" in self._axes:
             arrays["steps"] = np.array([e.shape[-2] for e in self._embeddings], np.int64)
@@ -145,21 +131,40 @@ class _NpzWriter(_Writer):
         with open(self._partial, "wb") as file:
             np.savez(file, **arrays)
 
+    def discard(self) -> None:
+        """Leaves the file unfinished."""
 
-class _ParquetWriter(_Writer):
-    """Writes a row group whenever 64 MiB have come together."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+class _ParquetWriter:
+    """Writes a row group per 64 MiB of embeddings."""
+
+    def __init__(self, partial: Path, axes: tuple[str, ...]):
+        self.num_files = 0
+        self._partial = partial
+        self._axes = axes
         self._writer = None
         self._rows: list[tuple[str, np.ndarray]] = []
         self._num_bytes = 0
 
-    def _add(self, file: str, embedding: np.ndarray) -> None:
+    def add(self, file: str, embedding: np.ndarray) -> None:
+        """Takes in the embedding of a file, float32 with the writer's axes."""
+        self.num_files += 1
         self._rows.append((file, embedding))
         self._num_bytes += embedding.nbytes
         if self._num_bytes >= _ROW_GROUP_BYTES:
             self._write_group()
+
+    def finish(self, settings: str) -> None:
+        """Writes the file to its end."""
+        if self._rows:
+            self._write_group()
+        self._writer.add_key_value_metadata({"settings": settings})
+        self._writer.close()
+
+    def discard(self) -> None:
+        """Leaves the file unfinished."""
+        if self._writer is not None:
+            self._writer.close()
 
     def _write_group(self) -> None:
         import pyarrow as pa
@@ -170,13 +175,13 @@ class _ParquetWriter(_Writer):
             {"file": pa.array(files, pa.string()), "embedding": self._lists(embeddings)}
         )
         if self._writer is None:
-            # Embeddings hardly repeat: a dictionary would be tried, and given up, for each group.
+            # Embeddings hardly repeat, so a dictionary would be tried and given up in each group.
             self._writer = pq.ParquetWriter(self._partial, table.schema, use_dictionary=False)
         self._writer.write_table(table)
         self._rows, self._num_bytes = [], 0
 
     def _lists(self, embeddings: tuple[np.ndarray, ...]):
-        """A list array of the embeddings: of fixed length along all axes but "steps"."""
+        """Returns a list array of the embeddings, of fixed length along all axes but "steps"."""
         import pyarrow as pa
 
         lists = pa.array(np.concatenate([embedding.ravel() for embedding in embeddings]))
@@ -189,13 +194,3 @@ class _ParquetWriter(_Writer):
             else:
                 lists = pa.FixedSizeListArray.from_arrays(lists, embeddings[0].shape[axis])
         return lists
-
-    def _finish(self, settings: str) -> None:
-        if self._rows:
-            self._write_group()
-        self._writer.add_key_value_metadata({"settings": settings})
-        self._writer.close()
-
-    def _discard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()

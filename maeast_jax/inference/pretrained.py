@@ -1,4 +1,4 @@
-"""A pretrained model from any checkpoint: a run's, or a file in the authors' layout."""
+"""Pretrained models from any checkpoint: a run's, or a file in the authors' layout."""
 
 import dataclasses
 import os
@@ -13,30 +13,28 @@ from flax import nnx
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.interop import authors_config, fairseq
+from maeast_jax.interop import AuthorsFile, fairseq
 from maeast_jax.model import ModelConfig, SpectrogramEncoder, model_graph
 from maeast_jax.runtime import storage
 
-# The paper's clips: what a checkpoint that does not say was trained on.
+# Frames of the paper's clips, for files that do not state theirs.
 _NUM_FRAMES = 1024
-# What is exported to and read from, of the authors' layout.
-FILES = (".pt", ".safetensors")
-# The parts of an imported checkpoint beside its weights: what else stood in the authors' file.
-EXTRAS = "extras"
+# The part of an imported checkpoint that holds the tensors of `fairseq.extras`.
+_EXTRAS = "extras"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """What a checkpoint says of itself, and its weights once they are asked for.
+    """What a checkpoint says of itself; its weights are read on demand.
 
     Attributes:
       path: the checkpoint's folder or file.
-      stamp: tells it from another one under that path, before or after.
-      config: its architecture; `dtype` and the dropouts are those it was trained with.
-      num_frames: length of the clips it was trained on, 10 ms each.
-      cfg: the authors' configuration, where it was once a file of theirs; else None.
+      stamp: changes when another checkpoint takes its place at `path`.
+      config: its architecture, with the compute type and the dropouts of its training.
+      num_frames: length of the clips in its training, in frames of 10 ms.
+      cfg: the authors' configuration if the checkpoint comes from a file of theirs, else None.
       read_weights: reads (parameters, statistics), nested dicts of float32 numpy arrays.
-      read_extras: reads the tensors of the authors' file that have no part in any result.
+      read_extras: reads the tensors of `fairseq.extras`, by the authors' names.
     """
 
     path: str
@@ -48,7 +46,7 @@ class Pretrained:
     read_extras: Callable[[], dict[str, np.ndarray]]
 
     def model(self, dtype: str = "float32") -> SpectrogramEncoder:
-        """The flax.nnx module, computing in `dtype` (float32, bfloat16)."""
+        """Returns the flax.nnx module, which computes in `dtype` (float32 or bfloat16)."""
         config = dataclasses.replace(self.config, dtype=dtype)
         model = nnx.merge(model_graph(config), *jax.tree.map(jnp.asarray, self.read_weights()))
         model.window_frames = self.window_frames
@@ -61,7 +59,7 @@ class Pretrained:
         return max(1, self.num_frames // patch_frames) * patch_frames
 
     def encoder_only(self) -> "Pretrained":
-        """The same without decoder and heads."""
+        """Returns the same checkpoint without decoder and heads."""
 
         def weights():
             params, statistics = self.read_weights()
@@ -71,9 +69,9 @@ class Pretrained:
 
 
 def with_architecture(settings: dict[str, Any], source: Pretrained) -> dict[str, Any]:
-    """`settings` (config.model) with the architecture of `source`; tells where that is another.
+    """Returns `settings` (config.model) with the architecture of `source`; prints the differences.
 
-    Of an encoder alone the decoder's fields stay as they are.
+    The decoder's fields stay as they are if `source` is an encoder alone.
     """
     names = source.config.architecture_fields
     taken = settings | {name: getattr(source.config, name) for name in names}
@@ -86,46 +84,92 @@ def with_architecture(settings: dict[str, Any], source: Pretrained) -> dict[str,
 
 
 def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:
-    """A pretrained model in evaluation mode, its ModelConfig at `.config`.
+    """Returns a pretrained model in evaluation mode, with its ModelConfig at `.config`.
 
     Args:
       path: a run's workdir (its newest checkpoint), one checkpoint in it
         (`DIR/checkpoints/STEP`), or a `.pt` or `.safetensors` file in the authors' layout.
-      dtype: what it computes in, float32 or bfloat16.
+      dtype: the type of the computation, float32 or bfloat16.
 
     Raises:
-      ValueError: no checkpoint there, or not one of this model; one line. OSError.
+      ValueError: there is no checkpoint at `path`, or it holds another model; one line.
+      OSError: the checkpoint cannot be read.
     """
     return read(path).model(dtype)
 
 
 def read(path: str | os.PathLike) -> Pretrained:
-    """Finds a checkpoint and what it says of itself; its weights are read when asked for.
-
-    Raises as `load` does.
-    """
+    """Returns the checkpoint at `path`. Arguments and errors are those of `load`."""
     path = os.path.expanduser(os.fspath(path))
-    if path.endswith(FILES):
+    if path.endswith(fairseq.SUFFIXES):
         storage.check_local(path)
     if Path(path).is_file():
         return _from_file(path)
-    if Path(path).suffix in FILES and not Path(path).exists():
+    if Path(path).suffix in fairseq.SUFFIXES and not Path(path).exists():
         raise checkpoint.CheckpointError(f"{path} is not there; check the path")
     return _from_run(path)
+
+
+def write_workdir(workdir: str | os.PathLike, source: Pretrained) -> None:
+    """Makes a workdir that holds the weights of `source` alone, for `init_from` and loading."""
+    params, statistics = source.read_weights()
+    settings = configuration.pretrain()
+    settings.model.update(dataclasses.asdict(source.config))
+    settings.num_frames = source.num_frames
+    metadata: dict[str, Any] = {"config": settings.to_dict()}
+    parts = {"weights": {"params": params, "statistics": statistics}}
+    if source.cfg:
+        metadata["authors_cfg"] = source.cfg
+        parts[_EXTRAS] = source.read_extras()
+    checkpoint.write_parts(workdir, parts, metadata)
+
+
+def authors_file(source: Pretrained, max_token_length: int | None = None) -> AuthorsFile:
+    """Returns a checkpoint in the authors' layout; a checkpoint of theirs comes back as it was.
+
+    Args:
+      max_token_length: rows of the position tables. None: as in the authors' file that `source`
+        comes from, else `fairseq.MAX_TOKEN_LENGTH`.
+    """
+    extras = source.read_extras()
+    rows = max_token_length
+    if rows is None and source.cfg:
+        table = extras.get("enc_sine_pos_embed.pe")
+        rows = source.cfg["model"].get("max_token_length", table is not None and table.shape[1])
+    built = fairseq.build(
+        source.config,
+        *source.read_weights(),
+        num_frames=source.num_frames,
+        max_token_length=rows or fairseq.MAX_TOKEN_LENGTH,
+    )
+    if source.cfg is None:
+        return built
+    model = source.cfg["model"] | {"max_token_length": built.cfg["model"]["max_token_length"]}
+    if source.config.is_encoder_only:
+        for name in ("decoder_layers", "decoder_embed_dim", "use_post_enc_proj", "dec_sine_pos"):
+            model[name] = built.cfg["model"][name]
+    kept = {
+        name: tensor.astype(np.float32)
+        for name, tensor in extras.items()
+        if name in built.tensors and tensor.shape == built.tensors[name].shape
+    }
+    return AuthorsFile(source.cfg | {"model": model}, built.tensors | kept)
 
 
 def _from_run(path: str) -> Pretrained:
     folder = checkpoint.find(path)
     metadata = checkpoint.metadata(folder)
-    has_extras = checkpoint.has_part(folder, EXTRAS)
+    has_extras = checkpoint.has_part(folder, _EXTRAS)
 
     def weights():
         parts = checkpoint.load_part(folder, "weights")
-        # A fine-tuned classifier's lie under the names of its two halves.
+        # A fine-tuned classifier keeps its encoder under "backbone", beside its head.
         return tuple(parts[name].get("backbone", parts[name]) for name in ("params", "statistics"))
 
     try:
-        config = ModelConfig(**metadata["config"]["model"])
+        # Checkpoints of earlier versions lack the newest fields.
+        defaults = configuration.pretrain().model.to_dict()
+        config = ModelConfig(**defaults | metadata["config"]["model"])
         num_frames = metadata["config"]["num_frames"]
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(
@@ -138,19 +182,19 @@ def _from_run(path: str) -> Pretrained:
         num_frames=num_frames or metadata["config"]["max_frames"],
         cfg=metadata.get("authors_cfg"),
         read_weights=weights,
-        read_extras=lambda: checkpoint.load_part(folder, EXTRAS) if has_extras else {},
+        read_extras=lambda: checkpoint.load_part(folder, _EXTRAS) if has_extras else {},
     )
 
 
 def _from_file(path: str) -> Pretrained:
-    stamp = str(storage.stamp(path))  # before it is read: else of what came after
+    stamp = str(storage.stamp(path))  # taken first, in case the file is replaced meanwhile
     file = fairseq.read(path)
     try:
-        config = authors_config.model_config(file.cfg, file.has_decoder)
+        config = fairseq.model_config(file)
         weights = fairseq.weights(file, config)
-        num_frames = authors_config.num_frames(file.cfg) or _NUM_FRAMES
+        num_frames = fairseq.num_frames(file) or _NUM_FRAMES
     except ValueError as error:
-        raise authors_config.AuthorsFileError(f"{path}: {error}") from None
+        raise fairseq.AuthorsFileError(f"{path}: {error}") from None
     return Pretrained(
         path=path,
         stamp=stamp,

@@ -1,26 +1,7 @@
 """Recordings of any format become data sets."""
 
-from maeast_jax.ingest.examples import SHORTEST_TAIL_SECONDS, Cut, clips_of
-from maeast_jax.ingest.report import Tally, next_steps
-from maeast_jax.ingest.sources import (
-    AudioFile,
-    Listing,
-    ManifestError,
-    assign_splits,
-    list_folder,
-    read_manifest,
-)
+from maeast_jax.ingest.build import PIECE_SECONDS, BuildOptions, build_dataset
+from maeast_jax.ingest.layouts import LAYOUTS
+from maeast_jax.ingest.sources import ManifestError
 
-__all__ = [
-    "SHORTEST_TAIL_SECONDS",
-    "AudioFile",
-    "Cut",
-    "Listing",
-    "ManifestError",
-    "Tally",
-    "assign_splits",
-    "clips_of",
-    "list_folder",
-    "next_steps",
-    "read_manifest",
-]
+__all__ = ["LAYOUTS", "PIECE_SECONDS", "BuildOptions", "ManifestError", "build_dataset"]

@@ -1,227 +1,280 @@
-"""Builds a data set on Apache Beam, a shard an element: the same one whichever runner has it built.
+"""Builds a data set on Apache Beam: workers decode the files, and TFDS' Beam writer shards them.
 
-Beam carries the names of task files and nothing else (`shard_plan`): recordings, tasks and shards
-lie where all workers see them, on a shared disk or on gs://.
+Beam is imported inside the functions that need it: few users have it installed. Recordings and the
+data set's folder must be visible to all workers under the same names.
 """
 
 import contextlib
-import itertools
-import shutil
+import dataclasses
+import io
+import logging
+import os
+import pickle
+import shlex
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
-from tqdm import tqdm
 
-from maeast_jax.data import DataError, DecodePool, Example, staging, writer
-from maeast_jax.ingest import beam_runner, fetched, shard_file
-from maeast_jax.ingest.examples import Cut, clips_of
-from maeast_jax.ingest.report import Tally
-from maeast_jax.ingest.shard_plan import Plan, Shard
-from maeast_jax.ingest.sources import AudioFile, Listing
+from maeast_jax.data import DataError, DecodePool, num_cores, writer
+from maeast_jax.ingest import examples, report
+from maeast_jax.ingest.sources import AudioFile, Listing, ManifestError
 from maeast_jax.runtime import storage
 
-_POLL_SECONDS = 1.0
-_REMOTE_POLL_SECONDS = 10.0  # each look is a request, or several
-_REMEDY = "the same command goes on with the shards that are done"
-
-
-class BeamError(OSError):
-    """A pipeline that failed; the shards that are done are kept."""
-
-
-class BeamInterrupted(KeyboardInterrupt):
-    """Ctrl-C; the shards that are done are kept."""
+_DIRECT = "DirectRunner"
 
 
 def write(
-    schema: shard_file.Schema,
-    data_dir: Path | epath.Path,
-    by_split: Mapping[str, Sequence[AudioFile]],
-    cut: Cut,
-    tally: Tally,
-    check_skipped: Callable[[], None],
+    name: str,
+    data_dir: epath.Path,
+    listing: Listing,
+    cut: examples.Cut,
+    check_skipped: Callable[[report.Tally], None],
     options,
     description: str,
     overwrite: bool,
-    may_be_empty: Collection[str],
-) -> Path:
-    """Has the data set written and returns the directory of its version.
-
-    Interrupted or failed, it leaves the shards that are done in `data_dir/NAME.partial`; called
-    again for the same files it has only the others built.
+) -> report.Tally:
+    """Builds the data set `data_dir/name` and returns the tally of its files.
 
     Args:
-      tally: of the listing; counts everything at the end.
-      check_skipped: raises where the tally has too many unreadable files.
-      options: of `beam_runner.parse_options`.
-      description, overwrite, may_be_empty: as in `shard_writer.write`.
+      check_skipped: raises DataError where the tally has too many unreadable files. It is called
+        before the data set appears.
+      options: the result of `parse_options`.
+      description, overwrite: as in `writer.write`.
 
     Raises:
-      DataError: as there.
+      DataError: as `writer.write`; or the pipeline failed.
       ValueError: gs:// cannot be reached.
-      BeamError: the pipeline failed.
-      BeamInterrupted: by Ctrl-C.
     """
-    target = data_dir / schema.name / writer.VERSION
-    with staging.locked(target, wait=False):
-        # A build may have ended since the caller looked.
-        writer.check_writable(schema.name, data_dir, list(by_split), overwrite)
-        plan = Plan.of(schema, data_dir, by_split, cut)
-        with storage.reaching(plan.folder, "written", _REMEDY):
-            plan.open()
-            others, missing = plan.others(), plan.missing()
-        if others:
-            print(f"{others[0]}, of other files or flags, will be removed when this build is done")
-        done = len(plan.shards) - len(missing)
-        print(f"{len(plan.shards)} shards" + (f", {done} of them done before" if done else ""))
-        sys.stdout.flush()
-        if missing:
-            _build_missing(plan, missing, options)
-        with storage.reaching(data_dir, "written", _REMEDY):
-            splits = _collect(plan, tally)
-            check_skipped()
-            _drop_empty(plan, splits, may_be_empty)
-            staged = plan.folder / "shards"
-            with staging.adding(staged) as folder:
-                shard_file.write_metadata(folder, schema, splits, description)
-                tally.write_skipped(folder / "skipped.tsv")
-            staging.publish(staged, target)
-            plan.remove()
-    return target
+    data_dir = storage.absolute(data_dir)  # workers have other working directories
+    target = data_dir / name / writer.VERSION
+    with (
+        storage.reaching(data_dir, "written"),
+        writer.locked(target.parent),
+        writer.staged(target, overwrite) as folder,
+    ):
+        failure = _run(name, folder, listing, cut, options, description)
+        tally = report.Tally()
+        for file in folder.glob("*.tally"):
+            tally.merge(pickle.loads(file.read_bytes()))
+        check_skipped(tally)
+        for split in listing.by_split:
+            if tally.files[split] and not tally.clips[split]:
+                raise DataError(
+                    f"split {split!r} has no examples: leave it out, or put clips into it"
+                    " (--valid_percent=0 makes no split `valid`)"
+                )
+        if failure:
+            raise DataError(f"Beam's pipeline failed: {failure}")
+        report.write_skipped(folder / name / writer.VERSION / "skipped.tsv", tally, listing)
+    return tally
 
 
-# --- what a worker does ----------------------------------------------------------------------
+def _run(name, folder, listing: Listing, cut, options, description) -> str | None:
+    """Runs the pipeline that prepares the data set in `folder`; returns why it failed."""
+    classes = writer.Classes(listing.label_names, listing.is_multi_label)
 
+    def generators(pipeline) -> dict:
+        return {
+            split: _examples(pipeline, split, files, folder, cut, classes)
+            for split, files in listing.by_split.items()
+        }
 
-def build_shard(task: str, pool: DecodePool) -> None:
-    """Builds the shard of a task file, unless it is done.
-
-    Files are decoded in the process of `pool`, so that one that kills its decoder is a skip there
-    too, and not the end of a worker that its runner starts again and again. A shard that lacks
-    recordings which could not be fetched is built again by the next build, if this one fails.
-    """
-    shard = Shard.read(task)
-    if shard.tally() is not None:
-        return
-    tally = Tally(Listing(shard.files, shard.schema.label_names))
-    not_fetched = False
-
-    def examples() -> Iterator[Example]:
-        nonlocal not_fetched
-        names = [file.path for file in shard.files]
-        for file, decoded in zip(shard.files, fetched.decode(pool, names), strict=True):
-            not_fetched |= isinstance(decoded, fetched.NotFetched)
-            clips = clips_of(file, decoded, shard.cut)
-            tally.add(file, decoded, clips)
-            yield from clips
-
-    with shard.building() as path:
-        ids, num_bytes = shard_file.write_shard(path, shard.schema, examples())
-    told = {"counts": tally.counts(), "ids": ids, "num_bytes": num_bytes}
-    shard.finish(told, again=not_fetched)
-
-
-# --- having it done ----------------------------------------------------------------------------
-
-
-def _build_missing(plan: Plan, missing: list[Shard], options) -> None:
-    """Runs the pipeline; BeamError or BeamInterrupted where it does not end well."""
-    log = _log(plan)
+    direct = _is_direct(options)
+    runner = _direct_runner(options) if direct else None
+    arguments = {"beam_runner": runner, "beam_options": options}
     try:
-        with _progress(plan):
-            tasks = [str(shard.task_path) for shard in missing]
-            beam_runner.run(build_shard, tasks, options, log)
-        failure = "" if not plan.missing() else "ended, but its workers wrote elsewhere"
-    except KeyboardInterrupt:
-        raise BeamInterrupted(f"interrupted; {_state(plan)}") from None
-    except Exception as error:  # Runners fail in their own ways.
-        reason = beam_runner.last_line(str(error)).removeprefix("RuntimeError: ")
-        failure = f"failed: {reason or type(error).__name__}"
-        if log.exists():
-            failure += f" (see {log})"
-    if failure:
-        raise BeamError(f"Beam's pipeline {failure}; {_state(plan)}")
-    if storage.is_remote(plan.folder):
-        shutil.rmtree(log.parent)
+        with _quiet() if direct else contextlib.nullcontext():
+            writer.prepare(name, folder, classes, description, generators, beam=arguments)
+    except Exception as error:  # runners fail with errors of any type
+        return _last_line(str(error)).removeprefix("RuntimeError: ") or type(error).__name__
+    return None
 
 
-def _log(plan: Plan) -> Path:
-    """Where workers of this machine append what they have to say, which cannot be on gs://."""
-    if not storage.is_remote(plan.folder):
-        return Path(plan.folder, "workers.log")
-    return Path(tempfile.mkdtemp(prefix="maeast_jax_beam_"), "workers.log")
+def _examples(pipeline, split: str, files: list[AudioFile], folder: epath.Path, cut, classes):
+    """Returns the PCollection of a split's (id, features); its tally goes to SPLIT.tally."""
+    import apache_beam as beam
+
+    class Decode(beam.DoFn):
+        """AudioFile -> (id, features) of its clips, and a Tally of the file."""
+
+        def setup(self):
+            # A process of its own, so that a file that kills the decoder is skipped.
+            self._pool = DecodePool(1)
+
+        def process(self, file):
+            (decoded,) = examples.decode(self._pool, [file.path])
+            clips = examples.clips_of(file, decoded, cut)
+            tally = report.Tally()
+            tally.add(file, decoded, clips)
+            yield beam.pvalue.TaggedOutput("tallies", tally)
+            for clip in clips:
+                yield clip[0], classes.encode(clip)
+
+        def teardown(self):
+            self._pool.__exit__()
+
+    # A pipeline that held millions of names itself would be larger than runners accept.
+    listed = folder / f"{split}.files"
+    files = [dataclasses.replace(file, path=str(storage.absolute(file.path))) for file in files]
+    listed.write_bytes(pickle.dumps(files))
+    decoded = (
+        pipeline
+        | f"{split}: list" >> beam.Create([str(listed)])
+        | f"{split}: read the list" >> beam.FlatMap(_read_files)
+        | f"{split}: deal to workers" >> beam.Reshuffle()
+        | f"{split}: decode" >> beam.ParDo(Decode()).with_outputs("tallies", main="clips")
+    )
+    counted = (
+        decoded.tallies
+        | f"{split}: count" >> beam.CombineGlobally(_total)
+        | f"{split}: keep the counts" >> beam.Map(_keep, str(folder / f"{split}.tally"))
+    )
+    # The clips wait for the counts: TFDS fails the pipeline for a split without clips, and the
+    # counts say why it has none.
+    waited = beam.pvalue.AsSingleton(counted)
+    return decoded.clips | f"{split}: wait for the counts" >> beam.Map(_first, waited)
 
 
-def _state(plan: Plan) -> str:
-    with storage.reaching(plan.folder, "read", _REMEDY):
-        done = len(plan.shards) - len(plan.missing())
-    return f"{done} of {len(plan.shards)} shards are done: the same command builds the others"
+def _read_files(path: str) -> list[AudioFile]:
+    return pickle.loads(storage.path(path).read_bytes())
+
+
+def _total(tallies: Iterable[report.Tally]) -> report.Tally:
+    total = report.Tally()
+    for tally in tallies:
+        total.merge(tally)
+    return total
+
+
+def _keep(tally: report.Tally, path: str) -> None:
+    storage.write_whole(path, pickle.dumps(tally))
+
+
+def _first(clip, _):
+    return clip
+
+
+# --- options and runners ---------------------------------------------------------------------
+
+
+def parse_options(text: str):
+    """Returns Beam's PipelineOptions from `key=value` words with commas or spaces between.
+
+    Words may start with dashes. Words that contain commas are separated by spaces. Without a runner
+    it is the direct one, with one process per core.
+
+    Raises ManifestError where Beam rejects the options, and where it is not installed.
+    """
+    told = io.StringIO()
+    try:
+        words = shlex.split(text) if len(text.split()) > 1 else text.split(",")
+        words = [word.strip(" ,") for word in words if word.strip(" ,") not in ("", "direct")]
+        words = [word if word.startswith("-") else f"--{word}" for word in words]
+        with _quiet(), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            return _checked_options(words)
+    except ImportError as error:
+        reason = (
+            f'{error}; pip install -r requirements-beam.txt (for Dataflow also "apache-beam[gcp]")'
+        )
+    except SystemExit:  # argparse has printed the reason
+        reason = _last_line(told.getvalue()).rpartition("error: ")[2]
+    except Exception as error:  # runners raise errors of any type
+        reason = " ".join(str(error).split())
+    raise ManifestError(f"--beam_pipeline_options: {reason}")
+
+
+def _checked_options(words: list[str]):
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import (
+        DirectOptions,
+        PipelineOptions,
+        StandardOptions,
+    )
+
+    options = PipelineOptions(words)
+    standard = options.view_as(StandardOptions)
+    standard.runner = standard.runner or _DIRECT
+    if _is_direct(options):
+        known = options.get_all_options()
+        unknown = options.get_all_options(retain_unknown_options=True).keys() - known.keys()
+        if unknown:  # other runners have options that Beam does not know on this machine
+            raise ValueError(f"{sorted(unknown)[0]!r} is no option of Beam or its {_DIRECT}")
+        standard.runner = _DIRECT
+        direct = options.view_as(DirectOptions)
+        given = {word.partition("=")[0] for word in words}
+        if "--direct_running_mode" not in given:
+            direct.direct_running_mode = "multi_processing"
+        if "--direct_num_workers" not in given and direct.direct_running_mode != "in_memory":
+            direct.direct_num_workers = 0
+        if direct.direct_num_workers < 0:
+            raise ValueError(f"direct_num_workers={direct.direct_num_workers}, expected 0 or more")
+        direct.direct_num_workers = direct.direct_num_workers or num_cores()
+    beam.Pipeline(options=options)  # raises an error for options that exclude each other
+    return options
+
+
+def _is_direct(options) -> bool:
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    name = options.view_as(StandardOptions).runner.rpartition(".")[2].lower()
+    return name in ("direct", _DIRECT.lower())
+
+
+def describe(options) -> str:
+    """Returns the name of the Beam runner and its worker count, for the progress line."""
+    from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
+
+    runner = f"Beam's {options.view_as(StandardOptions).runner.rpartition('.')[2]}"
+    if not _is_direct(options):
+        return runner
+    direct = options.view_as(DirectOptions)
+    return f"{runner} ({direct.direct_running_mode}, {direct.direct_num_workers} workers)"
+
+
+def _direct_runner(options):
+    """Returns Beam's runner for one machine; its worker processes are silent.
+
+    For the name DirectRunner Beam would first try Prism, a program that it downloads and that does
+    not know the options for several processes.
+    """
+    from apache_beam.options.pipeline_options import DirectOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
+
+    direct = options.view_as(DirectOptions)
+    if direct.direct_running_mode != "multi_processing":
+        return FnApiRunner()
+    # In that mode Beam would start workers that log each connection to standard error. Their errors
+    # reach this process by themselves.
+    direct.direct_running_mode = "in_memory"
+    python_path = os.pathsep.join(path for path in sys.path if path)
+    command = (
+        f"PYTHONPATH={shlex.quote(python_path)} exec {shlex.quote(sys.executable)}"
+        " -m apache_beam.runners.worker.sdk_worker_main >/dev/null 2>&1"
+    )
+    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
 
 
 @contextlib.contextmanager
-def _progress(plan: Plan) -> Iterator[None]:
-    """A bar of the files whose shards are done: runners themselves tell nothing before the end."""
-    ended = threading.Event()
-    total = sum(len(shard.files) for shard in plan.shards)
+def _quiet() -> Iterator[None]:
+    """Silences log messages and the tracebacks of threads.
 
-    def watch():
-        left = {shard.tally_path.name: len(shard.files) for shard in plan.shards}
-        remote = storage.is_remote(plan.folder)
-        last_look = False
-        while not last_look:
-            last_look = ended.wait(_REMOTE_POLL_SECONDS if remote else _POLL_SECONDS)
-            # What one look misses the next one sees.
-            with contextlib.suppress(Exception):
-                done = plan.tally_names() & left.keys()
-                bar.update(sum(left.pop(name) for name in done))
-
-    with tqdm(total=total, unit="file") as bar:
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
+    Beam warns of each optional package that is missing, and logs each failure several times beside
+    the error that it raises.
+    """
+    disabled, excepthook = logging.root.manager.disable, threading.excepthook
+    logging.disable(logging.CRITICAL)
+    threading.excepthook = lambda arguments: None
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        threading.excepthook = excepthook
 
 
-# --- the whole set ---------------------------------------------------------------------------
-
-
-def _collect(plan: Plan, tally: Tally) -> dict[str, tuple[list[int], int]]:
-    """Adds up the tallies of all shards: split -> examples of each shard, bytes of all records."""
-    ids: set[str] = set()
-    splits = {}
-    tallies = zip(plan.shards, plan.tallies(), strict=True)
-    for split, shards in itertools.groupby(tallies, key=lambda pair: pair[0].split):
-        lengths, num_bytes = [], 0
-        for _, told in shards:
-            for example_id in told["ids"]:
-                if example_id in ids:
-                    raise DataError(
-                        f"id {example_id!r} is used twice: ids must be unique over all splits"
-                    )
-                ids.add(example_id)
-            tally.add_counts(told["counts"])
-            lengths.append(len(told["ids"]))
-            num_bytes += told["num_bytes"]
-        splits[split] = lengths, num_bytes
-    return splits
-
-
-def _drop_empty(plan: Plan, splits: dict, may_be_empty: Collection[str]) -> None:
-    """Takes out splits without examples; DataError where that must not be."""
-    empty = [split for split, (lengths, _) in splits.items() if not sum(lengths)]
-    if len(empty) == len(splits):
-        raise DataError(f"no split of {', '.join(splits)} has examples: put clips into one")
-    for split in empty:
-        if split not in may_be_empty:
-            raise DataError(f"split {split!r} has no examples: leave it out, or put clips into it")
-        del splits[split]
-    for shard in plan.shards:
-        if shard.split in empty:
-            shard.path.unlink()
+def _last_line(text: str) -> str:
+    """Returns the last line of an error that holds a traceback; it names the error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

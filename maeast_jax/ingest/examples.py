@@ -1,28 +1,78 @@
-"""Cuts a decoded file into the clips that go into a data set."""
+"""Decodes recordings, wherever they lie, and cuts them into the clips of a data set."""
 
+import concurrent.futures
 import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax.data import SAMPLE_RATE_HZ, Example
+from maeast_jax.data import SAMPLE_RATE_HZ, DecodePool, Example
 from maeast_jax.ingest.sources import AudioFile
+from maeast_jax.runtime import storage, terminal
 
 SHORTEST_TAIL_SECONDS = 1.0
+
+# Recordings on gs:// that are fetched at once; each waits for an answer, not for a processor.
+_FETCHED_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Longer files are cut into pieces of `piece_seconds` (0: never), shorter clips left out."""
+    """How files become clips.
+
+    Attributes:
+      piece_seconds: longer files are cut into pieces of this length; 0 cuts none.
+      min_seconds: shorter clips are left out.
+    """
 
     piece_seconds: float
     min_seconds: float
 
 
+def decode(pool: DecodePool, paths: Sequence[str]) -> Iterator[np.ndarray | str]:
+    """Yields for each path int16 [samples] at 16 kHz, or why there are none, in order.
+
+    Recordings on gs:// are copied to temporary files first, some at a time.
+    """
+    if not any(map(storage.is_remote, paths)):
+        yield from pool.decode(paths)
+        return
+    with storage.quiet(), concurrent.futures.ThreadPoolExecutor(_FETCHED_AT_ONCE) as threads:
+        for start in range(0, len(paths), _FETCHED_AT_ONCE):
+            part = paths[start : start + _FETCHED_AT_ONCE]
+            with tempfile.TemporaryDirectory() as folder:
+                # Decoders also look at the suffix.
+                files = [
+                    os.path.join(folder, f"{number}{os.path.splitext(path)[1]}")
+                    if storage.is_remote(path)
+                    else path
+                    for number, path in enumerate(part)
+                ]
+                failures = list(threads.map(_fetch, part, files))
+                for failure, decoded in zip(failures, pool.decode(files), strict=True):
+                    yield failure or decoded
+
+
+def _fetch(path: str, file: str) -> str | None:
+    """Copies a recording on gs:// to a file of this machine; returns why that failed."""
+    if not storage.is_remote(path):
+        return None
+    try:
+        storage.path(path).copy(file)
+    except FileNotFoundError:
+        return "not found"
+    except Exception as error:  # the libraries that reach gs:// share no base class of errors
+        return f"cannot be fetched: {terminal.one_line(error)}"
+    return None
+
+
 def clips_of(file: AudioFile, decoded: np.ndarray | str, cut: Cut) -> list[Example]:
-    """The examples of a file; ids of pieces end in their number.
+    """Returns the examples of a file; the ids of pieces end in their number.
 
     Args:
-      decoded: int16 [samples]; or why there are none, which gives no clip.
+      decoded: int16 [samples]; or the reason why there are none, which gives no clip.
     """
     if isinstance(decoded, str):
         return []
@@ -38,9 +88,9 @@ def clips_of(file: AudioFile, decoded: np.ndarray | str, cut: Cut) -> list[Examp
 
 
 def cut_pieces(samples: np.ndarray, piece_samples: int, min_samples: int) -> list[np.ndarray]:
-    """Cuts [samples] into pieces of `piece_samples` (0: one piece), the last one shorter.
+    """Cuts [samples] into pieces of `piece_samples` (0: one piece); the last one may be shorter.
 
-    A last piece under a second (or `min_samples`) is dropped, unless it is the only one, and one
+    A last piece under a second (or `min_samples`) is dropped, unless it is the only one. A single
     piece shorter than `min_samples` gives none.
     """
     if not piece_samples or len(samples) <= piece_samples:

@@ -1,20 +1,21 @@
 """Labelled data sets as their authors publish them: which file is which clip, class and split.
 
-Each function here lists one such folder. Classes come in the data set's own order. A clip that the
-set's own lists name and the folder lacks is in the listing's `missing`.
+Each function `list_*` lists one such folder, and LAYOUTS names them. Classes come in the data set's
+own order. A clip that the data set's own lists name and the folder lacks is in the listing's
+`missing`.
 """
 
 import csv
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from maeast_jax.ingest.audioset import list_audioset
 from maeast_jax.ingest.sources import (
     AudioFile,
     Listing,
     ManifestError,
+    audio_paths,
     check_unique,
     printable,
     read_lines,
@@ -34,12 +35,24 @@ EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "s
 _NOISE = "_background_noise_"
 _VALID_NOISE = "running_tap.wav"
 
+_AUDIOSET_CLASSES = "class_labels_indices.csv"
+_AUDIOSET_SEGMENTS = {
+    "train": "balanced_train_segments.csv",
+    "unbalanced": "unbalanced_train_segments.csv",
+    "test": "eval_segments.csv",
+}
+_AUDIOSET_OPTIONAL = ("unbalanced",)
+_AUDIOSET_COLUMNS = ("index", "mid", "display_name")
+# YouTube's ids have eleven characters. Copies name a clip ID, Y before the ID (as PANNs does), or
+# ID_START or ID_START_END, in seconds or milliseconds.
+_AUDIOSET_STEM = re.compile(r"Y?(?P<id>[\w-]{11})(_\d+(\.\d+)?([_-]\d+(\.\d+)?)?)?", re.ASCII)
+
 
 def list_layout(layout: str, audio_dir: str | Path, test_dir: str | Path | None = None) -> Listing:
-    """The listing of a folder in one of LAYOUTS; every file has a split.
+    """Returns the listing of a folder in one of LAYOUTS; every file has a split.
 
     Args:
-      test_dir: the folder of the separate test archive, of speech_commands_v1 alone.
+      test_dir: the folder of the separate test archive, which speech_commands_v1 alone has.
 
     Raises:
       ManifestError: no such layout or folder, a list that is missing or broken, no clip at all.
@@ -67,8 +80,42 @@ def list_layout(layout: str, audio_dir: str | Path, test_dir: str | Path | None 
     return listing
 
 
+def list_audioset(root: Path) -> Listing:
+    """Returns AudioSet (Gemmeke et al. 2017): multi-label, 527 classes numbered by its csv.
+
+    `root` holds the csv files as AudioSet publishes them, `class_labels_indices.csv`,
+    `balanced_train_segments.csv`, `eval_segments.csv` and optionally
+    `unbalanced_train_segments.csv`. Below it, at any depth, lie the clips: ten-second segments, not
+    whole videos, in any format that decodes, named `ID`, `YID`, `ID_START` or `ID_START_END`. Where
+    a clip has several files, the first by path is taken; files of clips that no csv lists are left
+    out.
+
+    Splits: `train` is the balanced list (AudioSet-20K: 22,160 clips), `unbalanced` the other
+    2,041,789 (AudioSet-2M is `train+unbalanced`), `test` the evaluation list (20,371).
+
+    Raises:
+      ManifestError: a csv file is missing or has another form, or a clip is listed twice.
+    """
+    names = _audioset_class_names(root / _AUDIOSET_CLASSES)
+    paths = _audioset_clip_paths(root)
+    files, missing, seen = [], [], set()
+    for split, name in _AUDIOSET_SEGMENTS.items():
+        if split in _AUDIOSET_OPTIONAL and not (root / name).exists():
+            continue
+        for clip, label in _audioset_segments(root / name, names):
+            if clip in seen:
+                raise ManifestError(f"{root / name} lists {clip} again: drop one of the lines")
+            seen.add(clip)
+            if clip in paths:
+                path = paths[clip]
+                files.append(AudioFile(str(root / path), printable(path), label, split))
+            else:
+                missing.append((clip, split))
+    return Listing(files, tuple(names.values()), missing)
+
+
 def list_esc50(root: Path) -> Listing:
-    """ESC-50 (Piczak 2015): 2,000 clips of 50 classes in the order of `target`.
+    """Returns ESC-50 (Piczak 2015): 2,000 clips of 50 classes in the order of `target`.
 
     `root` holds `meta/esc50.csv` and `audio/`. Splits `fold1` to `fold5`.
     """
@@ -92,22 +139,23 @@ def list_esc50(root: Path) -> Listing:
 
 
 def list_speech_commands_v1(root: Path, test_root: Path) -> Listing:
-    """Keyword spotting with 12 classes, as SUPERB defines it on Speech Commands V1 (Warden 2018).
+    """Returns the 12-class keyword task of SUPERB on Speech Commands V1 (Warden 2018).
 
     The classes, in SUPERB's order: ten words, `_unknown_` for any other word, `_silence_`. `root`
-    holds a folder a word, `validation_list.txt`, `testing_list.txt` and `_background_noise_`;
-    `test_root` a folder a class, the separate archive speech_commands_test_set_v0.01.
+    holds one folder per word, `validation_list.txt`, `testing_list.txt` and `_background_noise_`.
+    `test_root` is the separate archive speech_commands_test_set_v0.01, with one folder per class.
 
-    Splits: `test` is that archive (3,081 clips); `valid` what `validation_list.txt` names (6,798)
-    and `train` what neither list names (51,088). SUPERB's code has the same three, by the hash of
-    the speaker that made the lists; it too leaves out what `testing_list.txt` names.
+    Splits: `test` is that archive (3,081 clips). `valid` holds the clips that `validation_list.txt`
+    names (6,798), and `train` those that neither list names (51,088). SUPERB's code makes the same
+    three splits, by the hash of the speaker that made the lists; it too leaves out the clips that
+    `testing_list.txt` names.
 
     For `_silence_` SUPERB draws seconds of the six noise files, the same ones in training and
     validation. Here they are cut into seconds once, and `running_tap.wav` is kept for `valid`, as
-    TFDS does with V2: some 400 clips in all, so training wants to be balanced by class.
+    TFDS does with V2. These are only some 400 clips, so training should balance the classes.
 
     V2's two archives give the 12-class task of V2. So does TFDS' `speech_commands` (splits `train`,
-    `validation`, `test`; other class order and silence twice as dense), which needs pydub to
+    `validation`, `test`; another class order and twice as much silence), which needs pydub to
     prepare and opens by name like any set here.
     """
     words = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -139,10 +187,10 @@ def list_speech_commands_v1(root: Path, test_root: Path) -> Listing:
 
 
 def list_speech_commands_v2(root: Path) -> Listing:
-    """Speech Commands V2 (Warden 2018): 35 words, in alphabetical order.
+    """Returns Speech Commands V2 (Warden 2018): 35 words, in alphabetical order.
 
-    `root` holds a folder a word, `validation_list.txt` and `testing_list.txt`. Splits: `valid`
-    (9,981 clips) and `test` (11,005) are what the lists name, `train` the rest (84,843).
+    `root` holds one folder per word, `validation_list.txt` and `testing_list.txt`. The lists name
+    the splits `valid` (9,981 clips) and `test` (11,005); `train` is the rest (84,843).
     """
     _need_folders(root, WORDS, "--audio_dir")
     valid, test = _word_list(root, "validation_list.txt"), _word_list(root, "testing_list.txt")
@@ -155,12 +203,12 @@ def list_speech_commands_v2(root: Path) -> Listing:
 
 
 def list_voxceleb1(root: Path) -> Listing:
-    """VoxCeleb1 identification (Nagrani et al. 2017): 1,251 speakers in the order of their ids.
+    """Returns VoxCeleb1 identification (Nagrani et al. 2017): 1,251 speakers, by their ids.
 
     `root` holds `iden_split.txt` (www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt) and
-    `wav/SPEAKER/VIDEO/NUMBER.wav`; or the two archives apart, `dev/wav/` and `test/wav/`, each
-    holding some of the speakers. Splits by that list: `train` (138,361 clips), `valid` (6,904) and
-    `test` (8,251).
+    `wav/SPEAKER/VIDEO/NUMBER.wav`; or the two archives lie apart in `dev/wav/` and `test/wav/`,
+    each with some of the speakers. The list names the splits: `train` (138,361 clips), `valid`
+    (6,904) and `test` (8,251).
     """
     path = root / "iden_split.txt"
     lines = read_lines(path, f"{path}, which --layout=voxceleb1 needs")
@@ -182,11 +230,12 @@ def list_voxceleb1(root: Path) -> Listing:
 
 
 def list_iemocap(root: Path) -> Listing:
-    """IEMOCAP (Busso et al. 2008), the four emotions of SUPERB: 5,531 sentences, its order.
+    """Returns IEMOCAP (Busso et al. 2008) with SUPERB's four emotions: 5,531 sentences.
 
-    `neutral`, `happy` (excited is counted as happy), `angry`, `sad`; sentences of other labels are
-    left out. `root` holds `Session1` to `Session5`, each with `dialog/EmoEvaluation/*.txt` and
-    `sentences/wav/DIALOG/SENTENCE.wav`. Splits `session1` to `session5`.
+    The classes, in SUPERB's order: `neutral`, `happy` (which includes excited), `angry`, `sad`.
+    Sentences with other labels are left out. `root` holds `Session1` to `Session5`, each with
+    `dialog/EmoEvaluation/*.txt` and `sentences/wav/DIALOG/SENTENCE.wav`. Splits: `session1` to
+    `session5`.
     """
     wanted = []
     for session in (f"Session{number}" for number in range(1, 6)):
@@ -237,7 +286,7 @@ def _need_folders(root: Path, names: tuple[str, ...], flag: str) -> None:
 
 
 def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...]) -> Listing:
-    """The listing of (path below `root`, label, split) by whether the file is there."""
+    """Returns the listing of (path below `root`, label, split): files that exist, and missing."""
     files, missing = [], []
     for path, label, split in wanted:
         if (root / path).is_file():
@@ -248,7 +297,7 @@ def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...
 
 
 def _wavs(root: Path, folder: str) -> list[str]:
-    """Paths below `root`, sorted, without hidden files."""
+    """Returns the paths of wav files below `root`, sorted, without hidden files."""
     return sorted(f"{folder}/{path.name}" for path in (root / folder).glob("[!.]*.wav"))
 
 
@@ -259,3 +308,62 @@ def _word_list(root: Path, name: str) -> list[str]:
 
 def _without(paths: list[str], listed: list[str]) -> list[str]:
     return sorted(set(paths) - set(listed))
+
+
+# --- the lists of AudioSet -----------------------------------------------------------------
+
+
+def _audioset_clip_paths(root: Path) -> dict[str, str]:
+    """Returns {YouTube id: path below `root`} of the files that are named like clips."""
+    found = {}
+    for path in sorted(path.relative_to(root).as_posix() for path in audio_paths(root)):
+        if match := _AUDIOSET_STEM.fullmatch(Path(path).stem):
+            found.setdefault(match["id"], path)
+    return found
+
+
+def _audioset_class_names(path: Path) -> dict[str, str]:
+    """Returns {machine id: name} of the classes, in the order of their numbers."""
+    rows = list(_audioset_rows(path))
+    if not rows or tuple(rows[0][1]) != _AUDIOSET_COLUMNS:
+        raise ManifestError(
+            f"{path} does not start with {','.join(_AUDIOSET_COLUMNS)}: download it again"
+        )
+    names = {}
+    for line, row in rows[1:]:
+        if (
+            len(row) != len(_AUDIOSET_COLUMNS)
+            or row[0] != str(len(names))
+            or row[2] in names.values()
+        ):
+            raise ManifestError(
+                f"{path}, line {line}: {','.join(row)!r} is not the class after the"
+                f" {len(names)} before it, with a name of its own: download the file again"
+            )
+        names[row[1]] = row[2]
+    return names
+
+
+def _audioset_segments(path: Path, names: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields (YouTube id, names of its classes) for each line."""
+    for line, row in _audioset_rows(path):
+        machine_ids = row[3].split(",") if len(row) == 4 else []
+        if not machine_ids or not set(machine_ids) <= names.keys():
+            raise ManifestError(
+                f"{path}, line {line}: {', '.join(row)[:80]!r}, expected a YouTube id, start, end"
+                f' and "ids" of classes that {_AUDIOSET_CLASSES} names: download both again'
+            )
+        yield row[0], tuple(names[machine_id] for machine_id in machine_ids)
+
+
+def _audioset_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line, cells) of a csv file without its comments; one file has two million lines."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip() and not line.startswith("#"):
+                    yield number, next(csv.reader([line.strip()], skipinitialspace=True))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(
+            f"cannot read {path}, which --layout=audioset needs in --audio_dir: {error}"
+        ) from None

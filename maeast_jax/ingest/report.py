@@ -1,4 +1,4 @@
-"""What a build tells: how many files became clips, which did not and why, and what comes next."""
+"""What a build reports: which files became clips, which did not and why, and the next commands."""
 
 import collections
 import dataclasses
@@ -7,54 +7,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from maeast_jax.data import SAMPLE_RATE_HZ, DataError, Example
 from maeast_jax.ingest.sources import AudioFile, Listing
 
-# Of each layout its file in configs/, the splits that this names, and in which fields.
+_HELD_OUT = {"valid": "@valid", "test": "@test"}
+_TRAIN_VALID_TEST = ("train", "valid", "test")
+# Layout -> its file in configs/, the splits that this file names, and the fields that name them.
 _FINETUNE = {
     "audioset": (
         "finetune_audioset20k.py",
         ("train", "test"),
         {"valid": "@test[:5%]", "test": "@test"},
     ),
-    "esc50": ("finetune_esc50.py", ("fold1", "fold2", "fold3", "fold4", "fold5"), {}),
-    "speech_commands_v1": (
-        "finetune_ks1.py",
-        ("train", "valid", "test"),
-        {"valid": "@valid", "test": "@test"},
-    ),
-    "speech_commands_v2": (
-        "finetune_ks2.py",
-        ("train", "valid", "test"),
-        {"valid": "@valid", "test": "@test"},
-    ),
-    "voxceleb1": (
-        "finetune_voxceleb1.py",
-        ("train", "valid", "test"),
-        {"valid": "@valid", "test": "@test"},
-    ),
-    "iemocap": (
-        "finetune_iemocap.py",
-        ("session1", "session2", "session3", "session4", "session5"),
-        {},
-    ),
+    "esc50": ("finetune_esc50.py", tuple(f"fold{number}" for number in range(1, 6)), {}),
+    "speech_commands_v1": ("finetune_ks1.py", _TRAIN_VALID_TEST, _HELD_OUT),
+    "speech_commands_v2": ("finetune_ks2.py", _TRAIN_VALID_TEST, _HELD_OUT),
+    "voxceleb1": ("finetune_voxceleb1.py", _TRAIN_VALID_TEST, _HELD_OUT),
+    "iemocap": ("finetune_iemocap.py", tuple(f"session{number}" for number in range(1, 6)), {}),
 }
-
-_COUNTERS = ("files", "clips", "samples")
-_SKIPPED = ("unreadable", "too_short")
 
 
 @dataclasses.dataclass
 class Tally:
-    """What has happened so far to the files of a listing.
+    """Counts of the files that were decoded, and of the clips that they gave.
 
     Attributes:
-      files, clips, samples: of each split; files that were skipped count as files.
-      unreadable, too_short: (id, reason).
+      files, clips, samples: counts per split; skipped files count as files.
+      unreadable, too_short: (id, reason) of the files that gave no clip.
     """
 
-    listing: Listing
     files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     clips: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     samples: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -62,7 +45,7 @@ class Tally:
     too_short: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, file: AudioFile, decoded: np.ndarray | str, clips: Sequence[Example]) -> None:
-        """Counts a file that was decoded, or not for the reason given, and gave these clips."""
+        """Counts a file that was decoded (or was not, for the reason given) into these clips."""
         self.files[file.split] += 1
         self.clips[file.split] += len(clips)
         self.samples[file.split] += sum(len(samples) for _, samples, _ in clips)
@@ -72,89 +55,88 @@ class Tally:
             seconds = len(decoded) / SAMPLE_RATE_HZ
             self.too_short.append((file.id, f"{seconds:.2f} s, shorter than --min_seconds"))
 
-    def counts(self) -> dict:
-        """What has been added, as `json` holds it."""
-        return {name: getattr(self, name) for name in _COUNTERS + _SKIPPED}
-
-    def add_counts(self, counts: dict) -> None:
-        """Adds the `counts` of another tally, of other files."""
-        for name in _COUNTERS:
-            getattr(self, name).update(counts[name])
-        for name in _SKIPPED:
-            getattr(self, name).extend((clip, reason) for clip, reason in counts[name])
+    def merge(self, other: "Tally") -> None:
+        """Adds the counts of other files."""
+        self.files.update(other.files)
+        self.clips.update(other.clips)
+        self.samples.update(other.samples)
+        self.unreadable += other.unreadable
+        self.too_short += other.too_short
 
     @property
     def hours(self) -> float:
-        """Of audio in all splits."""
+        """Hours of audio in all splits."""
         return _hours(self.samples.total())
 
-    def write_skipped(self, path: Path) -> None:
-        """Lists every clip that the data set goes without: a TSV of `path` and `reason`."""
-        missing = [(clip, "not in the folder") for clip, _ in self.listing.missing]
-        skipped = sorted(self.unreadable + self.too_short + missing)
-        lines = [f"{clip}\t{' '.join(reason.split())}" for clip, reason in skipped]
-        path.write_bytes(("\n".join(["path\treason", *lines]) + "\n").encode())
 
-    def check_skipped(self, max_skipped_percent: float, listing: Path) -> None:
-        """DataError where too many files are unreadable, once they are in the file `listing`."""
-        if len(self.unreadable) <= len(self.listing.files) * max_skipped_percent / 100:
-            return
-        self.write_skipped(listing)
-        name, reason = self.unreadable[0]
-        raise DataError(
-            f"{len(self.unreadable)} of the first {self.files.total()} files (of"
-            f" {len(self.listing.files)}) cannot be read, more than"
-            f" --max_skipped_percent={max_skipped_percent:g}, e.g. {name}: {reason}; all are in"
-            f" {listing}: mend or remove them, or raise the limit"
+def write_skipped(path: Path | epath.Path, tally: Tally, listing: Listing) -> None:
+    """Lists every clip that the data set lacks: a TSV of `path` and `reason`."""
+    missing = [(clip, "not in the folder") for clip, _ in listing.missing]
+    skipped = sorted(tally.unreadable + tally.too_short + missing)
+    lines = [f"{clip}\t{' '.join(reason.split())}" for clip, reason in skipped]
+    path.write_bytes(("\n".join(["path\treason", *lines]) + "\n").encode())
+
+
+def check_skipped(
+    tally: Tally, listing: Listing, max_skipped_percent: float, skipped: Path | epath.Path
+) -> None:
+    """Raises DataError where too many files are unreadable, after listing them in `skipped`."""
+    if len(tally.unreadable) <= len(listing.files) * max_skipped_percent / 100:
+        return
+    write_skipped(skipped, tally, listing)
+    name, reason = tally.unreadable[0]
+    raise DataError(
+        f"{len(tally.unreadable)} of the first {tally.files.total()} files (of"
+        f" {len(listing.files)}) cannot be read, more than"
+        f" --max_skipped_percent={max_skipped_percent:g}, e.g. {name}: {reason}; all are in"
+        f" {skipped}: mend or remove them, or raise the limit"
+    )
+
+
+def summary(tally: Tally, listing: Listing, directory: Path | epath.Path) -> str:
+    """Returns the table of splits, and the counts of what the set in `directory` lacks."""
+    listed = collections.Counter(file.split for file in listing.files)
+    missing = collections.Counter(split for _, split in listing.missing)
+    splits = sorted({*listed, *missing})
+    rows = [("split", "files", "clips", "hours", "missing")]
+    for split in splits:
+        if tally.clips[split]:
+            hours = f"{_hours(tally.samples[split]):.3f}"
+            rows.append((split, listed[split], tally.clips[split], hours, missing[split]))
+    columns = len(rows[0]) if missing else len(rows[0]) - 1
+    lines = ["".join(f"{cell!s:>12}" for cell in row[:columns]) for row in rows]
+    for split in splits:
+        if not tally.clips[split]:
+            also = f", and {missing[split]} are missing" if missing[split] else ""
+            lines.append(
+                f"split {split} is left out: none of its {listed[split]} files gave a clip{also}"
+            )
+    skipped = directory / "skipped.tsv"
+    if missing:
+        num_clips = missing.total() + len(listing.files)
+        lines.append(
+            f"missing {missing.total()} of {num_clips} clips that the lists name"
+            f" ({missing.total() / num_clips:.1%}): {skipped}"
         )
+    if tally.unreadable or tally.too_short:
+        lines.append(
+            f"skipped {len(tally.unreadable)} unreadable files, {len(tally.too_short)} too short:"
+            f" {skipped}"
+        )
+    if names := listing.label_names:
+        several = ", any number of them per clip" if listing.is_multi_label else ""
+        shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        lines.append(f"{len(names)} labels{several}: {shown}")
+    return "\n".join(lines)
 
-    def summary(self, directory: Path) -> str:
-        """The table of splits, and what the data set in `directory` goes without."""
-        listed = collections.Counter(file.split for file in self.listing.files)
-        missing = collections.Counter(split for _, split in self.listing.missing)
-        splits = sorted({*listed, *missing})
-        rows = [("split", "files", "clips", "hours", "missing")]
-        rows += [
-            (
-                split,
-                listed[split],
-                self.clips[split],
-                f"{_hours(self.samples[split]):.3f}",
-                missing[split],
-            )
-            for split in splits
-            if self.clips[split]
-        ]
-        shown = len(rows[0]) if missing else len(rows[0]) - 1
-        lines = ["".join(f"{cell!s:>12}" for cell in row[:shown]) for row in rows]
-        lines += [
-            f"split {split} is left out: none of its {listed[split]} files gave a clip"
-            + (f", and {missing[split]} are missing" if missing[split] else "")
-            for split in splits
-            if not self.clips[split]
-        ]
-        if missing:
-            num_clips = missing.total() + len(self.listing.files)
-            lines.append(
-                f"missing {missing.total()} of {num_clips} clips that the lists name"
-                f" ({missing.total() / num_clips:.1%}): {directory / 'skipped.tsv'}"
-            )
-        if self.unreadable or self.too_short:
-            lines.append(
-                f"skipped {len(self.unreadable)} unreadable files, {len(self.too_short)} too short:"
-                f" {directory / 'skipped.tsv'}"
-            )
-        if names := self.listing.label_names:
-            several = ", any number of them a clip" if self.listing.is_multi_label else ""
-            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            lines.append(f"{len(names)} labels{several}: {shown}")
-        return "\n".join(lines)
+
+# --- the next commands -----------------------------------------------------------------------
 
 
 def next_steps(
     name: str, data_dir: Path, splits: list[str], listing: Listing, layout: str | None
 ) -> str:
-    """What to do with the data set `name` of these splits, which has some example in each."""
+    """Returns the next commands for the data set `name`, which has examples in `splits`."""
     finetune = finetune_command(name, data_dir, splits, layout)
     if layout:  # folds and speakers are nothing to pretrain on
         lines = [f"its splits: {', '.join(splits)}"]
@@ -168,7 +150,7 @@ def next_steps(
 
 
 def pretrain_command(name: str, data_dir: Path, splits: list[str]) -> str:
-    """The command that trains on the data set `name` of these splits."""
+    """Returns the command that pretrains on the data set `name` with these splits."""
     return (
         f"python -m maeast_jax.train --config=configs/pretrain_small.py --workdir=runs/{name}"
         f" --config.data.dir={shlex.quote(str(data_dir))} {sources_of(name, splits)}"
@@ -178,9 +160,10 @@ def pretrain_command(name: str, data_dir: Path, splits: list[str]) -> str:
 def finetune_command(
     name: str, data_dir: Path, splits: list[str], layout: str | None = None
 ) -> str | None:
-    """The command that fine-tunes on a labelled data set.
+    """Returns the command that fine-tunes on a labelled data set.
 
-    None for a layout that lacks a split which its configuration names: there is no such result.
+    None for a layout that lacks a split which its configuration names: the result would not be
+    the published benchmark's.
     """
     if layout:
         config, needed, fields = _FINETUNE[layout]
@@ -204,7 +187,7 @@ def finetune_command(
 
 
 def sources_of(name: str, splits: list[str]) -> str:
-    """The training flags that name the data set: it may have other splits than they default to."""
+    """Returns the training flags that name the data set's own splits."""
     train = "train" if "train" in splits else splits[0]
     flag = f"--config.data.train={name if train == 'train' else f'{name}@{train}'}"
     for split, term in (("valid", name), ("test", f"{name}@test")):

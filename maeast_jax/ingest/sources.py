@@ -10,24 +10,24 @@ from pathlib import Path, PurePosixPath
 from etils import epath
 
 from maeast_jax.data import AUDIO_SUFFIXES
-from maeast_jax.runtime import bucket
-from maeast_jax.runtime import storage as paths
+from maeast_jax.runtime import storage
 
 
 class ManifestError(ValueError):
-    """A source of files that does not serve; one line that says what to do about it."""
+    """A source of files that cannot be used; the message is one line with the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AudioFile:
-    """A file to go into a data set.
+    """A file that goes into a data set.
 
     Attributes:
-      path: to open it, or gs://BUCKET/...
+      path: where the file lies; may be gs://BUCKET/...
       id: its path below the folder that the listing starts at, as printable text.
-      label: None in sets without labels; in multi-label sets the names of all that hold.
+      label: the name of its class; None in sets without labels; in multi-label sets the names of
+        all classes that hold.
       split: None until `assign_splits`.
-      piece_seconds: the length of the pieces that it is cut into; None for what the build is told.
+      piece_seconds: the length of the pieces that it is cut into; None for the build's own length.
     """
 
     path: str
@@ -39,12 +39,12 @@ class AudioFile:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The files that go into a data set, what they are to be told apart by, and what is missing.
+    """The files that go into a data set, their classes, and the clips that are missing.
 
     Attributes:
       files: at least one.
       label_names: the classes in the order of their numbers, None for a set without labels.
-      missing: (id, split) of the clips that the set's own lists name and its folder lacks.
+      missing: (id, split) of the clips that the data set's own lists name and its folder lacks.
     """
 
     files: list[AudioFile]
@@ -53,7 +53,7 @@ class Listing:
 
     @classmethod
     def of(cls, files: list[AudioFile]) -> "Listing":
-        """The classes are those of the files, in alphabetical order."""
+        """Returns the listing of files whose classes are numbered in alphabetical order."""
         if isinstance(files[0].label, tuple):
             names = {name for file in files for name in file.label}
         else:
@@ -61,28 +61,35 @@ class Listing:
         return cls(files, tuple(sorted(names)) or None)
 
     @property
+    def by_split(self) -> dict[str, list[AudioFile]]:
+        """The files of each split, the splits in alphabetical order."""
+        splits = sorted({file.split for file in self.files})
+        return {split: [file for file in self.files if file.split == split] for split in splits}
+
+    @property
     def is_multi_label(self) -> bool:
+        """Whether a file may be of several classes, or of none."""
         return isinstance(self.files[0].label, tuple)
 
 
 def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -> list[AudioFile]:
-    """Every audio file below a folder, here or on gs://, sorted; hidden ones are left out.
+    """Returns every audio file below a folder, which may be on gs://, sorted, without hidden ones.
 
     Args:
-      label_from_folder: the name of the folder that a file lies in is its label.
+      label_from_folder: a file's label is the name of the folder that it lies in.
 
     Raises:
-      ManifestError: no such folder, no audio file in it, a file without a folder for its label.
+      ManifestError: the folder does not exist or holds no audio file; or a file lies in no
+        subfolder that could be its label.
     """
-    root = paths.path(audio_dir)
-    with paths.reaching(root):
+    root = storage.path(audio_dir)
+    with storage.reaching(root):
         if not root.is_dir():
             raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
-        if paths.is_remote(root):
-            found = _audio_objects(root)
+        if storage.is_remote(root):
+            found = sorted(_audio_objects(root))
         else:
-            found = (path.relative_to(root) for path in audio_paths(root))
-        found = sorted(found)
+            found = sorted(path.relative_to(root) for path in audio_paths(root))
     if not found:
         raise ManifestError(
             f"no audio file below {audio_dir} (looked for {' '.join(sorted(AUDIO_SUFFIXES))}):"
@@ -105,9 +112,9 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
 
 
 def list_named(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The files named and, for folders, the audio files in them; each once, as first named.
+    """Returns the named files and the audio files in the named folders, each once.
 
-    Raises ValueError for no path, one that is not there, or a folder without audio files.
+    Raises ValueError where no path is given, a path does not exist, or a folder has no audio file.
     """
     if not paths:
         raise ValueError("no FILE: name audio files, or folders of them")
@@ -130,11 +137,11 @@ def list_named(paths: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def audio_paths(root: Path) -> Iterator[Path]:
-    """Every audio file below `root`, in no order; hidden files and folders are left out."""
+    """Yields every audio file below `root`, in no order, without hidden files and folders."""
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back up the tree
+        if real in seen:  # a link leads back up the tree
             subfolders.clear()
             continue
         seen.add(real)
@@ -145,9 +152,12 @@ def audio_paths(root: Path) -> Iterator[Path]:
 
 
 def _audio_objects(root: epath.Path) -> Iterator[PurePosixPath]:
-    """As `audio_paths`, below `root`, which is on gs://, and from there."""
-    for name in bucket.listing(root):
-        path = PurePosixPath(name.removeprefix(f"{root}/"))
+    """Yields the paths below `root`, a folder on gs://, that `audio_paths` would yield."""
+    import fsspec
+
+    filesystem, folder = fsspec.core.url_to_fs(str(root))
+    for name in filesystem.find(folder):
+        path = PurePosixPath(name).relative_to(folder)
         if _is_audio(name) and not any(part.startswith(".") for part in path.parts):
             yield path
 
@@ -159,22 +169,22 @@ def _is_audio(name: str) -> bool:
 def read_manifest(
     manifest: str | os.PathLike, audio_dir: str | os.PathLike | None = None
 ) -> list[AudioFile]:
-    """The files that a manifest lists, in its order; it, they or both may lie on gs://.
+    """Returns the files that a manifest lists, in its order; list and files may lie on gs://.
 
-    Either tab-separated with a header that has `path` and, where there are, `label` and `split`
-    (other columns are ignored), or fairseq's format, as the authors use: a directory on the first
-    line, then path and length in samples (which is ignored: files are decoded anyway). Where a clip
-    may be of several classes, the column is `labels`, with `;` between them; an empty cell there is
-    a clip of none.
+    The manifest is tab-separated, with a header that has the column `path` and optionally `label`
+    and `split`; other columns are ignored. Where a clip may be of several classes, the column is
+    `labels`, with `;` between the classes and an empty cell for no class. The authors' format,
+    fairseq's, serves as well: a directory on the first line, then lines of path and length in
+    samples (the length is ignored).
 
     Args:
-      audio_dir: where relative paths start; None for the manifest's folder or, in fairseq's format,
+      audio_dir: where relative paths start; None is the manifest's folder or, in fairseq's format,
         the directory on its first line.
 
     Raises:
       ManifestError: unreadable, neither format, no rows, an empty cell, a path listed twice.
     """
-    manifest = paths.path(manifest)
+    manifest = storage.path(manifest)
     lines = read_lines(manifest, f"--manifest={manifest}")
     header = lines[0][1].split("\t")
     if "path" in header:
@@ -188,8 +198,8 @@ def read_manifest(
         )
     if not rows:
         raise ManifestError(f"{manifest} lists no files: add lines below its header")
-    base = paths.path(audio_dir) if audio_dir else base
-    with paths.reaching(base):
+    base = storage.path(audio_dir) if audio_dir else base
+    with storage.reaching(base):
         if not base.is_dir():
             raise ManifestError(
                 f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
@@ -206,9 +216,12 @@ def read_manifest(
 def read_lines(
     path: Path | epath.Path, name: str, encoding: str = "utf-8-sig"
 ) -> list[tuple[int, str]]:
-    """(number from 1, text) of the lines that are not blank; `name` is for the ManifestError."""
+    """Returns (number from 1, text) of the lines that are not blank.
+
+    Raises ManifestError, which calls the file `name`, where it is unreadable or empty.
+    """
     try:
-        with paths.reaching(path):
+        with storage.reaching(path):
             data = path.read_bytes()
         text = io.TextIOWrapper(io.BytesIO(data), encoding).read()
     except (OSError, UnicodeDecodeError) as error:
@@ -243,14 +256,14 @@ def _row_file(
 
 
 def _join(base: epath.Path, name: str) -> epath.Path:
-    return paths.path(name) if paths.is_remote(name) else base / name
+    return storage.path(name) if storage.is_remote(name) else base / name
 
 
 def _split_labels(cell: str | None, place: str) -> tuple[str, ...]:
-    """The names in a cell of the column `labels`; `place` is for the ManifestError."""
+    """Returns the names in a cell of the column `labels`; a ManifestError names `place`."""
     if cell is None:
         raise ManifestError(
-            f"{place}: no column `labels`; end the line in a tab for a clip of none"
+            f"{place}: no column `labels`; end the line with a tab where the clip has no class"
         )
     names = tuple(name.strip() for name in cell.split(";")) if cell else ()
     if "" in names:
@@ -259,7 +272,7 @@ def _split_labels(cell: str | None, place: str) -> tuple[str, ...]:
 
 
 def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
-    """Raises ManifestError where two files have one id."""
+    """Raises ManifestError where two files have the same id."""
     seen = set()
     for file in files:
         if file.id in seen:
@@ -270,14 +283,14 @@ def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
 def assign_splits(files: list[AudioFile], valid_percent: float) -> list[AudioFile]:
     """Puts files without a split into `valid` (about `valid_percent` of them) or `train`.
 
-    The choice is by a hash of the id, so that files added later move no other. Where a few files
-    leave a side empty that should not be, the one file whose hash is nearest goes there.
+    The choice follows a hash of the id, so that files added later move no other file. Where a few
+    files would leave one side empty, the file with the nearest hash goes there.
     """
     if files[0].split is not None or not valid_percent:
         return [dataclasses.replace(file, split=file.split or "train") for file in files]
     order = sorted(files, key=lambda file: _hash_percent(file.id))
     num_valid = sum(_hash_percent(file.id) < valid_percent for file in files)
-    num_valid = min(max(num_valid, 1), len(files) - 1)  # of one file, 0
+    num_valid = min(max(num_valid, 1), len(files) - 1)  # 0 where there is one file
     valid = {file.id for file in order[:num_valid]}
     return [
         dataclasses.replace(file, split="valid" if file.id in valid else "train") for file in files
@@ -285,12 +298,12 @@ def assign_splits(files: list[AudioFile], valid_percent: float) -> list[AudioFil
 
 
 def _hash_percent(text: str) -> float:
-    """Uniform in [0, 100), the same on every machine."""
+    """Returns a hash of the text, uniform in [0, 100) and the same on every machine."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 * 100
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 and a line of TSV can hold; file names are arbitrary bytes."""
+    """Returns text that fits into UTF-8 and a line of TSV; file names are arbitrary bytes."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return text.replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")

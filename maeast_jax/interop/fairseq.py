@@ -1,12 +1,14 @@
-"""Checkpoint files in the authors' layout: {"cfg": {"model", "task"}, "model": named tensors}.
+"""The authors' checkpoint files: {"cfg": {"model", "task"}, "model": named tensors}.
 
-fairseq writes it and s3prl loads it. In a safetensors file the tensors bear the same names, and cfg
-is JSON in the header's field `config`.
+fairseq writes such files and s3prl loads them. A safetensors file holds the same tensors by the
+same names, and cfg as JSON in the field `config` of its header.
 """
 
 import dataclasses
 import json
 import os
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,87 @@ import jax
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.interop import authors_config, parameters, torch_file
-from maeast_jax.interop.authors_config import AuthorsFileError
+from maeast_jax.interop import parameters, torch_file
 from maeast_jax.model import ModelConfig, abstract_model, split_model, tokens
 
-# 164 s of patches or of frames; the longest clip of VoxCeleb1 has 145 s.
+Cfg = dict[str, dict[str, Any]]
+
+# Suffixes of the files that `write` can write. `read` takes any other suffix for a torch file.
+SUFFIXES = (".pt", ".safetensors")
+# Rows of the position tables: 164 s of patches or of frames. VoxCeleb1's longest clip has 145 s.
 MAX_TOKEN_LENGTH = 8192
+
+# cfg.model's names of our fields. The first group says what the tensors mean and has to be there.
+_ARCHITECTURE = {
+    "encoder_layers": "encoder_layers",
+    "encoder_embed_dim": "width",
+    "encoder_ffn_embed_dim": "mlp_width",
+    "encoder_attention_heads": "heads",
+    "layer_norm_first": "pre_norm",
+    "decoder_embed_dim": "decoder_width",
+    "decoder_layers": "decoder_layers",
+    "use_post_enc_proj": "decoder_projection",
+}
+_TRAINING = {
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "encoder_layerdrop": "layer_drop",
+    "dropout_input": "input_dropout",
+}
+# The training of a file that does not state it, which is the paper's, and how we compute.
+_NOT_STATED = {
+    "architecture": "mae_ast", "mask": "chunk", "mask_ratio": 0.75, "passes": 1,
+    "dropout": 0.1, "attention_dropout": 0.1, "layer_drop": 0.05, "input_dropout": 0.1,
+    "dtype": "float32", "unroll": False, "remat": "none",
+}  # fmt: skip
+# Options of the authors' code for which only one value is built here.
+_ONLY_ENCODER = {"activation_fn": "gelu", "enc_sine_pos": True, "enc_conv_pos": False}
+_ONLY_DECODER = {"dec_sine_pos": True, "dec_conv_pos": False}
+_ONLY_TASK = {"sample_rate": fbank.SAMPLE_RATE_HZ, "feature_dim": fbank.NUM_MEL_BANDS}
+# Names in task.mask_type. `build` writes the first name of each kind.
+_MASKS = {
+    "chunk_mask": "chunk",
+    "chunk_patch": "chunk",
+    "random_mask": "random",
+    "random_mask_batched": "random",
+    "retain_spans": "span",
+}
+# Fields that s3prl's classes ask for besides, at the defaults of those classes.
+_MODEL_REST = {
+    "_name": "mae_ast", "feature_grad_mult": 1.0, "decoder_layerdrop": 0.0,
+    "activation_dropout": 0.0, "mask_length": 10, "mask_selection": "static", "mask_other": 0,
+    "no_mask_overlap": False, "mask_min_space": 0, "conv_pos": 128, "conv_pos_groups": 16,
+    "checkpoint_activations": False,
+}  # fmt: skip
+_TASK_REST = {
+    "data": "", "normalize": False, "enable_padding": False, "max_keep_size": None,
+    "min_sample_size": None, "random_crop": True, "pad_audio": False,
+    "feature_type": "fbank", "feature_rate": 100, "deltas": False, "mask_spans": False,
+}  # fmt: skip
+# Tensors that take part in no result.
+_IDLE = {
+    "encoder_mask_emb": lambda config: np.zeros(config.width, np.float32),
+    "layer_norm.weight": lambda config: np.ones(fbank.NUM_MEL_BANDS, np.float32),
+    "layer_norm.bias": lambda config: np.zeros(fbank.NUM_MEL_BANDS, np.float32),
+}
+# Position tables, with the field of ModelConfig that holds their width.
+_TABLES = {"enc_sine_pos_embed.pe": "width", "dec_sine_pos_embed.pe": "decoder_width"}
+
+
+class AuthorsFileError(ValueError):
+    """The file is not of the authors' layout, or its model is not built here; one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AuthorsFile:
-    """What such a file holds: `cfg`, plain containers, and `tensors`, numpy arrays by name."""
+    """The content of such a file.
 
-    cfg: dict[str, dict[str, Any]]
+    Attributes:
+      cfg: plain containers and values; it has the keys "model" and "task".
+      tensors: numpy arrays by the authors' names.
+    """
+
+    cfg: Cfg
     tensors: dict[str, np.ndarray]
 
     @property
@@ -34,8 +104,11 @@ class AuthorsFile:
         return any(name.startswith("decoder.") for name in self.tensors)
 
 
+# --- Files ------------------------------------------------------------------------------------
+
+
 def read(path: str | os.PathLike) -> AuthorsFile:
-    """Reads a torch file (any suffix) or a `.safetensors` file; runs nothing that is in it.
+    """Reads a torch file (any suffix) or a `.safetensors` file, and runs nothing that is in it.
 
     Raises AuthorsFileError, torch_file.TorchFileError or OSError.
     """
@@ -46,12 +119,7 @@ def read(path: str | os.PathLike) -> AuthorsFile:
         cfg, tensors = saved["cfg"], saved["model"]
     for part in ("model", "task"):
         if not isinstance(cfg, dict) or not isinstance(cfg.get(part), dict):
-            raise AuthorsFileError(f"{path} holds no cfg.{part}, which says what its model is")
-    try:
-        # As JSON has it: lists for tuples, text for keys.
-        cfg = json.loads(json.dumps(cfg))
-    except (TypeError, ValueError) as error:
-        raise AuthorsFileError(f"{path}: cfg holds more than plain values ({error})") from None
+            raise AuthorsFileError(f"{path} has no cfg.{part}, so its architecture is unknown")
     if not isinstance(tensors, dict):
         raise AuthorsFileError(f"{path}: model is a {type(tensors).__name__}, not named tensors")
     for name, tensor in tensors.items():
@@ -59,13 +127,108 @@ def read(path: str | os.PathLike) -> AuthorsFile:
             raise AuthorsFileError(
                 f"{path}: model.{name} is a {type(tensor).__name__}, not a tensor with a name"
             )
-    return AuthorsFile(cfg, dict(tensors))
+    try:
+        # JSON turns tuples into lists and keys into text, in both kinds of files alike.
+        cfg = json.loads(json.dumps(cfg))
+    except (TypeError, ValueError) as error:
+        raise AuthorsFileError(f"{path}: cfg holds more than plain values ({error})") from None
+    return AuthorsFile(cfg, tensors)
+
+
+def write(path: str | os.PathLike, file: AuthorsFile) -> None:
+    """Writes a `.pt` file, which needs torch, or a `.safetensors` file, by the suffix of `path`.
+
+    Raises ValueError where torch is needed and not installed, OSError.
+    """
+    if Path(path).suffix == ".pt":
+        torch = import_torch()
+        tensors = {name: torch.from_numpy(np.array(t)) for name, t in file.tensors.items()}
+        torch.save({"cfg": file.cfg, "model": tensors}, path)
+        return
+    from safetensors.numpy import save
+
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in file.tensors.items()}
+    # Readers for PyTorch look for "format". `save_file` would make a file for its owner alone.
+    Path(path).write_bytes(save(tensors, {"format": "pt", "config": json.dumps(file.cfg)}))
+
+
+def import_torch():
+    """Returns the module torch; ValueError with the remedy where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            "writing a .pt file needs PyTorch: pip install torch, or write .safetensors instead"
+        ) from None
+    return torch
+
+
+def _read_safetensors(path) -> tuple[Any, dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            cfg = json.loads((file.metadata() or {}).get("config", "null"))
+            return cfg, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, TypeError) as error:
+        raise AuthorsFileError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+# --- The model of a file ----------------------------------------------------------------------
+
+
+def model_config(file: AuthorsFile) -> ModelConfig:
+    """Returns the architecture that cfg states; an encoder alone where the file has no decoder.
+
+    Raises AuthorsFileError for options that are not built here, ValueError for values that do not
+    fit together.
+    """
+    model, task = file.cfg["model"], file.cfg["task"]
+    is_encoder_only = not file.has_decoder or model.get("decoder_layers") == 0
+    _check_only("model", model, _ONLY_ENCODER | ({} if is_encoder_only else _ONLY_DECODER))
+    _check_only("task", task, _ONLY_TASK)
+    fields = {ours: _field(model, name) for name, ours in _ARCHITECTURE.items()}
+    fields |= {ours: model[name] for name, ours in _TRAINING.items() if name in model}
+    types = typing.get_type_hints(ModelConfig)
+    for name, ours in (_ARCHITECTURE | _TRAINING).items():
+        if ours in fields:
+            _check_type(f"model.{name}", fields[ours], types[ours])
+    if is_encoder_only:
+        fields |= {"decoder_layers": 0, "decoder_projection": False}
+        fields["decoder_width"] = fields["width"]
+    if "mask_type" in task:
+        _check_type("task.mask_type", task["mask_type"], str)
+        if task["mask_type"] not in _MASKS:
+            raise AuthorsFileError(
+                f"cfg.task.mask_type={task['mask_type']!r} is unknown; known: {', '.join(_MASKS)}"
+            )
+        fields["mask"] = _MASKS[task["mask_type"]]
+    if "random_mask_prob" in model:
+        _check_type("model.random_mask_prob", model["random_mask_prob"], float)
+        fields["mask_ratio"] = _mask_ratio(model["random_mask_prob"], fields.get("mask"))
+    return ModelConfig(**_NOT_STATED | fields | {"tokens": _tokens(model)})
+
+
+def num_frames(file: AuthorsFile) -> int | None:
+    """Returns the frames of the longest clips in training; None where the file does not say.
+
+    Raises AuthorsFileError where task.max_sample_size is not a number of at least one frame.
+    """
+    samples = file.cfg["task"].get("max_sample_size")
+    if samples is None:
+        return None
+    _check_type("task.max_sample_size", samples, int)
+    if samples < fbank.FRAME_LENGTH:
+        raise AuthorsFileError(
+            f"cfg.task.max_sample_size={samples} must be at least one frame, {fbank.FRAME_LENGTH}"
+        )
+    return fbank.frame_count(samples)
 
 
 def weights(file: AuthorsFile, config: ModelConfig) -> tuple[parameters.Tree, parameters.Tree]:
-    """(parameters, statistics) of a file whose architecture is `config`, float32.
+    """Returns (parameters, statistics), float32, of a file whose architecture is `config`.
 
-    Raises AuthorsFileError where a tensor is missing, too many, or of another shape.
+    Raises AuthorsFileError for a tensor that is missing, not expected, or of another shape.
     """
     tensors = file.tensors
     if config.is_encoder_only:
@@ -74,7 +237,7 @@ def weights(file: AuthorsFile, config: ModelConfig) -> tuple[parameters.Tree, pa
         }
     expected = _shapes(config)
     if missing := sorted(set(expected) - set(tensors)):
-        raise AuthorsFileError(f"tensor {missing[0]} is missing, which its cfg asks for")
+        raise AuthorsFileError(f"tensor {missing[0]} is missing, but its cfg asks for it")
     if unknown := sorted(set(tensors) - set(expected) - set(_IDLE) - set(_TABLES)):
         raise AuthorsFileError(f"its cfg has no place for the tensor {unknown[0]}")
     for name, shape in expected.items():
@@ -89,15 +252,70 @@ def weights(file: AuthorsFile, config: ModelConfig) -> tuple[parameters.Tree, pa
 
 
 def extras(file: AuthorsFile) -> dict[str, np.ndarray]:
-    """Tensors without a part in any result, kept so that a file comes back as it was.
+    """Returns the tensors that take part in no result, so that an export can restore them.
 
-    Not position tables of half precision: ours are computed in float32, and one that was rounded
-    would make the exported model another one.
+    Position tables in half precision are left out: they are rounded, and PyTorch would compute
+    other hidden states with them than this program does.
     """
     kept = {name: file.tensors[name] for name in (*_IDLE, *_TABLES) if name in file.tensors}
     return {
         name: tensor for name, tensor in kept.items() if name in _IDLE or tensor.dtype == np.float32
     }
+
+
+def _field(section: Mapping[str, Any], name: str) -> Any:
+    if name not in section:
+        raise AuthorsFileError(f"cfg.model.{name} is missing, so its architecture is unknown")
+    return section[name]
+
+
+def _check_only(part: str, section: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+    for name, value in only.items():
+        if name in section and section[name] != value:
+            raise AuthorsFileError(
+                f"cfg.{part}.{name}={section[name]!r}, but only {value!r} is built here"
+            )
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    kinds = (int, float) if kind is float else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise AuthorsFileError(f"cfg.{name}={value!r} must be {kind.__name__}")
+
+
+def _tokens(model: Mapping[str, Any]) -> str:
+    shape = _field(model, "ast_kernel_size_time"), _field(model, "ast_kernel_size_chan")
+    for axis, size in zip(("time", "chan"), shape, strict=True):
+        _check_type(f"model.ast_kernel_size_{axis}", size, int)
+    strides = tuple(model.get(f"ast_kernel_stride_{axis}") for axis in ("time", "chan"))
+    if strides != shape:
+        raise AuthorsFileError(
+            f"cfg.model's patches are {shape} with strides {strides} (time, channels): only "
+            "patches side by side can be reconstructed"
+        )
+    names = {shape: name for name, shape in tokens.PATCH_SHAPES.items()}
+    return names.get(shape, "x".join(map(str, shape)))
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    _, params, statistics = split_model(abstract_model(config))
+    tensors = jax.eval_shape(parameters.tensors_of, params, statistics)
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _check_table(name: str, table: np.ndarray, width: int) -> None:
+    """Refuses a table of other positions: this program computes its own table.
+
+    Half precision rounds to 2e-3, and machines round the rates differently: 1e-3 at position 8,000.
+    """
+    if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width:
+        raise AuthorsFileError(f"{name} is {list(table.shape)}, expected [1, positions, {width}]")
+    rows = min(table.shape[1], 512)
+    if not np.allclose(table[0, :rows], tokens.sinusoid(rows, width), rtol=0, atol=5e-3):
+        raise AuthorsFileError(f"{name} does not hold the sinusoid that the model adds")
+
+
+# --- A file of a model ------------------------------------------------------------------------
 
 
 def build(
@@ -108,18 +326,20 @@ def build(
     num_frames: int,
     max_token_length: int = MAX_TOKEN_LENGTH,
 ) -> AuthorsFile:
-    """A file that s3prl's upstream/mae_ast loads strictly; the tables have `max_token_length` rows.
+    """Returns a file that s3prl's upstream/mae_ast loads strictly.
 
-    num_frames: of the clips it was trained on, which the file keeps as task.max_sample_size.
-
-    s3prl's class has a mask vector, heads and the decoder's norm even with no decoder layers: an
+    s3prl's class has a mask vector, heads and the decoder's norm even with no decoder layers. An
     encoder alone gets them at zero and one, and reads back as an encoder alone.
+
+    Args:
+      num_frames: length of the clips in training, which the file keeps as task.max_sample_size.
+      max_token_length: rows of the position tables, the longest clip that PyTorch will take.
     """
-    cfg = authors_config.build(config, num_frames, max_token_length)
+    cfg = _cfg(config, num_frames, max_token_length)
     tensors = parameters.tensors_of(params, statistics)
     if config.is_encoder_only:
         tensors |= _stand_ins(config.width, config.patch_shape[0] * config.patch_shape[1])
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     count = tensors["batch_norm.num_batches_tracked"]
     tensors["batch_norm.num_batches_tracked"] = count.astype(np.int64).reshape(())
     tensors |= {name: make(config) for name, make in _IDLE.items()}
@@ -129,13 +349,36 @@ def build(
     return AuthorsFile(cfg, tensors)
 
 
-_IDLE = {
-    "encoder_mask_emb": lambda config: np.zeros(config.width, np.float32),
-    "layer_norm.weight": lambda config: np.ones(fbank.NUM_MEL_BANDS, np.float32),
-    "layer_norm.bias": lambda config: np.zeros(fbank.NUM_MEL_BANDS, np.float32),
-}
-# Position tables, by the width that they have.
-_TABLES = {"enc_sine_pos_embed.pe": "width", "dec_sine_pos_embed.pe": "decoder_width"}
+def _cfg(config: ModelConfig, num_frames: int, max_token_length: int) -> Cfg:
+    """Returns all fields that s3prl's classes ask for.
+
+    An encoder alone has neither decoder layers nor a position table of the decoder.
+    """
+    frames, bands = config.patch_shape
+    fields = dataclasses.asdict(config)
+    model = {name: fields[ours] for name, ours in (_ARCHITECTURE | _TRAINING).items()}
+    model |= {
+        "ast_kernel_size_time": frames, "ast_kernel_stride_time": frames,
+        "ast_kernel_size_chan": bands, "ast_kernel_stride_chan": bands,
+        "use_post_enc_proj": config.projects_to_decoder, "max_token_length": max_token_length,
+        "random_mask_prob": _mask_ratio(config.mask_ratio, config.mask),
+        **_ONLY_ENCODER, **_ONLY_DECODER, **_MODEL_REST,
+    }  # fmt: skip
+    mask_type = next(name for name, mask in _MASKS.items() if mask == config.mask)
+    task = {"mask_type": mask_type, **_ONLY_TASK, **_TASK_REST}
+    task["max_sample_size"] = fbank.num_samples(num_frames)
+    if config.is_encoder_only:
+        model |= {"decoder_embed_dim": config.width, "use_post_enc_proj": False}
+        model["dec_sine_pos"] = False
+    return {"model": model, "task": task}
+
+
+def _mask_ratio(probability: float, mask: str | None) -> float:
+    """Converts between mask_ratio and random_mask_prob, in both directions.
+
+    For spans the authors' field is the share that is retained, not masked.
+    """
+    return round(1 - probability, 12) if mask == "span" else probability
 
 
 def _stand_ins(width: int, patch_values: int) -> dict[str, np.ndarray]:
@@ -149,32 +392,3 @@ def _stand_ins(width: int, patch_values: int) -> dict[str, np.ndarray]:
     }
     tensors = {name: np.zeros(shape, np.float32) for name, shape in zeros.items()}
     return tensors | {"decoder.layer_norm.weight": np.ones(width, np.float32)}
-
-
-def _read_safetensors(path) -> tuple[Any, dict[str, np.ndarray]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "numpy") as file:
-            cfg = json.loads((file.metadata() or {}).get("config", "null"))
-            return cfg, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, TypeError) as error:
-        raise AuthorsFileError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    _, params, statistics = split_model(abstract_model(config))
-    tensors = jax.eval_shape(parameters.tensors_of, params, statistics)
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _check_table(name: str, table: np.ndarray, width: int) -> None:
-    """Ours is computed; a file with other positions would be another model.
-
-    Half precision rounds to 2e-3, and machines round the rates differently: 1e-3 at position 8,000.
-    """
-    if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width:
-        raise AuthorsFileError(f"{name} is {list(table.shape)}, expected [1, positions, {width}]")
-    rows = min(table.shape[1], 512)
-    if not np.allclose(table[0, :rows], tokens.sinusoid(rows, width), rtol=0, atol=5e-3):
-        raise AuthorsFileError(f"{name} does not hold the sinusoid that the model adds")

@@ -1,4 +1,4 @@
-"""The authors' parameter names and layouts (fairseq, torch) against ours, there and back.
+"""Converts the authors' parameters (names and layouts of fairseq and torch) to ours, and back.
 
 | authors                                   | ours                                    |
 |-------------------------------------------|-----------------------------------------|
@@ -25,17 +25,17 @@ import numpy as np
 Tree = dict[str, Any]
 Tensors = dict[str, Any]
 
-# Named tensors that only decoding needs; files without them are encoders.
+# Prefixes of the tensors that only decoding needs. A file without them is an encoder.
 DECODER_PREFIXES = (
     "decoder.", "decoder_mask_emb", "final_proj_", "post_enc_proj.", "dec_sine_pos_embed."
 )  # fmt: skip
 
 
 def parameters(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
-    """The authors' named tensors as our nested parameters, float32, layers stacked.
+    """Returns the authors' named tensors as our nested parameters, float32, with stacked layers.
 
-    Works for anything with the parameters' names and shapes, gradients too; tensors of an encoder
-    alone give the parameters of one. Raises KeyError for a name that is missing.
+    Gradients and anything else with the names and shapes of the parameters work too. The tensors of
+    an encoder alone give the parameters of an encoder. Raises KeyError for a missing name.
     """
     tree = {
         "token_projection": _linear(tensors, "post_extract_proj"),
@@ -55,7 +55,7 @@ def parameters(tensors: Mapping[str, np.ndarray], heads: int) -> Tree:
 
 
 def statistics(tensors: Mapping[str, np.ndarray]) -> Tree:
-    """The authors' batch norm buffers as our running statistics."""
+    """Returns the authors' batch norm buffers as our running statistics."""
     return {
         "input_norm": {
             "mean": _float32(tensors["batch_norm.running_mean"]).reshape(()),
@@ -66,9 +66,9 @@ def statistics(tensors: Mapping[str, np.ndarray]) -> Tree:
 
 
 def tensors_of(params: Tree, statistics: Tree) -> Tensors:
-    """The inverse of `parameters` and `statistics`: every tensor of the authors' with a part in it.
+    """Returns the authors' named tensors, the inverse of `parameters` and `statistics`.
 
-    Takes numpy and jax arrays, and traced ones, so that shapes alone can be had.
+    Takes numpy arrays, jax arrays and tracers, so that `jax.eval_shape` gives the shapes.
     """
     norm = statistics["input_norm"]
     tensors = {
@@ -96,7 +96,7 @@ def _float32(tensor) -> np.ndarray:
 
 
 def _linear(tensors: Mapping[str, np.ndarray], name: str) -> Tree:
-    # torch keeps [outputs, inputs].
+    # torch stores [outputs, inputs].
     return {
         "kernel": _float32(tensors[f"{name}.weight"]).T,
         "bias": _float32(tensors[f"{name}.bias"]),

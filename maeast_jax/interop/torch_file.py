@@ -1,253 +1,199 @@
-"""Reads what torch.save writes, without torch and without running anything that is in it.
+"""Reads checkpoints that torch.save wrote, without torch and without running anything in them.
 
-A file is a zip archive: a pickle, `data.pkl`, and a member for each storage. The pickle is read in
-two steps. `torch_pickle` follows its opcodes to a graph in which a name is text and a call is a
-name with arguments; `_Values` makes plain values of what that graph holds, and refuses each name
-that it does not know. (Layout: torch/serialization.py and torch/_utils.py.)
+Such a file is a zip archive: a pickle, `data.pkl`, and one member per tensor storage. The unpickler
+here imports nothing: each name in the pickle becomes an empty class of that name, and its objects
+keep the arguments and the state that the pickle gives them. Plain values are then made of the few
+classes that a checkpoint needs. (Layout: torch/serialization.py and torch/_utils.py.)
 """
 
-import collections
+import io
+import math
 import os
-import posixpath
+import pickle
 import zipfile
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from maeast_jax.interop.torch_pickle import Budget, Node, TorchFileError, parse
-
-_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # a number that opens files of torch < 1.6
-_DEEPEST = 100  # containers in one another; configurations have a few
-_CHUNK_BYTES = 1 << 24
-# fmt: off
 _DTYPES = {
-    f"torch.{name}Storage": np.dtype(dtype) for name, dtype in {
-        "Double": np.float64, "Float": np.float32, "Half": np.float16, "Bool": np.bool_,
-        "Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8,
-        "BFloat16": ml_dtypes.bfloat16,
-    }.items()
+    "torch.DoubleStorage": np.float64,
+    "torch.FloatStorage": np.float32,
+    "torch.HalfStorage": np.float16,
+    "torch.BFloat16Storage": ml_dtypes.bfloat16,
+    "torch.LongStorage": np.int64,
+    "torch.IntStorage": np.int32,
+    "torch.ShortStorage": np.int16,
+    "torch.CharStorage": np.int8,
+    "torch.ByteStorage": np.uint8,
+    "torch.BoolStorage": np.bool_,
 }
-# fmt: on
-_DTYPE_NAMES = {f"torch.{dtype.name}": dtype.name for dtype in _DTYPES.values()}
-_DICTS = {"builtins.dict", "collections.OrderedDict", "collections.defaultdict"}
-_NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
-_SCALARS = str | int | float | complex | bytes | None
 
 
-def read(path: str | os.PathLike, keys: Collection[str] | None = None) -> Any:
-    """What `torch.save` was given: containers and values, with tensors as numpy arrays.
+class TorchFileError(ValueError):
+    """The file is not of torch.save, is damaged, or holds objects that are not read; one line."""
 
-    A tensor or parameter is a contiguous, writable array; bfloat16 is that of ml_dtypes. Arrays
-    share memory only where tensors were the whole of one storage, as tied weights are. An
-    argparse.Namespace is a dict; an omegaconf configuration is dicts and lists, in which
-    interpolations and missing values ("???") are strings as they were written. A defaultdict is a
-    dict, a torch.Size a tuple, a numpy scalar a Python number, the member of an enumeration in an
-    omegaconf EnumNode its value; a torch.dtype, a torch.device or a path is its name.
 
-    Args:
-      path: the file.
-      keys: of a dict, those that are wanted: the result is a dict of these alone, in this order.
-        What the others hold is neither made nor read, so it may be anything. None: everything.
+def read(path: str | os.PathLike, keys: Collection[str]) -> dict[str, Any]:
+    """Returns the values of `keys` in the dict that `torch.save` was given, in this order.
+
+    Tensors and parameters are read-only numpy arrays, bfloat16 as that of ml_dtypes; tied weights
+    share memory. An OrderedDict, an argparse.Namespace and an omegaconf configuration are plain
+    dicts and lists; omegaconf's interpolations and missing values are strings as they were written.
+    Other keys of the dict may hold anything, and their tensors are not read.
 
     Raises:
-      TorchFileError: another kind of file, a damaged one, or one that holds anything else (by its
-        module.name), a container in itself, containers more than 100 deep, or values that take
-        over four times its size. With `keys`: no dict, or one without them, and its keys.
+      TorchFileError: the file is of another kind or damaged, lacks a key, or holds an object of
+        another class under one of `keys`.
       OSError: the file cannot be opened.
     """
     with open(path, "rb") as file:
         try:
-            if _LEGACY_MAGIC in file.read(32):
-                raise TorchFileError(
-                    "it is of torch before 1.6; load and save it once with a newer torch"
-                )
             with zipfile.ZipFile(file) as archive:
-                return _read_archive(archive, os.fstat(file.fileno()).st_size, keys)
+                return _Archive(archive, os.fstat(file.fileno()).st_size).read(keys)
         except MemoryError:
-            raise  # about this machine, not about the file
+            raise  # It says something about the machine, not about the file.
         except TorchFileError as error:
             raise TorchFileError(f"{path}: {error}") from None
-        except Exception as error:  # Broken files raise errors of any type.
-            reason = f"{type(error).__name__}: {error}"
+        except Exception as error:  # Damaged files raise errors of any type.
+            reason = ascii(f"{type(error).__name__}: {error}")[1:-1]
             raise TorchFileError(
-                f"{path}: torch.save did not write it, or it is damaged ({reason:.200}); copy it"
-                " again, or save it again with torch 1.6 or later"
+                f"{path}: torch.save of torch 1.6 or later did not write it, or it is damaged "
+                f"({reason:.200}); copy it again, or load it with torch and save it again"
             ) from error
 
 
-def _read_archive(archive: zipfile.ZipFile, file_bytes: int, keys: Collection[str] | None) -> Any:
-    names = archive.namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise TorchFileError(
-            "it is a TorchScript program, expected weights; save its state_dict() with torch.save"
-        )
-    folders = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
-    if len(folders) != 1:
-        raise TorchFileError(
-            f"it holds {len(folders)} files data.pkl, expected the one of torch.save; name a .pt or"
-            " .safetensors checkpoint, or a run's workdir"
-        )
-    # Members can overlap and views repeat values: a small file must not fill the memory.
-    budget = Budget(file_bytes)
-    values = _Values(archive, folders[0], budget)
-    if f"{folders[0]}byteorder" in names and values.member("byteorder").tobytes() != b"little":
-        raise TorchFileError("it is big-endian, expected little-endian; save it on such a machine")
-    graph = parse(values.member("data.pkl").tobytes(), budget)
-    return values.value(graph) if keys is None else values.entries(graph, keys)
+class _Named:
+    """The base of the classes that stand for the names in a pickle."""
+
+    def __new__(cls, *arguments):
+        made = super().__new__(cls)
+        made.arguments, made.items, made.fields = arguments, {}, {}
+        return made
+
+    def __setitem__(self, key, value):
+        self.items[key] = value
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.fields = state
+
+    def append(self, item):
+        """Ignores the item: no subclass of list is read."""
 
 
-def _hashable(value: Any) -> Any:
-    """`value`; refuses what has no hash, and tuples of tuples, whose hash can take for ever."""
-    if not all(isinstance(v, _SCALARS) for v in (value if isinstance(value, tuple) else [value])):
-        raise TorchFileError(
-            f"a {type(value).__name__} in it is a key or in a set, expected values or flat tuples"
-        )
-    return value
+class _Storage(NamedTuple):
+    kind: str
+    key: str
 
 
-class _Values:
-    """Makes plain values of a graph, each of its containers once."""
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file):
+        super().__init__(file)
+        self._classes: dict[str, type] = {}
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str, budget: Budget):
+    def find_class(self, module: str, name: str) -> type:
+        full = f"{module}.{name}"
+        return self._classes.setdefault(full, type(full, (_Named,), {}))
+
+    def persistent_load(self, identity: Any) -> _Storage:
+        _, kind, key, _, _ = identity
+        return _Storage(kind.__name__, key)
+
+
+class _Archive:
+    """Makes plain values of what an open archive of `file_bytes` holds."""
+
+    def __init__(self, archive: zipfile.ZipFile, file_bytes: int):
         self._archive = archive
-        self._folder = folder
-        self._budget = budget
-        self._storages: dict[str, np.ndarray] = {}
-        self._made: dict[int, Any] = {}  # by id: a graph can hold one container many times
-        self._open: set[int] = set()
-
-    def member(self, name: str) -> np.ndarray:
-        """uint8 [bytes] of a member of the archive, checked against its checksum."""
-        info = self._archive.getinfo(self._folder + name)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise TorchFileError(f"its {name!r:.100} is compressed, expected stored")
-        self._budget.spend(info.file_size)
-        data = np.empty(info.file_size, np.uint8)
-        with self._archive.open(info) as file:
-            for start in range(0, len(data), _CHUNK_BYTES):
-                chunk = data[start : start + _CHUNK_BYTES]
-                if file.readinto(chunk) != len(chunk):
-                    raise EOFError(f"its {name!r:.100} ends early")
-        return data
-
-    def entries(self, graph: Any, keys: Collection[str]) -> dict[str, Any]:
-        """The values of `keys` in the dict that `graph` is; those of its other keys stay unmade."""
-        found = None
-        if isinstance(graph, Node) and graph.name in _DICTS and graph.arguments is not None:
-            found = {key: value for key, value in graph.items if isinstance(key, str)}
-        if found is None or not set(keys) <= set(found):
+        self._bytes_left = file_bytes
+        self._storages: dict[_Storage, np.ndarray] = {}
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
             raise TorchFileError(
-                f"expected a dict with the keys {', '.join(keys)}, found"
-                f" {'no dict' if found is None else list(found)!s:.200}; pass a file that has them"
+                f"it holds {len(pickles)} files data.pkl, but torch.save writes one; name a .pt or "
+                ".safetensors checkpoint, or a run's workdir"
             )
-        return {key: self.value(found[key]) for key in keys}
+        self._folder = pickles[0].removesuffix("data.pkl")
 
-    def value(self, graph: Any) -> Any:
-        """The plain value of a node, tuple or scalar."""
-        if isinstance(graph, _SCALARS):
-            return graph
-        key = id(graph)
-        if key in self._open:
-            raise TorchFileError("a container in it holds itself, which is not read")
-        if key not in self._made:
-            if len(self._open) == _DEEPEST:
-                raise TorchFileError(f"its containers are more than {_DEEPEST} deep")
-            self._open.add(key)
-            self._made[key] = self._make(graph)
-            self._open.remove(key)
-        return self._made[key]
+    def read(self, keys: Collection[str]) -> dict[str, Any]:
+        """Returns the plain values of `keys`."""
+        saved = _Unpickler(io.BytesIO(self._member("data.pkl"))).load()
+        if type(saved).__name__ == "collections.OrderedDict":
+            saved = saved.items
+        if not isinstance(saved, dict) or not set(keys) <= set(saved):
+            found = str(list(saved)) if isinstance(saved, dict) else "no dict"
+            raise TorchFileError(
+                f"expected a dict with the keys {', '.join(keys)}, found {found:.200}"
+            )
+        return {key: self._plain(saved[key]) for key in keys}
 
-    def _make(self, node: tuple | Node) -> Any:
-        if isinstance(node, tuple):
-            return tuple(map(self.value, node))
-        arguments = node.arguments or ()
-        attributes = node.state.items if isinstance(node.state, Node) else []
-        # A few bytes can give large arguments or a large state to one more call.
-        sizeable = (arguments, attributes, *arguments)
-        self._budget.spend(sum(len(a) for a in sizeable if isinstance(a, str | tuple | list)))
-        fields = {key: graph for key, graph in attributes if isinstance(key, str)}
-        match node.name, node.arguments:
-            case "builtins.list", ():
-                return [self.value(item) for item in node.items]
-            case ("builtins.dict", ()) | ("collections.defaultdict", () | (_,)):
-                return self._dict(node)
-            case "collections.OrderedDict", ():
-                ordered = collections.OrderedDict(self._dict(node))
-                if "_metadata" in fields:  # of a module's state_dict
-                    ordered._metadata = self.value(fields["_metadata"])
-                return ordered
-            case ("builtins.set" | "builtins.frozenset") as name, (items,):
-                values = self.value(items)
-                self._budget.spend(64 * len(values))
-                return (set if name == "builtins.set" else frozenset)(map(_hashable, values))
-            case "builtins.bytes", ():
-                return b""
-            case "_codecs.encode", (str(text), "latin1"):
-                return text.encode("latin1")
-            case "builtins.complex", (float(real), float(imaginary)):
-                return complex(real, imaginary)
-            case "argparse.Namespace", ():
-                return self.value(node.state) if node.state else {}
-            case name, () if name.startswith("omegaconf."):
-                # Other fields describe the value, or lead back to what holds it.
-                for field in {"_val", "_content"} & fields.keys():
-                    match name, fields.get("enum_type"), fields[field]:
-                        # An enumeration's member is its class called with its value.
-                        case (
-                            "omegaconf.nodes.EnumNode",
-                            Node(name=enumeration, arguments=None),
-                            Node(name=called, arguments=(str() | int() as member,), state=None),
-                        ) if called == enumeration:
-                            return member
-                    return self.value(fields[field])
+    def _member(self, name: str) -> bytes:
+        """Reads a member of the archive and checks it against its checksum."""
+        info = self._archive.getinfo(self._folder + name)
+        # Members that are compressed or overlap could be far larger than the file.
+        self._bytes_left -= info.file_size
+        if self._bytes_left < 0:
+            raise TorchFileError("its members are larger than the file; save it with torch.save")
+        return self._archive.read(info)
+
+    def _plain(self, value: Any) -> Any:
+        match value:
+            case None | bool() | int() | float() | str():
+                return value
+            case dict():
+                if not all(isinstance(key, str | int | float | None) for key in value):
+                    raise TorchFileError("a dict in it has keys that are no plain values")
+                return {key: self._plain(item) for key, item in value.items()}
+            case list() | tuple():
+                return type(value)(map(self._plain, value))
+        name = type(value).__name__
+        match name, value:
+            case "collections.OrderedDict", _Named(arguments=()):
+                return self._plain(value.items)
+            case "argparse.Namespace", _Named():
+                return self._plain(value.fields)
+            case "torch._utils._rebuild_parameter", _Named(arguments=(tensor, *_)):
+                return self._plain(tensor)
             case (
-                "numpy.core.multiarray.scalar" | "numpy._core.multiarray.scalar",
-                (Node(name="numpy.dtype", arguments=(str(kind), *_), state=(_, order, *_)), data),
-            ) if kind in _NUMBERS and order in ("<", "|"):
-                number = self.value(data)
-                if isinstance(number, bytes) and len(number) == np.dtype(kind).itemsize:
-                    return np.frombuffer(number, kind)[0].item()
-            case (("pathlib.PosixPath" | "pathlib._local.PosixPath"), tuple(parts)):
-                return posixpath.join("", *parts) or "."
-            case name, None if name in _DTYPE_NAMES:
-                return _DTYPE_NAMES[name]
-            case "torch.device", (str(kind), *index):
-                return ":".join([kind, *(f"{i:d}" for i in index)])
-            case "torch.Size", (tuple(shape),):
-                return self.value(shape)
-            case "torch._utils._rebuild_parameter", (tensor, _, _):
-                return self.value(tensor)
-            case "torch._utils._rebuild_tensor_v2", (storage, offset, shape, strides, _, _):
-                return self._tensor(storage.arguments[0], offset, shape, strides)
+                "torch._utils._rebuild_tensor_v2",
+                _Named(arguments=(_Storage() as storage, offset, tuple(shape), tuple(strides), *_)),
+            ):
+                return self._tensor(storage, offset, shape, strides)
+            case "omegaconf.nodes.EnumNode", _Named(fields={"_val": _Named(arguments=(member,))}):
+                return self._plain(member)
+            case _, _Named(fields={"_val": content} | {"_content": content}) if name.startswith(
+                "omegaconf."
+            ):
+                return self._plain(content)
+        if isinstance(value, type):
+            name = value.__name__
         raise TorchFileError(
-            f"it holds {node.name!r:.100}, expected tensors, plain containers and plain values;"
-            " save only those, such as a state_dict()"
+            f"it holds {name!r:.100}, but only tensors, plain containers and values, and omegaconf "
+            "configurations are read; save only those, such as a state_dict()"
         )
 
-    def _dict(self, node: Node) -> dict:
-        return {_hashable(self.value(key)): self.value(value) for key, value in node.items}
-
-    def _tensor(self, storage: tuple, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
-        """A contiguous array of what a tensor shows of its storage."""
-        _, kind, key, _, count = storage
-        if kind.name not in _DTYPES:
-            raise TorchFileError(f"it holds a tensor in {kind.name!r:.100}, which is not read")
-        dtype, member = _DTYPES[kind.name], "data/" + key
-        if member not in self._storages:
-            self._storages[member] = self.member(member)
-        data = self._storages[member]
-        values = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)[:count]
-        sound = all(isinstance(n, int) and 0 <= n < 1 << 63 for n in (offset, *shape, *strides))
+    def _tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
+        """Returns the view of a storage that a tensor is."""
+        if storage.kind not in _DTYPES:
+            raise TorchFileError(f"it holds a tensor of {storage.kind!r:.100}, which is not read")
+        if storage not in self._storages:
+            data = self._member(f"data/{storage.key}")
+            self._storages[storage] = np.frombuffer(data, _DTYPES[storage.kind])
+        values = self._storages[storage]
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if not sound or len(values) != count or (last >= count and 0 not in shape):
-            raise TorchFileError(  # Past the storage is foreign memory.
-                f"a tensor in it is outside its storage of {len(values)} values; copy it again"
+        if 0 in shape:
+            return np.zeros(shape, values.dtype)
+        # Memory past the storage belongs to something else. A view that repeats values could take
+        # far more memory than the file once it is copied.
+        is_inside = min((offset, *shape, *strides)) >= 0 and last < len(values)
+        if not is_inside or math.prod(shape) > len(values):
+            raise TorchFileError(
+                f"a tensor of shape {list(shape)!s:.100} in it does not fit its storage of "
+                f"{len(values)} values; save a clone of it, or copy the file again"
             )
-        strides_bytes = [stride * dtype.itemsize for stride in strides]
-        view = np.lib.stride_tricks.as_strided(values[offset:], shape, strides_bytes)
-        if view.flags.c_contiguous and view.nbytes == len(data):
-            return values.reshape(shape)
-        self._budget.spend(view.nbytes)
-        return view.copy()
+        strides_bytes = [stride * values.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(
+            values[offset:], shape, strides_bytes, writeable=False
+        )

@@ -1,29 +1,43 @@
-"""The edge of programs: flags in, one-line errors and exit codes out."""
+"""The edge of programs: flags go in, one-line errors and exit codes come out."""
 
-import difflib
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
+
+from maeast_jax.runtime import terminal
 
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
-# Of sysexits.h; launchers start the run again after both.
-EXIT_UNKNOWN = 70  # an error that no line of ours explains: a device that failed, a bug
+# These two are of sysexits.h. Launchers start the run again after both.
+EXIT_UNKNOWN = 70  # an unexpected error: a device failed, or there is a bug
 EXIT_PEER_LOST = 75
+_EXIT_CTRL_C = 128 + signal.SIGINT
+# All processes of a run come to these ends together.
+_AGREED_ENDS = (0, 128 + signal.SIGTERM, EXIT_NON_FINITE)
+# After Ctrl-C a program has this long to remove its partial files.
+_UNWINDING_SECONDS = 30.0
+_JOIN_FLAGS = ("coordinator", "num_processes", "process_id")
+_STOPPED_EARLY = (
+    "stopped before it could save: the same command starts it again, from its newest checkpoint if "
+    "there is one"
+)
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C, after the state was saved; `exit_code` is the shell's 128 + signal."""
+    """SIGTERM or Ctrl-C stopped the run after it saved its state.
+
+    `exit_code` is the shell's: 128 + the signal's number.
+    """
 
     def __init__(self, signal_number: int, step: int):
         super().__init__(
@@ -34,16 +48,99 @@ class Interrupted(Exception):
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient that is not finite."""
+    """A loss or a gradient is not finite."""
+
+    exit_code = EXIT_NON_FINITE
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the run is gone, and with it what only it held."""
+    """Another process of the run is gone, and its part of the state with it."""
+
+    exit_code = EXIT_PEER_LOST
+
+
+def run(
+    main: Callable[..., int | None],
+    join: Callable[[str | None, int | None, int | None], None] | None = None,
+    workdir: bool = True,
+    default_config: str | None = None,
+) -> None:
+    """Parses --config and --workdir, calls `main(config, workdir)`, and ends the process.
+
+    A program may define flags of its own before, and read them from `flags.FLAGS`. There, each
+    field that the command line sets is a flag too: `"config.batch_size" in flags.FLAGS`.
+
+    Args:
+      main: The program. It may return an exit code; None stands for 0.
+      join: A function that joins the processes of a run, for a program that may be several. Each
+        process calls it first, with --coordinator, --num_processes and --process_id, or with None
+        three times where the cluster knows them.
+      workdir: False for a program without --workdir; then `main(config)` is called.
+      default_config: The configuration file that is read where --config is missing. None makes
+        --config required.
+
+    Exit codes: 0; 1 where the system refused something (a full disk, a folder, memory); 2 for a
+    ValueError, which is a mistake in flags, configuration, data or checkpoint; 3 for a loss that is
+    not finite; 70 for any other error, with its traceback; 75 where another process of the run was
+    lost; 143 or 130 after SIGTERM or Ctrl-C.
+    """
+    names = ("config", "workdir") if workdir else ("config",)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            _define_flags(default_config, names, join is not None)
+            left = flags.FLAGS(argv)
+            _check_given(names)
+            flags.FLAGS.config.keys()  # ml_collections reports a missing file only when it is used
+        except flags.Error as error:
+            _fail(_flag_error(error))
+        except Exception as error:
+            _fail(_config_error(error, argv))
+        if left[1:]:
+            _fail(f"{left[1]!r} is not a flag; fields are set as --config.field=value")
+        return left
+
+    def call(argv: Sequence[str]) -> NoReturn:
+        process = [flags.FLAGS[name].value for name in _JOIN_FLAGS] if join else []
+        is_joined = bool(join) and (flags.FLAGS.distributed or any(v is not None for v in process))
+
+        def program() -> int | None:
+            if is_joined:
+                join(*process)
+            return main(*(flags.FLAGS[name].value for name in names))
+
+        code = _call(program, _STOPPED_EARLY if workdir else "interrupted")
+        if is_joined and code not in _AGREED_ENDS:
+            _leave(code)  # the others wait for this process, and jax would wait for them
+        _end(code)
+
+    _start(call, parse)
+
+
+def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) -> None:
+    """Parses the flags that are defined, calls `main(arguments)`, and ends the process.
+
+    `required` names flags that must not be empty. Exit codes are those of `run`, or the code that
+    `main` returns. After Ctrl-C the program says that nothing was written.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            left = flags.FLAGS(argv)
+        except flags.Error as error:
+            _fail(_flag_error(error))
+        _check_given(required)
+        return left
+
+    def call(argv: Sequence[str]) -> NoReturn:
+        _end(_call(lambda: main(list(argv[1:])), "interrupted, nothing was written"))
+
+    _start(call, parse)
 
 
 @contextmanager
-def catching(catch: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """`catch` handles these signals; nothing does outside of the main thread, where none can be."""
+def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Handles these signals by `catch`; outside of the main thread Python allows no handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,138 +154,121 @@ def catching(catch: Callable[[int, Any], None], *numbers: int) -> Iterator[None]
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that holds the signal once SIGTERM or Ctrl-C has come; a second Ctrl-C acts at once.
+    """Yields a list that holds the signal once SIGTERM or Ctrl-C has come.
 
-    Signals can be caught in the main thread only; elsewhere the list stays empty.
+    A second Ctrl-C acts at once. Outside of the main thread the list stays empty.
     """
     caught: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    at_once = before if callable(before) else signal.default_int_handler
 
-    def catch(number: int, frame: Any) -> None:
+    def catch(number: int, frame: FrameType | None) -> None:
         if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            at_once(number, frame)
         caught.append(number)
 
     with catching(catch, signal.SIGTERM, signal.SIGINT):
         yield caught
 
 
-def run(
-    main: Callable[[ConfigDict, str], None],
-    join: Callable[[str | None, int | None, int | None], None] | None = None,
-) -> None:
-    """Parses --config and --workdir, calls `main(config, workdir)`, and ends the process.
+@contextmanager
+def _ctrl_c(message: str) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, and ends the process soon even if that is swallowed.
 
-    join: of a program that can be several processes, called first in each of them with
-      --coordinator, --num_processes and --process_id, or with None where the cluster tells.
-
-    Exit codes: 0; 1 for what the system refused (a full disk, a folder); 2 for a ValueError, a
-    mistake in flags, configuration, data or checkpoint; 3 for a loss that is not finite; 70 for an
-    error that is none of these, with its traceback; 75 where another process of the run was lost;
-    143 or 130 after SIGTERM or Ctrl-C, once the state is saved.
+    Python ignores an exception that is raised in a callback of its garbage collector, and jax has
+    such a callback; C++ code may drop exceptions as well. A second Ctrl-C ends the process at once.
     """
-    config = config_flags.DEFINE_config_file(
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # the shell's `nohup` or `&` asked to ignore it
+        return
+
+    def end() -> None:
+        try:
+            _told(message, _EXIT_CTRL_C)
+        finally:
+            _leave(_EXIT_CTRL_C)
+
+    timer = threading.Timer(_UNWINDING_SECONDS, end)
+    timer.daemon = True
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        if timer.is_alive():
+            end()
+        timer.start()
+        raise KeyboardInterrupt
+
+    try:
+        with catching(catch, signal.SIGINT):
+            yield
+    finally:
+        timer.cancel()
+
+
+def _define_flags(default_config: str | None, names: Sequence[str], may_join: bool) -> None:
+    config_flags.DEFINE_config_file(
         "config",
+        default_config,
         lock_config=True,
         help_string="FILE[:ARG] with get_config(), such as those in configs/; each field is set as"
         " --config.FIELD=VALUE, such as --config.batch_size=64.",
     )
-    workdir = flags.DEFINE_string(
-        "workdir", None, "Folder the run lives in; with a run in it the same command goes on."
-    )
-    # absl's --help shows the flags of the main module alone.
-    for name in ("config", "workdir", *(_define_join_flags() if join else ())):
+    if "workdir" in names:
+        flags.DEFINE_string(
+            "workdir", None, "Folder of the run. The same command continues the run in it."
+        )
+    if may_join:
+        names = (*names, "distributed", *_JOIN_FLAGS)
+        flags.DEFINE_bool(
+            "distributed",
+            False,
+            "This is one of several processes, found from the cluster: a TPU pod, SLURM,"
+            " Kubernetes, Open MPI.",
+        )
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
+        flags.DEFINE_integer("num_processes", None, "Number of processes; with --coordinator.")
+        flags.DEFINE_integer("process_id", None, "This process, from 0; with --coordinator.")
+    # absl's --help shows only the flags of the main module.
+    for name in names:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
-    def call(argv: Sequence[str]) -> None:
-        if unread := argv[1:]:
-            _fail(f"{unread[0]!r} is not a flag; fields are set as --config.field=value")
-        if join is None or not _is_joined():
-            _guard_alone(lambda: main(config.value, workdir.value), _STOPPED_EARLY)
-            return
-        try:
-            _guard(lambda: _join_and_call(join, main, config.value, workdir.value), "stopped")
-        except SystemExit as end:
-            # The others wait in a computation for this one, and jax would wait here for them.
-            if end.code in (0, *_AGREED_ENDS):
-                raise
-            _leave(end.code)
 
-    _start(call, _parse_run)
+def _check_given(names: Sequence[str]) -> None:
+    if missing := [f"--{name}" for name in names if not flags.FLAGS[name].value]:
+        verb = "is" if len(missing) == 1 else "are"
+        _fail(f"{' and '.join(missing)} {verb} missing (--help lists the flags)")
 
 
-def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _flag_error(error: flags.Error) -> str:
+    # ml_collections puts a whole traceback behind the first line, and the reason into the last.
+    first, *others = str(error).strip().splitlines()
+    return f"{first} {others[-1] if others else '(--help lists the flags)'}"
 
 
-_CTRL_C = 128 + signal.SIGINT
-_STOPPED_EARLY = (
-    "stopped before it could save: the same command starts it again, from its newest checkpoint if "
-    "there is one"
-)
-# Ends that all processes come to together.
-_AGREED_ENDS = (128 + signal.SIGTERM, EXIT_NON_FINITE)
+def _config_error(error: Exception, argv: Sequence[str]) -> str:
+    """The place and the last line of an error of the configuration file or of a field."""
+    file = next((word for word in argv if word.startswith("--config=")), "--config")
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == "config_config"  # ml_collections' name of the file
+    ]
+    place = f"line {lines[-1]}: " if lines else ""
+    name = type(error).__name__
+    # ml_collections wraps a KeyError, whose text Python quotes, in an AttributeError.
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = error.args[0] if isinstance(error, KeyError) else error
+    reason = str(text).strip().splitlines()[-1].strip()[:200]
+    where = "maeast_jax/config.py lists the fields, configs/ has examples"
+    return f"{file}: {place}{name}: {reason}; {where}"
 
 
-def _define_join_flags() -> tuple[str, ...]:
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "This is one of several processes, found from the cluster: a TPU pod, SLURM, Kubernetes,"
-        " Open MPI.",
-    )
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
-    flags.DEFINE_integer("num_processes", None, "How many they are; with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0; with --coordinator.")
-    return ("distributed", *_JOIN_FLAGS)
-
-
-_JOIN_FLAGS = ("coordinator", "num_processes", "process_id")
-
-
-def _is_joined() -> bool:
-    return flags.FLAGS.distributed or any(flags.FLAGS[n].value is not None for n in _JOIN_FLAGS)
-
-
-def _join_and_call(join: Callable, main: Callable, config: ConfigDict, workdir: str) -> None:
-    given = [flags.FLAGS[name].value for name in _JOIN_FLAGS]
-    if any(value is not None for value in given) and None in given:
-        raise ValueError(
-            "--coordinator, --num_processes and --process_id go together; pass all three, or"
-            " --distributed alone on a cluster"
-        )
-    join(*given)
-    main(config, workdir)
-
-
-def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) -> None:
-    """Parses the flags that are defined, calls `main(arguments)`, and ends the process.
-
-    `required` names flags that must not be empty. Exit codes are those of `run`, or what `main`
-    returns; a Ctrl-C is taken to have left nothing behind.
-    """
-
-    def parse(argv: Sequence[str]) -> list[str]:
-        try:
-            left = flags.FLAGS(argv)
-        except flags.Error as error:
-            _fail(f"{' '.join(str(error).split())} (--help lists the flags)")
-        _check_given(required)
-        return left
-
-    def call(argv: Sequence[str]) -> None:
-        _guard_alone(lambda: sys.exit(main(list(argv[1:]))), "interrupted, nothing was written")
-
-    _start(call, parse)
-
-
-def _start(call: Callable, parse: Callable) -> None:
-    # TensorFlow, which reads the data, greets with a page of its own unless told not to, and
+def _start(call: Callable[[Sequence[str]], NoReturn], parse: Callable) -> None:
+    # TensorFlow, which reads the data, greets with a page of its own unless this is set. It
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    # Of the libraries that reach gs:// for epath, the one that works without TensorFlow too.
+    # epath then reaches gs:// by a library that works without TensorFlow.
     os.environ.setdefault("EPATH_USE_TF", "false")
     try:
         app.run(call, flags_parser=parse)
@@ -198,147 +278,62 @@ def _start(call: Callable, parse: Callable) -> None:
         raise SystemExit(0 if end.code == 1 and asked else end.code) from None
 
 
-def _guard_alone(main: Callable[[], None], interrupted: str) -> None:
-    """As `_guard`, of a process that no other one waits for."""
-    try:
-        _guard(main, interrupted)
-    except SystemExit as end:
-        if end.code == _CTRL_C:
-            _leave(end.code)  # what XLA still compiles would crash an interpreter that ends
-        raise
-
-
-def _guard(main: Callable[[], None], interrupted: str) -> None:
-    """Calls `main`; what goes wrong is one line and an exit code."""
-    if not flags.FLAGS["verbosity"].present:
-        # Orbax reports each file that it writes at INFO, which absl shows by default.
+def _call(main: Callable[[], int | None], interrupted: str) -> int:
+    """Calls `main` and returns the exit code; prints what goes wrong as one line."""
+    is_verbose = flags.FLAGS["verbosity"].present
+    if not is_verbose:
+        # absl shows INFO by default, at which Orbax reports each file that it writes.
         logging.set_verbosity(logging.WARNING)
-        # And its threads print, page after page, what is then raised here and told in one line.
-        logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
+        # Orbax's threads log pages about an error that is then raised here and told in one line.
+        logging.get_absl_logger().addFilter(_has_no_traceback)
     try:
-        main()
+        with _ctrl_c(interrupted):
+            return main() or 0
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except NonFiniteError as error:
-        _fail(error, EXIT_NON_FINITE)
-    except PeerLostError as error:
-        _fail(error, EXIT_PEER_LOST)
+        return stop.exit_code
+    except (NonFiniteError, PeerLostError) as error:
+        return _told(error, error.exit_code)
     except ValueError as error:
-        if flags.FLAGS["verbosity"].present:
-            traceback.print_exc()  # of one that is a bug, and no mistake of the user's
-        _fail(error)
+        if is_verbose:
+            traceback.print_exc()  # it may be a bug and not the user's mistake
+        return _told(error, EXIT_USAGE)
     except MemoryError as error:
-        _fail(error, EXIT_SYSTEM)
+        return _told(error, EXIT_SYSTEM)
     except OSError as error:
-        _fail(f"{error.filename or ''} {error.strerror or error}".strip(), EXIT_SYSTEM)
+        return _told(f"{error.filename or ''} {terminal.one_line(error)}".strip(), EXIT_SYSTEM)
     except KeyboardInterrupt:
-        _fail(interrupted, _CTRL_C)
+        return _told(interrupted, _EXIT_CTRL_C)
     except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("maeast_jax"):
-            raise
-        _fail(f"{error}: pip install -r requirements.txt, into the environment of {sys.executable}")
+        remedy = f"pip install -r requirements.txt, into the environment of {sys.executable}"
+        return _told(f"{error}: {remedy}", EXIT_USAGE)
     except Exception:
         traceback.print_exc()
-        sys.exit(EXIT_UNKNOWN)
+        return EXIT_UNKNOWN
 
 
-def _check_given(names: Sequence[str]) -> None:
-    if missing := [f"--{name}" for name in names if not flags.FLAGS[name].value]:
-        verb = "is" if len(missing) == 1 else "are"
-        _fail(f"{' and '.join(missing)} {verb} missing (--help lists the flags)")
+def _has_no_traceback(record) -> bool:
+    return not record.exc_info
 
 
-def _parse_run(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with one line where the configuration file or a field is wrong."""
-    try:
-        rest = flags.FLAGS(argv)
-        _check_given(("config", "workdir"))
-        flags.FLAGS.config.keys()  # a file that did not load is an error only when looked into
-        return rest
-    except OSError as error:
-        # ml_collections wraps what the system says, in words alone.
-        reason = re.sub(r"\[Errno \d+\] (.+): .*", r"\1", str(error).splitlines()[-1].strip())
-        _fail(f"--config={_config_file(argv)}: {reason}; see configs/")
-    except flags.IllegalFlagValueError as error:
-        _fail(_illegal(error))
-    except flags.Error as error:
-        _fail(" ".join(str(error).split()))
-    except Exception as error:
-        file = _config_file(argv)
-        if place := _place_in_file(error, file):
-            _fail(f"{place}: {_reason(error)}")
-        if "has no attribute 'get_config'" in str(error):
-            _fail(f"--config={file} has no function get_config; see configs/")
-        if isinstance(error, (AttributeError, KeyError)):
-            _check_overrides(argv)
-        raise
-
-
-def _config_file(argv: Sequence[str]) -> str:
-    """What --config names, the last one where there are several, without its argument."""
-    file = ""
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        if flag in ("--config", "-config"):
-            file = (value if equals else after).split(":")[0]
-    return file
-
-
-def _place_in_file(error: Exception, file: str) -> str | None:
-    """FILE, line N, where an error went through this file or is of its syntax."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    path = os.path.abspath(file)
-    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == path]
-    return f"{file}, line {lines[-1]}" if lines else None
-
-
-def _illegal(error: flags.IllegalFlagValueError) -> str:
-    """In our words, where they are Python's of a number."""
-    text = " ".join(str(error).split())
-    found = re.match(
-        r"flag (--\S+?)=(.*): (invalid literal for int|could not convert string)", text
-    )
-    if not found:
-        return text
-    kind = "a whole number" if "int" in found[3] else "a number"
-    return f"{found[1]}={found[2]} must be {kind}"
-
-
-def _reason(error: Exception) -> str:
-    """One line; ml_collections prints all fields where one is not known."""
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    if unknown := re.search(r'Key "(\w+)" does not exist', text):
-        near = re.search(r'Did you mean "(\w+)"', text)
-        return f"{unknown[1]!r} is not a field" + (f"; did you mean {near[1]!r}?" if near else "")
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-
-
-def _check_overrides(argv: Sequence[str]) -> None:
-    """Names an override of a field that does not exist; ml_collections does not say which do."""
-    # It reads overrides from sys.argv, so the plain configuration is had by leaving them out.
-    overrides = [word for word in argv if word.startswith("--config.")]
-    sys.argv = [word for word in argv if word not in overrides]
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(sys.argv)
-    for word in overrides:
-        _check_field(flags.FLAGS.config, word.removeprefix("--config.").split("=")[0])
-
-
-def _check_field(section: ConfigDict, path: str) -> None:
-    for name in path.split("."):
-        if not isinstance(section, ConfigDict) or name not in section:
-            fields = sorted(section) if isinstance(section, ConfigDict) else []
-            near = "".join(
-                f"; did you mean {n!r}?" for n in difflib.get_close_matches(name, fields, 1)
-            )
-            known = ", ".join(fields) or "no fields"
-            _fail(f"--config.{path}: {name!r} is not a field{near or ';'} known here: {known}")
-        section = section[name]
-
-
-def _fail(message: object, exit_code: int = EXIT_USAGE) -> None:
+def _told(message: object, exit_code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(exit_code)
+    return exit_code
+
+
+def _fail(message: str) -> NoReturn:
+    sys.exit(_told(message, EXIT_USAGE))
+
+
+def _end(code: int) -> NoReturn:
+    if code == _EXIT_CTRL_C:
+        _leave(code)  # XLA may still compile, and an interpreter that ends would crash in it
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

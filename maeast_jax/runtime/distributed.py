@@ -1,7 +1,7 @@
 """Several processes of one run: how they find each other, what they agree on, how they end.
 
-Every process runs the same program on rows of its own; the first one alone writes logs and speaks.
-With one process everything here is at hand without any of it.
+Every process runs the same program on its own rows of the batch; only the first one writes logs and
+prints. With a single process every function here is a no-op.
 """
 
 import hashlib
@@ -18,31 +18,38 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from maeast_jax.runtime import terminal
 from maeast_jax.runtime.cli import PeerLostError, catching, stop_signals
 
-# How long a process may be silent before the others take it for dead and end.
-HEARTBEAT_SECONDS = 30
+# The other processes take a process for dead, and end, after it was silent for this long.
+HEARTBEAT_SECONDS = int(os.environ.get("MAEAST_JAX_HEARTBEAT_SECONDS", "30"))
 _INITIALIZATION_SECONDS = 300
-# What errors of an exchange say where another process is gone, be they of jax, or of Orbax, whose
-# saves wait for one another.
-_SIGNS_OF_LOSS = (
-    "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "ChainedFuture",
-)  # fmt: skip
+# Words by which an exchange that failed tells that another process is gone. jax's are status codes
+# and the libraries that connect CPUs and GPUs.
+_WORDS_OF_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL")
 
 
 def initialize(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the run's processes, before anything else touches a device.
+    """Joins the processes of the run. Call it before anything else touches a device.
 
     Args:
-      coordinator: HOST:PORT of the first process; None finds all three from the cluster (a TPU
-        pod, SLURM, Kubernetes, Open MPI).
+      coordinator: HOST:PORT of the first process. None finds all three values from the cluster (a
+        TPU pod, SLURM, Kubernetes, Open MPI).
+      num_processes: The number of processes; with `coordinator`.
+      process_id: The number of this process, from 0; with `coordinator`.
 
     Raises:
-      ValueError: no cluster is known here, or the numbers do not fit together.
-      PeerLostError: the others did not come.
+      ValueError: jax knows no cluster here, or the values do not fit together.
+      PeerLostError: the other processes did not come.
     """
+    given = (coordinator, num_processes, process_id)
+    if None in given and any(value is not None for value in given):
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id go together; pass all three, or"
+            " --distributed alone on a cluster"
+        )
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, of the first process")
     try:
@@ -50,12 +57,12 @@ def initialize(
             coordinator,
             num_processes,
             process_id,
-            # Detection would also choose devices, of which an explicit start keeps all.
+            # Detection would also choose devices; an explicit start keeps all of them.
             cluster_detection_method="deactivate" if coordinator else None,
             initialization_timeout=_INITIALIZATION_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-        is_silent = not is_first()  # starts the devices, of all processes
+        is_silent = not is_first()  # this starts the devices of all processes
     except ValueError as error:
         if coordinator is not None:
             raise
@@ -67,64 +74,110 @@ def initialize(
         reason = "could not join the other processes"
         if "DEADLINE_EXCEEDED" in str(error):
             reason = f"the other processes did not come within {_INITIALIZATION_SECONDS} s"
-        raise PeerLostError(f"{reason} ({_first_line(error)})") from error
+        raise PeerLostError(f"{reason} ({terminal.one_line(error)})") from error
     if jax.process_count() == 1:
-        # jax has caught SIGTERM for `stopping`, which with one process does not ask jax: until the
-        # loop catches it, it ends the program.
+        # jax has caught SIGTERM for `stopping`, which asks jax only where there are several
+        # processes. Until the loop catches it, SIGTERM ends the program.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if is_silent:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process' life)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
 def is_joined() -> bool:
-    """Whether `initialize` was called, be it with one process."""
+    """Whether `initialize` was called, also with a single process."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that logs."""
+    """Whether this process is the first, which writes logs."""
     return jax.process_index() == 0
 
 
+@contextmanager
+def others_alive() -> Iterator[None]:
+    """Raises PeerLostError where an exchange with the other processes fails because one is gone.
+
+    Use it around exchanges only: a compiled step, waiting for its results, saving and restoring a
+    checkpoint. The functions of this module use it themselves. Around a whole program it would
+    take an unrelated error, such as the name of a missing data set, for the loss of a process.
+    All other errors pass unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        loss = _loss(error) if jax.process_count() > 1 else None
+        if loss is None:
+            raise
+        raise PeerLostError(
+            f"another process of this run is gone ({terminal.one_line(loss)}); the same command "
+            "goes on from the newest checkpoint"
+        ) from error
+
+
+def _loss(error: BaseException | None) -> BaseException | None:
+    """The first error, of `error` and its causes, that tells of a lost process.
+
+    jax raises JaxRuntimeError where an exchange begins, and ValueError where its result is waited
+    for; both also tell of other things. Orbax raises TimeoutError where a save waits in vain.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, TimeoutError):
+            return error
+        if (
+            isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
+            and any(word in text for word in _WORDS_OF_LOSS)
+            and "RESOURCE_EXHAUSTED" not in text
+        ):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def agree(what: str, value: object) -> None:
-    """Raises ValueError, in every process, where they differ in a value that JSON holds."""
+    """Raises ValueError, in every process, where the processes differ in a JSON value."""
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
-    everyone = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    if (everyone == everyone[:1]).all():
-        return
-    raise ValueError(
-        f"the processes of this run differ in {what}: start all of them by the same command, on "
-        "the same files"
-    )
+    with others_alive():
+        everyone = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (everyone != everyone[:1]).any():
+        raise ValueError(
+            f"the processes of this run differ in {what}: start all of them by the same command, "
+            "on the same files"
+        )
 
 
 def from_first(value: int) -> int:
-    """The first process' whole number (or bool), in every process."""
+    """Returns the first process' whole number (or bool) in every process."""
     if jax.process_count() == 1:
         return value
-    return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    with others_alive():
+        return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def largest(value: int) -> int:
-    """The largest of all processes' whole numbers, in every process."""
+    """Returns the largest of all processes' whole numbers in every process."""
     if jax.process_count() == 1:
         return value
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    with others_alive():
+        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def all_true(value: bool) -> bool:
-    """Whether it is true in every process, in every process."""
-    return largest(not value) == 0
+    """Returns, in every process, whether `value` is true in all of them."""
+    if jax.process_count() == 1:
+        return value
+    with others_alive():
+        return bool(multihost_utils.process_allgather(np.bool_(value)).all())
 
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int | None]]:
-    """A function that gives the signal that asked the run to stop, or None.
+    """Yields a function that returns the signal that asked the run to stop, or None.
 
     All processes get the same answer at the same call of it, whichever of them was signalled, so
-    that all save the same step; so they have to call it at the same places.
+    that all save the same step. Therefore they must call it at the same places.
     """
     if jax.process_count() == 1:
         with stop_signals() as caught:
@@ -133,48 +186,11 @@ def stopping() -> Iterator[Callable[[], int | None]]:
     calls, stopped = itertools.count(), []
 
     def asked() -> int | None:
-        if not stopped and multihost_utils.reached_preemption_sync_point(next(calls)):
-            stopped.append(signal.SIGTERM)
+        with others_alive():
+            if not stopped and multihost_utils.reached_preemption_sync_point(next(calls)):
+                stopped.append(signal.SIGTERM)
         return stopped[0] if stopped else None
 
     # jax has caught SIGTERM since `initialize`; Ctrl-C joins it.
     with catching(lambda *_: os.kill(os.getpid(), signal.SIGTERM), signal.SIGINT):
         yield asked
-
-
-@contextmanager
-def others_alive() -> Iterator[None]:
-    """Raises PeerLostError where what is done with other processes fails for want of one.
-
-    Other failures, such as of memory or of a disk, are raised as they are.
-    """
-    try:
-        yield
-    except PeerLostError:
-        raise
-    except Exception as error:
-        sign = _sign_of_loss(error) if jax.process_count() > 1 else None
-        if sign is None:
-            raise
-        raise PeerLostError(
-            f"another process of this run is gone ({sign}); the same command goes on from the "
-            "newest checkpoint"
-        ) from error
-
-
-def _sign_of_loss(error: BaseException | None) -> str | None:
-    """The line by which an error, or one that led to it, tells of a lost process.
-
-    By its words: jax raises JaxRuntimeError where an exchange is begun, and ValueError where its
-    result is waited for; Orbax TimeoutError.
-    """
-    while error is not None:
-        is_oom = "RESOURCE_EXHAUSTED" in str(error)
-        if not is_oom and any(word in str(error) for word in _SIGNS_OF_LOSS):
-            return _first_line(error)
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]

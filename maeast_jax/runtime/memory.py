@@ -1,8 +1,8 @@
-"""Host memory of programs that compute on the CPU.
+"""Memory of the host and of the devices: how much there is, what a program plans, what it keeps.
 
-XLA allocates the gigabytes of a step's temporaries anew at each step; by default they go back to
-the system in between, which then hands out each page again, zeroed: an eighth to a fifth of the
-base model's time (docs/benchmarks.md).
+XLA allocates gigabytes of temporaries anew at each step. On a CPU glibc by default returns them to
+the system in between, which then hands out each page again, zeroed: this costs an eighth to a fifth
+of the base model's time (docs/benchmarks.md).
 """
 
 import ctypes
@@ -15,21 +15,24 @@ from pathlib import Path
 
 import jax
 
+from maeast_jax.runtime import terminal
+
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _DEFAULT_TRIM_BYTES, _DEFAULT_MMAP_MAX = 128 * 1024, 65_536
-# A step's temporaries are one piece, and what is allocated between two steps may lie in the way of
-# the next: up to four copies were seen, where the plan counts one.
+# A step's temporaries are one piece. Allocations between two steps may lie in the way of the next
+# piece: up to four copies were seen where the plan counts one.
 _COPIES = 6
 
 _has_one_heap = False
 
 
 def share_heap() -> None:
-    """Makes `keep_freed` possible in this process; a program's first line.
+    """Makes `keep_freed` possible in this process. Call it in a program's first line.
 
-    Before anything starts threads, jax's backend too: a thread stays with the heap that it was
-    given, and from any but the first glibc goes to the system for large pieces, whatever is asked.
+    It must run before anything starts threads, also before jax's backend does: a thread keeps the
+    heap that it was given, and from any but the first heap glibc allocates large pieces from the
+    system whatever mallopt says.
     """
     global _has_one_heap
     libc = ctypes.CDLL(None)
@@ -38,16 +41,19 @@ def share_heap() -> None:
 
 
 def keep_freed(planned_bytes: int) -> bool:
-    """Whether this process keeps, from now on, the memory that it frees.
+    """Keeps the memory that this process frees from now on, if there is room; returns whether.
 
-    It does after `share_heap`, where several times `planned_bytes`, what XLA plans for the step on
-    all devices of this machine, fit into its memory.
+    Args:
+      planned_bytes: The memory that XLA plans for the step on all devices of this machine. It must
+        fit several times into the machine's memory.
+
+    Without `share_heap` before, nothing is kept.
     """
     if not _has_one_heap:
         return False
     fits = _COPIES * planned_bytes < limit_bytes()
     libc = ctypes.CDLL(None)
-    # Pieces of any size from the heap, which never shrinks.
+    # Pieces of any size come from the heap, which never shrinks.
     libc.mallopt(_M_MMAP_MAX, 0 if fits else _DEFAULT_MMAP_MAX)
     libc.mallopt(_M_TRIM_THRESHOLD, -1 if fits else _DEFAULT_TRIM_BYTES)
     if not fits:
@@ -56,7 +62,7 @@ def keep_freed(planned_bytes: int) -> bool:
 
 
 def limit_bytes() -> int:
-    """Memory that this process may use: the machine's, or its control group's where less."""
+    """Returns the bytes that a process may use: the machine's, or its control group's if fewer."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -66,34 +72,30 @@ def limit_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that this process may still take: what the machine has left, or its control group.
+    """Returns four fifths of the memory that this machine, or its control group, has left.
 
-    Four fifths of it: programs hold more than XLA plans for their steps.
+    Programs hold more than XLA plans for their steps, hence the last fifth.
     """
-    left = _listed_bytes("/proc/meminfo", "MemAvailable:")
-    # Without the group's files in the page cache, which make room.
-    within = limit_bytes() - (_listed_bytes("/sys/fs/cgroup/memory.stat", "anon") or 0)
-    return max(0, within if left is None else min(left, within)) * 4 // 5
+    # "anon" leaves out the group's files in the page cache, which make room.
+    left = limit_bytes() - _listed_bytes("/sys/fs/cgroup/memory.stat", "anon", 0)
+    left = min(left, _listed_bytes("/proc/meminfo", "MemAvailable:", left))
+    return max(0, left) * 4 // 5
 
 
-def _listed_bytes(path: str, name: str) -> int | None:
-    """The number behind a name in a file of the kernel's; None where there is none."""
+def _listed_bytes(path: str, name: str, default: int) -> int:
+    """Returns the number behind a name in a file of the kernel, or `default` without that file."""
     try:
-        lines = [line.split() for line in Path(path).read_text().splitlines()]
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        return None
-    return next(
-        (
-            int(words[1]) * (1024 if words[2:] == ["kB"] else 1)
-            for words in lines
-            if words[0] == name
-        ),
-        None,
-    )
+        return default
+    for name_in_line, number, *unit in map(str.split, lines):
+        if name_in_line == name:
+            return int(number) * (1024 if unit == ["kB"] else 1)
+    return default
 
 
 def _will_compute_on_cpu() -> bool:
-    """Whether jax is told to, or has nothing else installed; asked of no backend."""
+    """Whether jax will use the CPU by its settings or for want of plugins; starts no backend."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms.split(",")[0] == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
@@ -101,23 +103,23 @@ def _will_compute_on_cpu() -> bool:
 
 
 class OutOfMemoryError(MemoryError):
-    """The devices do not hold what a program needs."""
+    """The devices have less memory than a program needs."""
 
 
 @contextmanager
 def out_of_memory(remedy: str = "take less") -> Iterator[None]:
-    """Raises OutOfMemoryError, in one line, where the devices or the compiler run out of it."""
+    """Raises OutOfMemoryError, in one line with the remedy, where the devices run out of memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        line = str(error).splitlines()[0]
-        raise OutOfMemoryError(f"the devices are out of memory: {remedy} ({line})") from None
+        reason = terminal.one_line(error)
+        raise OutOfMemoryError(f"the devices are out of memory: {remedy} ({reason})") from None
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int:
-    """Device memory that XLA plans for a program: arguments, results and temporaries."""
+    """Returns the bytes that XLA plans on a device for arguments, results and temporaries."""
     plan = compiled.memory_analysis()
     return (
         plan.argument_size_in_bytes

@@ -1,8 +1,8 @@
-"""The device mesh and what lies where on it.
+"""The device mesh, and which part of each array lies on which of its devices.
 
-Axes: `data` shares a batch; `fsdp` shares a batch and, between uses, the parameters and the
-optimiser's moments; `tensor` shares heads and the MLP's inner width. Who travels is left to XLA
-(GSPMD): a program is written as for one device, and its inputs and results are placed.
+Axes of the mesh: `data` shares a batch; `fsdp` shares a batch and, between uses, the parameters
+and the optimiser's moments; `tensor` shares heads and the MLP's inner width. Programs are written
+as for one device, their inputs and results are placed, and XLA (GSPMD) adds the communication.
 """
 
 import functools
@@ -18,9 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# What lies along the last axes of a parameter: the first rule whose pattern ends its path; axes in
-# front, such as that of stacked layers, are whole. An optimiser's moments have the path of their
-# parameter at the end. Outside the layers there is less than a hundredth of the paper's model.
+# Mesh axes along the last axes of a parameter, by the first pattern that ends the parameter's path.
+# Axes before them, such as that of stacked layers, are not shared. The path of an optimiser's
+# moment ends with the path of its parameter. Parameters outside the layers are not shared: they are
+# less than a hundredth of the paper's model.
 _RULES = (
     (r"attention/qkv_kernel", ("fsdp", None, "tensor", None)),
     (r"attention/qkv_bias", (None, "tensor", None)),
@@ -42,9 +43,9 @@ _RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of data x fsdp x tensor devices; one of them may be -1, what the others leave.
+    """Returns a mesh of data x fsdp x tensor devices; one size may be -1: what the others leave.
 
-    Raises ValueError for sizes that the devices there are do not give.
+    Raises ValueError for sizes that do not fit the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
@@ -74,12 +75,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def batch_shares(mesh: Mesh) -> int:
-    """Into how many equal parts a batch is cut."""
+    """Returns the number of equal parts into which the mesh cuts a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int) -> None:
-    """Raises ValueError where devices and accumulation do not share a batch evenly."""
+    """Raises ValueError where devices and accumulation steps do not divide a batch evenly."""
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")
     shares = batch_shares(mesh)
@@ -92,18 +93,19 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_example(mesh: Mesh) -> NamedSharding:
-    """The leading axis over `data` and `fsdp`."""
+    """Returns the sharding of a batch: its leading axis lies over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def by_rules(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of each leaf of a tree of parameters, moments or statistics.
+    """Returns the sharding of each leaf of a tree of parameters, moments or statistics.
 
-    Raises ValueError for a leaf that no rule covers, and for an axis that devices do not divide.
+    Raises ValueError for a leaf without a rule, and for an axis that the mesh does not divide.
     """
 
     def place(path, leaf) -> NamedSharding:
@@ -120,7 +122,7 @@ def by_rules(mesh: Mesh, tree: Any) -> Any:
 
 
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, to be jitted: `over_batch` and `gathered` know the mesh while it is traced."""
+    """Returns `function` for jit: while it is traced, `over_batch` and `gathered` use `mesh`."""
 
     @functools.wraps(function)
     def traced(*args):
@@ -131,17 +133,17 @@ def traced_on(mesh: Mesh, function: Callable) -> Callable:
 
 
 def over_batch(x: jax.Array) -> jax.Array:
-    """`x` with its leading axis over the batch's axes; outside of `traced_on` x itself."""
+    """Returns `x` with its leading axis over the batch's axes; outside `traced_on`, `x` itself."""
     if not _is_in_view():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def gathered(layer: Any) -> Any:
-    """A layer's parameters as they are used: whole along `fsdp`, still shared over `tensor`.
+    """Returns a layer's parameters as they are used: whole along `fsdp`, shared over `tensor`.
 
-    Left to itself XLA may gather the batch instead, which is far larger. Outside of `traced_on`
-    the parameters themselves.
+    Without this constraint XLA may gather the batch instead, which is far larger. Outside of
+    `traced_on` the parameters come back unchanged.
     """
     if not _is_in_view():
         return layer
@@ -154,7 +156,7 @@ def gathered(layer: Any) -> Any:
 
 
 def _is_in_view() -> bool:
-    """Whether tracing is under `traced_on`: a caller's own mesh has other axes."""
+    """Whether `traced_on` is active; the mesh of a caller of the model has other axes."""
     return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
 
 
@@ -173,23 +175,15 @@ def _name(path) -> str:
 
 @functools.cache
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Rows of the global batch that this process' devices hold, ascending."""
+    """Returns the rows of the global batch that this process' devices hold, ascending."""
     slices = by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """This process' rows (`process_rows`) to its devices, as one array of all a field."""
-    own = process_rows(mesh, batch_size)
+    """Returns global arrays [batch_size, ...] from this process' rows (`process_rows`) of each."""
     sharding = by_example(mesh)
-
-    def put(rows: np.ndarray) -> jax.Array:
-        def share(index: tuple[slice, ...]) -> np.ndarray:
-            # A device's rows follow one another in `own` too: a view, where an index would copy.
-            start, stop, _ = index[0].indices(batch_size)
-            first = int(np.searchsorted(own, start))
-            return rows[first : first + stop - start]
-
-        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, share)
-
-    return {name: put(rows) for name, rows in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }

@@ -1,11 +1,12 @@
-"""Folders and files of this machine, or of Google Cloud Storage (`gs://BUCKET/...`), by epath.
+"""Files and folders on this machine or on Google Cloud Storage (`gs://BUCKET/...`), by epath.
 
-An object there is written whole or not at all, and only whole: nothing is appended to, renamed or
-locked. What goes wrong there comes from several libraries; `reaching` makes one line of it.
+An object on gs:// is written whole or not at all; objects cannot be appended to, renamed or locked.
+The libraries that reach gs:// raise many kinds of errors; `reaching` turns each into one line.
 """
 
 import errno
 import fcntl
+import glob
 import logging
 import os
 import shutil
@@ -19,19 +20,18 @@ from etils import epath
 
 from maeast_jax.runtime import terminal
 
-# Brings google-cloud-storage along, which Orbax asks about the bucket.
-INSTALL = "pip install gcsfs"
-# An object may be written once a second at most, and the run waits for it.
+_INSTALL = "pip install gcsfs"  # brings google-cloud-storage along
+# Google allows one write per second to an object, and the run waits for each write.
 _REWRITE_SECONDS = 30.0
 
 
 def path(name: str | os.PathLike) -> epath.Path:
-    """`name` with `~` expanded. Raises ValueError for an address of another kind than gs://."""
+    """Returns `name` as a path, `~` expanded; ValueError for an address other than gs://."""
     text = os.fspath(name)
     if is_remote(text):
         if not text.startswith("gs://"):
             raise ValueError(f"{text} is unknown: name a folder of this machine or gs://BUCKET/...")
-        # Else a folder that was listed once hides what other processes and tensorstore add to it.
+        # A kept listing would hide the objects that other processes and tensorstore add later.
         import fsspec
 
         fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
@@ -39,18 +39,19 @@ def path(name: str | os.PathLike) -> epath.Path:
 
 
 def absolute(name: str | os.PathLike) -> epath.Path:
-    """As `path`, and absolute, as Orbax wants them; epath's own puts this folder before gs://."""
+    """Returns `name` as an absolute path; Orbax takes no others."""
     found = path(name)
+    # epath's absolute() would put the working directory before gs://.
     return found if is_remote(found) else found.absolute()
 
 
 def is_remote(name: str | os.PathLike) -> bool:
-    """Whether this is no folder or file of this machine."""
+    """Returns whether `name` is an address, not a file or folder of this machine."""
     return "://" in os.fspath(name)
 
 
 def check_local(name: str | os.PathLike) -> None:
-    """Raises ValueError for what only a file or folder of this machine can be."""
+    """Raises ValueError where `name` is not a file or folder of this machine."""
     if is_remote(name):
         raise ValueError(
             f"{name} must be on this machine; copy from or to gs:// with gcloud storage cp"
@@ -59,27 +60,29 @@ def check_local(name: str | os.PathLike) -> None:
 
 @contextmanager
 def whole(target: str | os.PathLike) -> Iterator[Path]:
-    """A path on this machine to write a file or a folder at; it becomes `target` at the end.
+    """Yields a path to write a file or a folder at; on exit that becomes `target`.
 
-    A reader, or a kill, meets the old `target` or the new one, never half of one. What is written
-    lies beside `target`, so that the last step is a rename; after an exception it is removed.
+    Readers find the old `target` or the new one, never half of one, even after a kill. The path
+    lies beside `target`, so that the last step is a rename. After an exception it is removed; what
+    a killed process left is removed by the next process that writes the same `target` here.
 
     Raises OSError where `target` is a folder that is not empty.
     """
     target = Path(target)
-    # The suffix stays last: some libraries append their own where it is missing.
+    for left in target.parent.glob(f".*.partial.{glob.escape(target.name)}"):
+        if not _is_running(left.name.split(".")[1]):
+            _remove(left)
+    # The suffix of `target` stays last: some libraries append their own where it is missing.
     partial = target.with_name(f".{os.getpid()}.partial.{target.name}")
     try:
         yield partial
         os.replace(partial, target)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        _remove(partial)
 
 
 def write_whole(file: str | os.PathLike, data: bytes) -> None:
-    """Writes a file, here or on gs://, so that nobody meets half of it."""
+    """Writes a file, on this machine or on gs://; readers find all of it or the old one."""
     if is_remote(file):
         path(file).write_bytes(data)  # an object appears whole
         return
@@ -87,10 +90,28 @@ def write_whole(file: str | os.PathLike, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def stamp(name: str | os.PathLike) -> tuple[int, int]:
-    """Size and time of change (ns) of a file, by which one that took its place is told.
+def _remove(name: Path) -> None:
+    """Removes a file or a folder, which need not exist."""
+    if name.is_dir():
+        shutil.rmtree(name)
+    else:
+        name.unlink(missing_ok=True)
 
-    Zeros where there is no such file.
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # the process belongs to another user
+        pass
+    return True
+
+
+def stamp(name: str | os.PathLike) -> tuple[int, int]:
+    """Returns a file's size in bytes and time of change in ns, which a replaced file changes.
+
+    Both are 0 where the file does not exist.
     """
     if is_remote(name):
         with reaching(name):
@@ -105,13 +126,16 @@ def stamp(name: str | os.PathLike) -> tuple[int, int]:
 
 
 def make_writable(folder: epath.Path, flag: str) -> None:
-    """Makes a folder where it is missing; ValueError where it cannot be written, naming `flag`."""
-    probe = folder / f".writable-{uuid.uuid4().hex}"  # hosts may share the folder
+    """Makes a folder where it is missing and tries to write in it.
+
+    Raises ValueError, which names `flag`, where the folder cannot be written.
+    """
+    probe = folder / f".writable-{uuid.uuid4().hex}"  # several hosts may try at once
     remedy = f"choose another {flag}"
     try:
         with reaching(folder, "written", remedy):
             if is_remote(folder):
-                _ask_for_bucket(folder)
+                _check_credentials()
             folder.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
             probe.unlink()
@@ -125,10 +149,15 @@ def make_writable(folder: epath.Path, flag: str) -> None:
 def reaching(
     name: str | os.PathLike, done: str = "read", remedy: str = "check the address"
 ) -> Iterator[None]:
-    """Raises ValueError, in one line, for what goes wrong inside with an object store.
+    """Turns every error of the libraries that reach gs:// into a ValueError of one line.
 
-    The libraries that reach it share no base class of errors. What goes wrong on this machine is
-    raised as it is.
+    Those libraries share no base class of errors. Where `name` is on this machine, errors pass
+    unchanged.
+
+    Args:
+      name: the address, for the message.
+      done: the participle in "cannot be ...".
+      remedy: the end of the message.
     """
     if not is_remote(name):
         yield
@@ -139,31 +168,23 @@ def reaching(
     except ValueError:
         raise
     except ImportError as error:
-        raise ValueError(f"{name} needs gcsfs: {INSTALL} ({terminal.one_line(error)})") from error
+        raise ValueError(f"{name} needs gcsfs: {_INSTALL} ({terminal.one_line(error)})") from error
     except Exception as error:
-        raise ValueError(
-            f"{name} cannot be {done} ({terminal.one_line(error)}); {remedy}"
-        ) from error
+        is_missing = isinstance(error, FileNotFoundError)
+        reason = "no such bucket or object" if is_missing else terminal.one_line(error)
+        raise ValueError(f"{name} cannot be {done} ({reason}); {remedy}") from error
 
 
-def try_lock(file: IO) -> bool:
-    """Locks an open file of this machine; False where another process has it.
+def _check_credentials() -> None:
+    """Raises an error that says so where there are no credentials; gcsfs would try for a minute."""
+    from google.cloud import storage
 
-    Some network file systems have no locks, and there it is True.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-    return True
+    storage.Client()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the libraries that reach gs:// log, with a traceback, and raise as well."""
+    """Silences the libraries that reach gs://: they log a traceback for each error they raise."""
     loggers = [logging.getLogger(name) for name in ("gcsfs", "google.auth")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -175,17 +196,26 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _ask_for_bucket(folder: epath.Path) -> None:
-    """As Orbax will, which has to know whether the bucket has real folders."""
-    from google.cloud import storage
+def try_lock(file: IO) -> bool:
+    """Locks an open file of this machine; returns False where another process holds the lock.
 
-    storage.Client().get_bucket(os.fspath(folder).split("/")[2])
+    Returns True where the file system has no locks, as some network file systems.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    return True
 
 
 class Rewritten:
-    """A file that grows by lines, of a store that cannot append: it is written anew at times."""
+    """A file on gs:// that grows by lines: the whole object is written again every half minute."""
 
     def __init__(self, path: epath.Path, data: bytes, clock: Callable[[], float]):
+        """Starts from `data`, which the object holds already; `clock` returns seconds."""
         self._path = path
         self._data = bytearray(data)
         self._flushed = len(data)

@@ -8,7 +8,7 @@ import tqdm
 
 
 class Progress:
-    """A progress bar with loss, clips a second and time left; plain lines where no one watches."""
+    """A progress bar with loss, clips per second and time left; plain lines without a terminal."""
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
         """Starts at `start_step`, writes to `stream` (None: stderr)."""
@@ -32,12 +32,12 @@ class Progress:
         clips_per_second: float | None = None,
         seconds_left: float | None = None,
     ) -> None:
-        """Shows that `step` steps are done; None is left out."""
+        """Shows that `step` steps are done; leaves out values that are None."""
         parts = [f"step {step}/{self._total_steps}", f"loss {float(loss):.3f}"]
         if clips_per_second is not None:
             parts.append(f"{clips_per_second:.1f} clips/s")
         if seconds_left is not None:
-            parts.append(f"{_clock_face(seconds_left)} left")
+            parts.append(f"{tqdm.tqdm.format_interval(seconds_left)} left")
         line = "  ".join(parts)
         if self._bar is None:
             print(line, file=self._stream, flush=True)
@@ -53,15 +53,15 @@ class Progress:
             self._bar.write(text, file=self._stream)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar on the screen as it is."""
         if self._bar is not None:
             self._bar.close()
 
 
 def announce(lines: Mapping[str, str]) -> str:
-    """What a run will do, as an aligned table: a line a key, its value beside it.
+    """Returns an aligned table, such as of what a run will do: per key a line with its value.
 
-    A value of several lines goes on under its own first line.
+    A value of several lines continues below its own first line.
     """
     width = max(map(len, lines), default=0)
     indent = "\n" + " " * (width + 2)
@@ -72,26 +72,12 @@ def announce(lines: Mapping[str, str]) -> str:
 
 
 def si(value: float, unit: str = "") -> str:
-    """A quantity to three digits: si(86_400_000) is "86.4 M", si(1.75e9, "B") is "1.75 GB"."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(value) < 999.5 or prefix == "E":
-            break
-        value /= 1000
-    # "#" keeps the zeros of 1.50 G; a count below a thousand is whole and needs none.
-    whole = not prefix and float(value).is_integer()
-    number = f"{value:.0f}" if whole else f"{value:#.3g}".rstrip(".")
-    return f"{number} {prefix}{unit}".rstrip()
-
-
-def _clock_face(seconds: float) -> str:
-    """83 as 1:23, 3683 as 1:01:23."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """Renders a quantity to three digits: si(86_400_000) is "86.4M", si(1.75e9, "B") "1.75GB"."""
+    return tqdm.tqdm.format_sizeof(value, unit)
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
+    """Returns what an exception says, on one line of at most 200 characters."""
     text = getattr(error, "strerror", None)
     if not text and isinstance(error, FileNotFoundError):
         text = "not found"  # gcsfs gives the path alone

@@ -1,9 +1,8 @@
-"""The HEAR 2021 common API over `embedder`.
+"""The HEAR 2021 common API.
 
-`python -m hearvalidator.validate maeast_jax.suites.hear -m CKPT -d cpu` checks a checkpoint
-with it. Sounds and embeddings are torch tensors, which is the only use of torch; the model runs
-in JAX, on
-its device.
+`python -m hearvalidator.validate maeast_jax.suites.hear -m CKPT -d cpu` checks a checkpoint with
+it. Sounds and embeddings are torch tensors, and torch does nothing else here: the model runs in
+JAX, on the device of JAX.
 """
 
 import functools
@@ -12,7 +11,7 @@ import os
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.inference import embedder, pretrained
+from maeast_jax.inference import Embedder, load
 
 
 def load_model(
@@ -22,21 +21,21 @@ def load_model(
     scene_pool: str = "time",
     dtype: str = "float32",
 ):
-    """A torch.nn.Module without parameters, for the two functions below.
+    """Returns a torch.nn.Module without parameters, for the two functions below.
 
     It has `sample_rate` (Hz), `scene_embedding_size` and `timestamp_embedding_size`.
 
     Args:
-      model_file_path: what pretrained.load takes: a run's workdir, one checkpoint in it, or a file
-        in the authors' layout.
-      layer: the encoder's layer that embeddings come from, counted as lists are.
+      model_file_path: a run's workdir, one checkpoint in it, or a file in the authors' layout.
+      layer: the encoder's layer that embeddings come from, from 0 or from -1 backwards.
       scene_pool: "time", the mean over time alone with the bands side by side, or "mean", over
         the bands too.
-      dtype: what the model computes in, float32 or bfloat16.
+      dtype: the type of the computation, float32 or bfloat16.
 
     Raises:
-      ValueError: no path (there is no default checkpoint), or values that do not fit the model;
-        what pretrained.load raises.
+      ValueError: there is no path (no checkpoint is built in) or no checkpoint at it, or values do
+        not fit the model.
+      OSError: the checkpoint cannot be read.
     """
     if not os.fspath(model_file_path):
         raise ValueError("no checkpoint is built in; name one: load_model(PATH), --model=PATH")
@@ -44,15 +43,15 @@ def load_model(
         raise ValueError(f"scene_pool={scene_pool!r} is unknown; known: time, mean")
     if isinstance(layer, str):
         raise ValueError(f"layer={layer!r} must be a number: HEAR embeddings are of one layer")
-    model = pretrained.load(model_file_path, dtype)
+    model = load(model_file_path, dtype)
     return _model_class()(
-        scene=embedder.Embedder(model, pool=scene_pool, layer=layer),
-        timestamp=embedder.Embedder(model, pool="none", layer=layer),
+        scene=Embedder(model, pool=scene_pool, layer=layer),
+        timestamp=Embedder(model, pool="none", layer=layer),
     )
 
 
 def get_timestamp_embeddings(audio, model):
-    """Embeddings of every time step of sounds of one length, and when the steps are.
+    """Returns embeddings of every time step of sounds of one length, and the times of the steps.
 
     Args:
       audio: float tensor [n_sounds, n_samples], in [-1, 1] at `model.sample_rate`. Sounds shorter
@@ -70,7 +69,7 @@ def get_timestamp_embeddings(audio, model):
 
     embeddings = _embed(audio, model.timestamp)
     step_ms = 1000 * model.timestamp.step_seconds
-    # A step's frames start a shift apart and the last of them reaches past its shift.
+    # The frames of a step start one shift apart, and the last frame is longer than the shift.
     overhang_ms = 1000 * (fbank.FRAME_LENGTH - fbank.FRAME_SHIFT) / fbank.SAMPLE_RATE_HZ
     middles_ms = step_ms * np.arange(embeddings.shape[1]) + (step_ms + overhang_ms) / 2
     timestamps = torch.from_numpy(np.float32(middles_ms)).to(audio.device)
@@ -78,14 +77,14 @@ def get_timestamp_embeddings(audio, model):
 
 
 def get_scene_embeddings(audio, model):
-    """One embedding a sound: float32 tensor [n_sounds, scene_embedding_size].
+    """Returns one embedding per sound, a float32 tensor [n_sounds, scene_embedding_size].
 
     Arguments and errors are those of `get_timestamp_embeddings`.
     """
     return _embed(audio, model.scene)
 
 
-def _embed(audio, embed: embedder.Embedder):
+def _embed(audio, embed: Embedder):
     import torch
 
     if audio.ndim != 2 or not len(audio) or not audio.is_floating_point():
@@ -107,7 +106,7 @@ def _model_class():
 
         sample_rate = fbank.SAMPLE_RATE_HZ
 
-        def __init__(self, scene: embedder.Embedder, timestamp: embedder.Embedder):
+        def __init__(self, scene: Embedder, timestamp: Embedder):
             super().__init__()
             self.scene = scene
             self.timestamp = timestamp

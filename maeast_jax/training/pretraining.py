@@ -151,6 +151,10 @@ class Pretraining:
         state = jax.jit(self._initial_state, out_shardings=self._shardings)()
         if weights is None:
             return state
+        if weights.config.is_encoder_only:
+            print(
+                f"{weights.path} has no decoder: the decoder starts from initial values", flush=True
+            )
         params, statistics = weights.read_weights()
         loaded = {"params": {**state.params, **params}, "statistics": statistics}
         places = {name: getattr(self._shardings, name) for name in loaded}

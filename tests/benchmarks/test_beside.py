@@ -1,4 +1,4 @@
-"""Processes that work in turn: their order, what their turns say, and how they fail."""
+"""Processes that work in turn: their order, the times of their turns, and their failures."""
 
 import os
 import threading
@@ -57,7 +57,8 @@ def test_sides_work_in_turn(tmp_path):
     assert [len(side.turns) for side in sides] == [2, 2]
 
 
-def test_a_turn_lasts_as_long_as_its_work_and_a_busy_side_is_found_out():
+@pytest.mark.slow
+def test_a_turn_lasts_as_long_as_its_work_and_a_busy_waiting_side_is_seen():
     sides = []
     with beside.ending(sides):
         for spins in (False, True):
@@ -71,7 +72,8 @@ def test_a_turn_lasts_as_long_as_its_work_and_a_busy_side_is_found_out():
     assert quiet.waiting_load < 0.1 < busy.waiting_load
 
 
-def test_memory_is_the_devices_where_there_is_one():
+@pytest.mark.slow
+def test_memory_is_the_accelerators_if_there_is_one():
     sides = []
     with beside.ending(sides):
         for device_bytes in (None, 123):
@@ -82,6 +84,7 @@ def test_memory_is_the_devices_where_there_is_one():
     assert 1e7 < on_cpu < 1e10
 
 
+@pytest.mark.slow
 def test_a_side_has_the_cores_it_is_given():
     core = min(os.sched_getaffinity(0))
     side = beside.Side("cores", cores, {}, [core])
@@ -89,7 +92,8 @@ def test_a_side_has_the_cores_it_is_given():
     assert side.facts == {"cores": {core}}
 
 
-def test_a_side_that_fails_is_named_with_what_it_raised():
+@pytest.mark.slow
+def test_an_error_names_the_side_and_holds_its_error():
     with pytest.raises(beside.SideError, match=r"(?s)^theirs: .*ValueError: no such thing"):
         beside.Side("theirs", broken, {})
     with pytest.raises(beside.SideError, match=r"^theirs: its process ended with 3$"):
@@ -100,6 +104,7 @@ def test_spread_is_median_and_tenths():
     assert beside.spread(np.arange(11.0)) == (5.0, 1.0, 9.0)
 
 
+@pytest.mark.slow
 def test_a_sides_environment_is_its_own(monkeypatch):
     monkeypatch.setenv("B", "before")
     monkeypatch.delenv("A", raising=False)

@@ -32,6 +32,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
         beside_kaldi.main([str(tmp_path / "missing")])
 
 
+@pytest.mark.slow
 def test_sides_compute_the_same(tmp_path, monkeypatch, capsys):
     core = min(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {core})

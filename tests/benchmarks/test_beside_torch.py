@@ -1,4 +1,4 @@
-"""A training step beside the authors': the same loss and the same work, and what is said of it."""
+"""A training step beside the authors': the same loss, the same work, and the results."""
 
 import json
 import types
@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from maeast_jax.training import losses
-from maeast_jax.training.steps import LossConfig
+from maeast_jax import config as configuration
+from maeast_jax.training import steps
 
 torch = pytest.importorskip("torch")
 
@@ -17,13 +17,13 @@ if reference.missing():
     pytest.skip(reference.missing(), allow_module_level=True)
 
 
-def test_their_loss_is_ours():
+def test_their_loss_equals_ours():
     random = np.random.default_rng(0)
     arrays = [random.standard_normal((3, 7, 16), np.float32) for _ in range(3)]
     reconstruction, classification, target = arrays
-    weights = LossConfig()
-    ours = weights.mse * losses.mean_squared_error(reconstruction, target)
-    ours += weights.info_nce * losses.info_nce(classification, target)[0]
+    weights = configuration.pretrain().loss
+    ours = weights.mse * steps.mean_squared_error(reconstruction, target)
+    ours += weights.info_nce * steps.info_nce(classification, target)[0]
     theirs = beside_steps.their_loss(*map(torch.from_numpy, arrays))
     np.testing.assert_allclose(theirs, ours.mean(), rtol=1e-5)
 
@@ -41,9 +41,9 @@ def test_the_same_work_passes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parameters": 1001}, "ours has 1001 parameters, theirs 1272, of which 272 that nothing"),
-        ({"masked": 383}, "ours masks 383 tokens a clip, theirs 384"),
-        ({"unmoved": ["['mask_token']"]}, r"not moved: \['mask_token'\]"),
+        ({"parameters": 1001}, "ours has 1001 parameters, theirs 1272, 272 of them unused"),
+        ({"masked": 383}, "ours masks 383 tokens per clip, theirs 384"),
+        ({"unmoved": ["['mask_token']"]}, r"unchanged after 3 steps: \['mask_token'\]"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -57,17 +57,17 @@ def test_other_work_is_refused(changes, message):
 def test_each_sides_fastest_batch_is_taken(side, monkeypatch):
     seconds = {8: 1.0, 16: 1.5, 32: 3.5}
 
-    def build(name, batch, options, workdir):
+    def build(name, batch, options):
         turn = beside.Turn(seconds[batch], 0.0, 0.0, 0.0)
         return types.SimpleNamespace(turns=[turn], turn=lambda count: None, kill=lambda: None)
 
     monkeypatch.setattr(beside_torch, "build", build)
     options = beside_torch.parse(["--batches=8,16,32", "--steps=1"])
-    assert beside_torch.best_batch(f"{side} eager", options, "") == 16
+    assert beside_torch.best_batch(f"{side} eager", options) == 16
 
 
 def failing_above(batches, message):
-    def build(name, batch, options, workdir):
+    def build(name, batch, options):
         if batch > batches:
             raise beside.SideError(f"{name}: {message}")
         turn = beside.Turn(1.0, 0.0, 0.0, 0.0)
@@ -80,21 +80,21 @@ def failing_above(batches, message):
 def test_a_batch_without_room_is_not_the_fastest_and_ends_nothing(message, monkeypatch, capsys):
     options = beside_torch.parse(["--batches=8,16,32", "--steps=1"])
     monkeypatch.setattr(beside_torch, "build", failing_above(16, message))
-    assert beside_torch.best_batch("ours scan", options, "") == 16
+    assert beside_torch.best_batch("ours scan", options) == 16
     assert "ours scan, batch 32: does not fit" in capsys.readouterr().out
     monkeypatch.setattr(beside_torch, "build", failing_above(0, message))
     with pytest.raises(beside.SideError, match="none of the batches fits; name smaller"):
-        beside_torch.best_batch("ours scan", options, "")
+        beside_torch.best_batch("ours scan", options)
     monkeypatch.setattr(beside_torch, "build", failing_above(8, "ImportError"))
     with pytest.raises(beside.SideError, match="ImportError"):
-        beside_torch.best_batch("ours scan", options, "")
+        beside_torch.best_batch("ours scan", options)
 
 
 @pytest.mark.parametrize(
     ("memory", "ours_keeps", "theirs_keep"),
     [("as_is", True, False), ("kept", True, True), ("returned", False, False)],
 )
-def test_memory_is_kept_by_whom_the_flag_says(memory, ours_keeps, theirs_keep, monkeypatch):
+def test_the_flag_decides_which_side_keeps_memory(memory, ours_keeps, theirs_keep, monkeypatch):
     seen = {}
 
     def side(name, build, settings, environment=None):
@@ -103,7 +103,7 @@ def test_memory_is_kept_by_whom_the_flag_says(memory, ours_keeps, theirs_keep, m
     monkeypatch.setattr(beside, "Side", side)
     options = beside_torch.parse([f"--memory={memory}"])
     for name in ("ours unrolled", "s3prl eager"):
-        beside_torch.build(name, 8, options, "")
+        beside_torch.build(name, 8, options)
     assert seen == {"ours unrolled": (ours_keeps, False), "s3prl eager": (None, theirs_keep)}
 
 
@@ -113,6 +113,7 @@ def test_unknown_modes_are_refused(capsys):
     assert "--modes: jitted unknown; known: eager, compiled" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--dtype=float32"], ["--dtype=bfloat16", "--from_audio"]])
 def test_tiny_models_are_compared(options, tmp_path, capsys):
     file = tmp_path / "found.json"
@@ -121,7 +122,7 @@ def test_tiny_models_are_compared(options, tmp_path, capsys):
     found = json.loads(file.read_text())
     ours, theirs = found["sides"]
     assert [ours["side"], theirs["side"]] == ["ours unrolled", "s3prl eager"]
-    # 4 x 8 tokens of which a quarter is kept.
+    # A quarter of 4 x 8 tokens is kept.
     assert ours["masked"] == theirs["masked"] == 24
     assert set(theirs["unmoved"]) <= set(beside_steps.UNREAD)
     assert all(side["peak_bytes"] > 1e8 for side in (ours, theirs))

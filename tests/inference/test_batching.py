@@ -1,9 +1,53 @@
+"""Windows of clips and the stream of padded batches."""
+
 import numpy as np
 import pytest
 
-from maeast_jax.inference.batching import Bucket, Row, Stream, pack
+from maeast_jax.inference import batching
+from maeast_jax.inference.batching import Bucket, Row, Stream, Window, pack
 
 SMALL, LARGE, LARGE_FLOAT = Bucket(4, 4, "int16"), Bucket(8, 2, "int16"), Bucket(8, 2, "float32")
+
+
+def test_only_whole_tokens_count_but_a_clip_has_at_least_one():
+    for frames, patch_frames, steps in [(1, 16, 1), (31, 16, 1), (32, 16, 2), (998, 2, 499)]:
+        assert batching.num_steps(frames, patch_frames) == steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "window", "stride", "expected"),
+    [
+        (5, 0, 0, [(0, 5, 0, 5)]),
+        (5, 8, 8, [(0, 5, 0, 5)]),
+        (8, 8, 2, [(0, 8, 0, 8)]),
+        (16, 8, 8, [(0, 8, 0, 8), (8, 16, 8, 16)]),
+        # Steps 4 to 7 lie in both windows. Steps 5 and 6 are equally far from both centres.
+        (12, 8, 8, [(0, 8, 0, 6), (4, 12, 6, 12)]),
+        # The centres are 3.5 and 4.5. Step 4 is equally near to both, so the earlier one has it.
+        (9, 8, 8, [(0, 8, 0, 5), (1, 9, 5, 9)]),
+        (10, 4, 2, [(0, 4, 0, 3), (2, 6, 3, 5), (4, 8, 5, 7), (6, 10, 7, 10)]),
+        (9, 4, 4, [(0, 4, 0, 4), (4, 8, 4, 7), (5, 9, 7, 9)]),
+    ],
+)
+def test_windows(steps, window, stride, expected):
+    assert batching.cut(steps, window, stride) == [Window(*numbers) for numbers in expected]
+
+
+@pytest.mark.parametrize(("window", "stride"), [(1, 1), (4, 3), (7, 2)])
+def test_every_step_is_taken_from_the_window_with_the_nearest_centre(window, stride):
+    for steps in range(1, 60):
+        cut = batching.cut(steps, window, stride)
+        taken = [step for one in cut for step in range(one.own_start, one.own_stop)]
+        assert taken == list(range(steps))
+        assert all(one.stop - one.start == min(window, steps) for one in cut)
+        assert all(0 <= one.start <= one.own_start < one.own_stop <= one.stop for one in cut)
+        assert [one.start for one in cut[:-1]] == [stride * i for i in range(len(cut) - 1)]
+        assert cut[-1].stop == steps
+        centres = np.array([one.start + one.stop - 1 for one in cut]) / 2
+        for place, one in enumerate(cut):
+            for step in range(one.own_start, one.own_stop):
+                # argmin returns the first minimum.
+                assert np.argmin(np.abs(centres - step)) == place
 
 
 def row(bucket, value):
@@ -11,7 +55,7 @@ def row(bucket, value):
 
 
 class Recorder:
-    """Computes each row's first sample, and keeps the batches."""
+    """Computes the first sample of each row, and keeps the batches."""
 
     def __init__(self):
         self.batches = []
@@ -29,7 +73,7 @@ def values(parts):
     return [float(part[0]) for part in parts]
 
 
-def test_rows_are_padded_and_missing_ones_are_a_frame_of_silence():
+def test_rows_are_padded_and_empty_rows_are_one_frame_of_silence():
     batch = pack([row(SMALL, 3), row(SMALL, 5)], SMALL)
     assert batch.audio.dtype == np.int16
     np.testing.assert_array_equal(batch.audio, [[3, 3, 3, 0], [5, 5, 5, 0], [0] * 4, [0] * 4])
@@ -50,20 +94,20 @@ def test_clips_come_back_in_order_with_the_results_of_their_rows_in_order():
     found = [parts for clip in clips for parts in stream.add(clip, 1, 1)]
     found += stream.flush()
     assert [values(parts) for parts in found] == [[1], [2, 3, 4], [5], [6, 7], [8]]
-    # Full ones at once; of the rest the longest first, filled up with shorter ones of their type.
+    # Full batches come first. Then the longest rows, filled up with shorter ones of their type.
     assert compute.firsts == [[2, 3], [5, 7], [8, 1], [4, 6, 0, 0]]
     assert list(stream.flush()) == []
 
 
 @pytest.mark.parametrize("limits", [(6, 1000), (1000, 6)])
-def test_a_clip_that_holds_up_others_is_computed_once_so_much_waits(limits):
+def test_a_clip_that_holds_up_others_is_computed_at_the_limit(limits):
     compute = Recorder()
     stream = Stream(compute, *limits)
     given = [list(stream.add([row(SMALL, 1)], 1, 1))]
     given += [list(stream.add([row(LARGE, value)], 1, 1)) for value in range(2, 7)]
     assert given == [[]] * 6
     assert compute.firsts == [[2, 3], [4, 5]]
-    # The seventh is one too many.
+    # The seventh clip exceeds the limit.
     seventh = [values(parts) for parts in stream.add([row(LARGE, 7)], 1, 1)]
     assert compute.firsts == [[2, 3], [4, 5], [6, 7], [1, 0, 0, 0]]
     assert seventh[0] == [1]
@@ -78,7 +122,7 @@ def test_a_clip_above_the_limits_goes_through_alone():
     assert [values(parts) for parts in stream.flush()] == [[2]]
 
 
-def test_two_batches_are_under_way_before_a_result_is_waited_for():
+def test_the_stream_waits_for_a_result_two_batches_later():
     waited = []
 
     class Result:
@@ -95,7 +139,7 @@ def test_two_batches_are_under_way_before_a_result_is_waited_for():
         list(stream.add([row(LARGE, value)], 1, 1))
 
 
-def test_where_the_first_clips_result_is_on_its_way_no_partial_batch_is_started():
+def test_no_partial_batch_is_started_while_the_first_clip_is_computed():
     compute = Recorder()
     stream = Stream(compute, most_steps=2, most_bytes=1000)
     for value in (1, 2):

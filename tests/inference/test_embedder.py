@@ -1,22 +1,22 @@
-"""Embeddings against the model called on each clip alone, and what batching must not change."""
+"""Embeddings against the model on each clip alone, and what batching must not change."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from maeast_jax import fbank
 from maeast_jax.inference import embedder, pretrained
 from maeast_jax.inference.embedder import Embedder
-from maeast_jax.model import MaeAst, ModelConfig
+from maeast_jax.model import MaeAst
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WINDOW = 64
-# Samples: one frame, less than a patch, one sample less than two patches, a window, a frame more,
-# and what several windows are needed for.
+# Samples: one frame, less than a patch, one sample less than two patches, a window, one frame more
+# than a window, and several windows.
 LENGTHS = [400, 2_000, 5_359, 10_480, 10_640, 23_333]
 
 
@@ -25,19 +25,15 @@ def model(request):
     return pretrained.load(GOLDEN / f"tiny_{request.param}.pt")
 
 
-@pytest.fixture(scope="module")
-def patch_model():
-    return pretrained.load(GOLDEN / "tiny_patch.pt")
-
-
-def tiny(**changes):
-    config = ModelConfig(encoder_layers=1, decoder_layers=0, width=8, heads=1, mlp_width=8)
-    return MaeAst(dataclasses.replace(config, **changes), nnx.Rngs(0))
+def tiny_model(**changes):
+    fields = {"encoder_layers": 1, "decoder_layers": 0, "width": 8, "decoder_width": 8, "heads": 1,
+              "mlp_width": 8}  # fmt: skip
+    return MaeAst(tiny.model_config(**fields | changes), nnx.Rngs(0))
 
 
 def tiny_embedder(**changes):
-    """1 to 8 steps of 8 tokens a row, 64 tokens a batch: the longest bucket has one row."""
-    return Embedder(tiny(**changes), window_frames=128, batch_tokens=64)
+    """1 to 8 steps of 8 tokens per row, 64 tokens per batch: the longest bucket has one row."""
+    return Embedder(tiny_model(**changes), window_frames=128, batch_tokens=64)
 
 
 def noise(samples, seed=0):
@@ -54,7 +50,7 @@ def frames_of(samples):
 
 
 def alone(model, samples, window_frames=WINDOW, stride_frames=WINDOW):
-    """[layers, steps, bands, width] by the rule itself: all windows, the most central one wins."""
+    """[layers, steps, bands, width] by the rule itself: the window with the nearest centre wins."""
     patch_frames, patch_bands = model.config.patch_shape
     log_mel = np.asarray(frames_of(np.pad(samples, (0, 30_000 - len(samples)))))
     log_mel = log_mel[: fbank.num_frames(len(samples))]
@@ -80,7 +76,7 @@ _encoded = {}
 
 
 def encode(model, log_mel, lengths):
-    """Hidden states, jitted once a model and shape."""
+    """Hidden states; compiled once per model and shape."""
     graph, state = nnx.split(model)
     if graph not in _encoded:
         _encoded[graph] = jax.jit(
@@ -90,7 +86,7 @@ def encode(model, log_mel, lengths):
 
 
 def pooled(states, pool, layer):
-    """[layers, steps, bands, width] pooled."""
+    """Pools hidden states, [layers, steps, bands, width]."""
     states = states if layer == "all" else states[layer]
     flat = states.reshape(*states.shape[:-2], -1)
     return {
@@ -108,7 +104,7 @@ def pooled(states, pool, layer):
         ("none", "all", None),
     ],
 )  # fmt: skip
-def test_an_embedding_is_that_of_the_clip_alone(model, pool, layer, batch_tokens):
+def test_an_embedding_equals_that_of_the_clip_alone(model, pool, layer, batch_tokens):
     embed = Embedder(
         model, pool=pool, layer=layer, window_frames=WINDOW, stride_frames=48,
         batch_tokens=batch_tokens,
@@ -121,14 +117,15 @@ def test_an_embedding_is_that_of_the_clip_alone(model, pool, layer, batch_tokens
         assert embedding.shape == wanted.shape
         assert embedding.shape[-1] == embed.embedding_size
         assert len(embedding.shape) == len(embed.axes)
-        np.testing.assert_allclose(embedding, wanted, atol=2e-5)
+        # A small deviation is the root of a difference of nearly equal numbers.
+        np.testing.assert_allclose(embedding, wanted, atol=1e-4 if pool == "moments" else 2e-5)
 
 
-@pytest.mark.parametrize("pool", ["mean", "time", "moments"])
+@pytest.mark.parametrize("pool", ["mean", "moments"])
 def test_phases_pool_over_grids_begun_earlier_on_the_clips_own_end(model, pool):
     embed = Embedder(model, pool=pool, phases=4, window_frames=WINDOW)
     patch_frames, _ = model.config.patch_shape
-    shifts = sorted({patch_frames * phase // 4 for phase in range(4)})  # of 2 frames: 0 and 1
+    shifts = sorted({patch_frames * phase // 4 for phase in range(4)})  # 0 and 1 for frame tokens
     for samples, embedding in zip(clips(), embed(clips()), strict=True):
         states = [
             alone(model, np.concatenate([np.resize(samples[::-1], 160 * shift)[::-1], samples]),
@@ -139,14 +136,8 @@ def test_phases_pool_over_grids_begun_earlier_on_the_clips_own_end(model, pool):
         np.testing.assert_allclose(embedding, wanted, atol=2e-5)
 
 
-def test_phases_without_pooling_are_refused(model):
-    for options in ({"pool": "none", "phases": 2}, {"phases": 0}):
-        with pytest.raises(ValueError, match=r"phases=\d must be 1 or more, and 1 with pool=none"):
-            Embedder(model, **options)
-
-
 def test_hidden_states_are_the_authors(golden):
-    """Of the longest of their clips, the one that they ran without padding."""
+    """Only their longest clip, which they ran without padding, is comparable."""
     values = golden["values"]
     model = pretrained.load(GOLDEN / f"tiny_{golden['tokens']}.pt")
     (found,) = Embedder(model, pool="none", layer="all")([values["waves.1"]])
@@ -154,13 +145,13 @@ def test_hidden_states_are_the_authors(golden):
     np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=1e-4)
 
 
-def test_clips_in_any_company_give_the_same_and_compile_no_more_than_the_buckets():
-    many = clips(np.random.default_rng(0).integers(400, 24_000, 200))
+def test_other_clips_change_nothing_and_only_the_buckets_are_compiled():
+    many = clips(np.random.default_rng(0).integers(400, 24_000, 100))
     embed = tiny_embedder(width=12)
     before = embedder._embed._cache_size()
     first = list(embed(many))
     assert np.std(first, axis=0).min() > 1e-3, "all clips look alike"
-    order = np.random.default_rng(1).permutation(200)[:50]
+    order = np.random.default_rng(1).permutation(100)[:50]
     for index, embedding in zip(order, embed(many[index] for index in order), strict=True):
         np.testing.assert_allclose(embedding, first[index], atol=1e-5)
     # 1, 2, 3, 4, 6 and 8 steps
@@ -174,26 +165,27 @@ def test_clips_are_taken_only_so_far_ahead():
         nonlocal taken
         while True:
             taken += 1
-            # One in thirty is of another length, and holds up those after it.
+            # One clip in thirty has another length, and holds up the clips after it.
             yield noise(2_000 if taken % 30 == 1 else 20_720)
 
     embed = tiny_embedder()
     for done, _ in zip(range(1, 91), embed(endless()), strict=False):
-        # 8 steps of 8 tokens a clip, 16 batches of 64 tokens ahead, and what is under way.
+        # A clip has 8 steps of 8 tokens. 16 batches of 64 tokens may wait, and some are under way.
         assert taken - done <= 16 + 4
 
 
-def test_uncut_files_are_seen_whole(patch_model):
+def test_a_window_of_0_never_cuts():
+    model = pretrained.load(GOLDEN / "tiny_patch.pt")
     samples = noise(30_000)
-    (found,) = Embedder(patch_model, pool="none", window_frames=0)([samples])
-    wanted = pooled(alone(patch_model, samples, window_frames=10_000), "none", -1)
+    (found,) = Embedder(model, pool="none", window_frames=0)([samples])
+    wanted = pooled(alone(model, samples, window_frames=10_000), "none", -1)
     assert wanted.shape == (11, 512)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    (cut,) = Embedder(patch_model, pool="none", window_frames=WINDOW)([samples])
+    (cut,) = Embedder(model, pool="none", window_frames=WINDOW)([samples])
     assert cut.shape == found.shape and np.abs(cut - found).max() > 1e-3
 
 
-def test_samples_of_any_type_give_the_same():
+def test_samples_of_any_type_give_equal_embeddings():
     samples = noise(10_000)
     floats = samples / 32_768
     embed = tiny_embedder()
@@ -213,7 +205,7 @@ def test_bfloat16_is_near():
     assert np.abs(rough - exact).max() > 1e-5
 
 
-def test_what_an_embedder_says_of_itself(model):
+def test_an_embedder_describes_its_embeddings(model):
     is_patch = model.config.tokens == "patch"
     embed = Embedder(model, pool="time", layer="all")
     assert embed.num_layers == 3 and embed.layer == "all"
@@ -229,7 +221,7 @@ def test_what_an_embedder_says_of_itself(model):
 
 
 def test_the_default_window_is_whole_tokens():
-    embed = Embedder(tiny(tokens="10x128"), pool="none")
+    embed = Embedder(tiny_model(tokens="10x128"), pool="none")
     (found,) = embed([noise(200_000)])
     assert found.shape == (124, 8)
 
@@ -238,20 +230,20 @@ def test_the_default_window_is_whole_tokens():
     ("arguments", "message"),
     [
         ({"pool": "max"}, "pool='max' is unknown; known: mean, time, moments, none"),
-        ({"layer": 1}, "layer=1 is not one of the model's 1: 0 to 0, or -1 to -1, or all"),
-        ({"layer": -2}, "layer=-2 is not one of"),
-        ({"layer": "last"}, "layer=last is not one of"),
-        ({"window_frames": 100}, "window_frames=100 must be a multiple of 16, the frames of a"),
-        ({"window_frames": -16}, "window_frames=-16 must be"),
-        ({"stride_frames": 100}, "stride_frames=100 must be a multiple of 16"),
-        ({"stride_frames": 0}, "stride_frames=0 must be 16 to the window's 1024"),
-        ({"window_frames": 64, "stride_frames": 80}, "stride_frames=80 must be 16 to the window"),
+        ({"phases": 0}, "phases=0 must be 1 or more, and 1 with pool=none"),
+        ({"pool": "none", "phases": 2}, "phases=2 must be 1 or more, and 1 with pool=none"),
+        ({"layer": 1}, "layer=1 is not one of the model's 1; known: all, 0 to 0, -1 to -1"),
+        ({"window_frames": 100}, r"a window of 100 frames \(1 s\) must be a multiple of 16 frames"),
+        ({"window_frames": -16}, "a window of -16 frames .* must be a multiple of 16"),
+        ({"stride_frames": 0}, "a stride of 0 frames .* must be a multiple of 16"),
+        ({"window_frames": 64, "stride_frames": 80}, "a stride of 80 frames .* is longer than the"),
+        ({"window_frames": 0, "stride_frames": 16}, "a stride of 16 frames .* is for windows"),
         ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1"),
     ],
 )
 def test_values_that_do_not_fit_are_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
-        Embedder(tiny(), **arguments)
+        Embedder(tiny_model(), **arguments)
     assert "\n" not in str(caught.value)
 
 
@@ -263,6 +255,6 @@ def test_values_that_do_not_fit_are_one_line(arguments, message):
         (np.zeros(16_000, np.int32), r"clip 1 is int32 \[16000\], expected int16 or float"),
     ],
 )
-def test_what_is_no_clip_is_refused(clip, message):
+def test_an_array_that_is_no_clip_is_refused(clip, message):
     with pytest.raises(ValueError, match=message):
-        list(Embedder(tiny())([noise(400), clip]))
+        list(Embedder(tiny_model())([noise(400), clip]))

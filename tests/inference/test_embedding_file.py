@@ -1,3 +1,5 @@
+"""Files of embeddings read back by the code that the program prints."""
+
 import json
 import os
 import sys
@@ -14,7 +16,7 @@ AXES = [("size",), ("layers", "size"), ("steps", "size"), ("layers", "steps", "s
 
 
 def embeddings(axes, count=7):
-    """The n-th has n + 1 steps."""
+    """The n-th embedding has n steps, counted from 1."""
     random = np.random.default_rng(0)
     return [
         random.normal(size=[SIZES.get(axis, index + 1) for axis in axes]).astype(np.float32)
@@ -33,7 +35,7 @@ def write(path, axes, settings=None):
 
 
 def read(path, axes):
-    """What the advertised line gives."""
+    """Runs the printed code."""
     found = {}
     exec(embedding_file.how_to_read(path, axes), found)
     return list(found["files"]), list(found["embeddings"])
@@ -41,8 +43,8 @@ def read(path, axes):
 
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("suffix", embedding_file.SUFFIXES)
-def test_what_is_written_is_read_by_the_line_that_is_told(tmp_path, monkeypatch, axes, suffix):
-    # Two or three embeddings a row group.
+def test_the_printed_code_reads_the_file(tmp_path, monkeypatch, axes, suffix):
+    # Two or three embeddings fill a row group.
     monkeypatch.setattr(embedding_file, "_ROW_GROUP_BYTES", 4 * embeddings(axes)[0].size * 3)
     path = tmp_path / f"out{suffix}"
     write(path, axes)
@@ -108,18 +110,17 @@ def test_an_error_leaves_what_was_there(tmp_path, monkeypatch, suffix):
 
 
 @pytest.mark.parametrize("suffix", embedding_file.SUFFIXES)
-def test_nothing_added_is_nothing_written(tmp_path, suffix):
+def test_a_writer_without_embeddings_makes_no_file(tmp_path, suffix):
     with embedding_file.open_writer(tmp_path / f"out{suffix}", ("size",), {}):
         pass
     assert os.listdir(tmp_path) == []
 
 
-def test_an_output_that_cannot_be_is_one_line(tmp_path):
+def test_an_impossible_output_is_one_line(tmp_path):
     (tmp_path / "old.npz").write_text("old")
     (tmp_path / "folder.npz").mkdir()
     for name, message in [
         ("out.csv", "must end in .npz or .parquet"),
-        ("out", "must end in .npz or .parquet"),
         ("old.npz", "exists: choose another name, or pass --overwrite"),
         ("folder.npz", "is a folder"),
         ("none/out.npz", f"{tmp_path}/none is not a folder; make it first"),
@@ -134,7 +135,7 @@ def test_an_output_that_cannot_be_is_one_line(tmp_path):
         embedding_file.check(tmp_path / "folder.npz", overwrite=True)
 
 
-def test_parquet_without_pyarrow_is_told_first(tmp_path, monkeypatch):
+def test_a_missing_pyarrow_is_reported_first(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r"needs pyarrow: pip install pyarrow, or name an .npz"):
@@ -143,7 +144,7 @@ def test_parquet_without_pyarrow_is_told_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_told_first(tmp_path):
+def test_a_read_only_folder_is_reported_first(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(
         ValueError, match=r"cannot be written \(Permission denied\); choose another --output"

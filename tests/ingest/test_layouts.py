@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from recordings import noise, write_wav
+from recordings import build, noise, write_wav
 
-from maeast_jax.build_dataset import build
 from maeast_jax.data import dataset
 from maeast_jax.ingest import layouts, sources
 
@@ -19,7 +18,7 @@ def write(path, text):
 
 
 def listed(listing):
-    """{id: (label, split)}"""
+    """Returns {id: (label, split)} of a listing."""
     return {file.id: (file.label, file.split) for file in listing.files}
 
 
@@ -79,7 +78,7 @@ def test_a_broken_list_of_esc50(esc50, old, new, pattern):
 
 
 def speech_commands(root, words):
-    """Three speakers a word, by the lists one each for train, valid and test."""
+    """Makes three speakers per word: by the lists, one each for train, valid and test."""
     for word in words:
         touch(root, *(f"{word}/{speaker}_nohash_0.wav" for speaker in ("aa", "bb", "cc")))
     write(root / "validation_list.txt", "".join(f"{word}/bb_nohash_0.wav\n" for word in words))
@@ -259,6 +258,167 @@ def test_broken_labels_of_iemocap(iemocap):
     assert f"no *.txt in {folder}" in error_of("iemocap", iemocap)
 
 
+# --- AudioSet --------------------------------------------------------------------------------
+
+AUDIOSET_CLASSES = """index,mid,display_name
+0,/m/09x0r,"Speech"
+1,/m/05zppz,"Male speech, man speaking"
+2,/t/dd00088,"Gush"
+3,/m/02zsn,"Female speech, woman speaking"
+"""
+AUDIOSET_HEADER = """# Segments csv created Sun Mar  5 10:54:31 2017
+# num_ytids=3, num_segs=3, num_unique_labels=527, num_positive_labels=5
+# YTID, start_seconds, end_seconds, positive_labels
+"""
+AUDIOSET_BALANCED = """--PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"
+Y4_DJ-cTTo0, 0.000, 10.000, "/m/05zppz"
+-1PZg9Pi2-E, 10.000, 20.000, "/m/02zsn,/m/09x0r"
+"""
+AUDIOSET_EVALUATION = """__5TA9Hz45E, 20.000, 30.000, "/t/dd00088"
+_aBcDeF_0_1, 9.000, 19.000, "/m/09x0r"
+"""
+AUDIOSET_UNBALANCED = """abcdefghijk, 0.000, 8.500, "/m/09x0r"
+"""
+
+
+@pytest.fixture
+def audioset(tmp_path):
+    root = tmp_path / "audioset"
+    root.mkdir()
+    (root / "class_labels_indices.csv").write_text(AUDIOSET_CLASSES)
+    (root / "balanced_train_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_BALANCED)
+    (root / "eval_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_EVALUATION)
+    touch(root, "train/--PJHxphWEs.wav", "train/YY4_DJ-cTTo0.mkv", "deep/down/__5TA9Hz45E.m4a")
+    return root
+
+
+SPEECH, MAN, GUSH, WOMAN = (
+    "Speech", "Male speech, man speaking", "Gush", "Female speech, woman speaking",
+)  # fmt: skip
+
+
+def test_audioset_balanced_and_evaluation(audioset):
+    listing = layouts.list_layout("audioset", audioset)
+    assert listing.files == [
+        sources.AudioFile(
+            str(audioset / "train/--PJHxphWEs.wav"),
+            "train/--PJHxphWEs.wav",
+            (SPEECH, GUSH),
+            "train",
+        ),
+        sources.AudioFile(
+            str(audioset / "train/YY4_DJ-cTTo0.mkv"), "train/YY4_DJ-cTTo0.mkv", (MAN,), "train"
+        ),
+        sources.AudioFile(
+            str(audioset / "deep/down/__5TA9Hz45E.m4a"),
+            "deep/down/__5TA9Hz45E.m4a",
+            (GUSH,),
+            "test",
+        ),
+    ]
+    assert listing.missing == [("-1PZg9Pi2-E", "train"), ("_aBcDeF_0_1", "test")]
+    assert listing.label_names == (SPEECH, MAN, GUSH, WOMAN)
+    assert listing.is_multi_label
+
+
+def test_audioset_unbalanced(audioset):
+    (audioset / "unbalanced_train_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_UNBALANCED)
+    touch(audioset, "abcdefghijk.flac")
+    listing = layouts.list_audioset(audioset)
+    splits = {file.id: file.split for file in listing.files}
+    assert splits["abcdefghijk.flac"] == "unbalanced"
+    assert len(splits) == 4
+
+
+@pytest.mark.parametrize(
+    ("clip", "stem"),
+    [
+        ("--PJHxphWEs", "--PJHxphWEs"),
+        ("--PJHxphWEs", "Y--PJHxphWEs"),
+        ("--PJHxphWEs", "--PJHxphWEs_30"),
+        ("--PJHxphWEs", "--PJHxphWEs_30.000_40.000"),
+        ("--PJHxphWEs", "--PJHxphWEs_30000_40000"),
+        ("--PJHxphWEs", "--PJHxphWEs_30-40"),
+        ("--PJHxphWEs", "Y--PJHxphWEs_30_40"),
+        ("Y4_DJ-cTTo0", "Y4_DJ-cTTo0"),
+        ("Y4_DJ-cTTo0", "YY4_DJ-cTTo0"),
+        ("Y4_DJ-cTTo0", "Y4_DJ-cTTo0_0_10"),
+        ("Yabcdefghi_", "Yabcdefghi__0_10"),
+        ("_aBcDeF_0_1", "_aBcDeF_0_1"),
+        ("_aBcDeF_0_1", "Y_aBcDeF_0_1_9.000_19.000"),
+    ],
+)
+def test_names_of_audioset_clips(audioset, clip, stem):
+    line = f'{clip}, 0.000, 10.000, "/m/09x0r"\n'
+    (audioset / "balanced_train_segments.csv").write_text(AUDIOSET_HEADER + line)
+    (audioset / "eval_segments.csv").write_text(
+        AUDIOSET_HEADER + 'no_such_clp, 0.0, 9.0, "/m/09x0r"\n'
+    )
+    for path in audioset.glob("*/**/*.*"):
+        path.unlink()
+    touch(audioset, f"clips/{stem}.flac", "clips/other.wav", "clips/12_34.wav")
+    listing = layouts.list_audioset(audioset)
+    assert [file.id for file in listing.files] == [f"clips/{stem}.flac"]
+
+
+def test_audioset_takes_the_first_of_several_files_of_a_clip(audioset):
+    touch(audioset, "train/--PJHxphWEs.flac", "a/Y--PJHxphWEs.wav")
+    assert layouts.list_audioset(audioset).files[0].id == "a/Y--PJHxphWEs.wav"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "pattern"),
+    [
+        ("class_labels_indices.csv", None, "cannot read"),
+        ("class_labels_indices.csv", "0,/m/09x0r,Speech\n", "does not start with index,mid"),
+        (
+            "class_labels_indices.csv",
+            AUDIOSET_CLASSES + "5,/m/1,Bell\n",
+            "line 6: '5,/m/1,Bell' is not the",
+        ),
+        (
+            "class_labels_indices.csv",
+            AUDIOSET_CLASSES + "4,/m/1,Gush\n",
+            "line 6: '4,/m/1,Gush' is not the",
+        ),
+        ("balanced_train_segments.csv", None, "which --layout=audioset needs in --audio_dir"),
+        ("eval_segments.csv", None, "which --layout=audioset needs in --audio_dir"),
+        (
+            "eval_segments.csv",
+            AUDIOSET_HEADER + "__5TA9Hz45E, 20.0, 30.0\n",
+            "line 4: '__5TA9Hz45E, 20.0",
+        ),
+        ("eval_segments.csv", 'a, 0, 9, "/m/9"\n', "line 1: 'a, 0, 9, /m/9', expected a YouTube"),
+        ("eval_segments.csv", AUDIOSET_BALANCED, "lists --PJHxphWEs again"),
+    ],
+)
+def test_broken_lists_of_audioset(audioset, name, text, pattern):
+    (audioset / name).unlink()
+    if text is not None:
+        (audioset / name).write_text(text)
+    assert pattern in error_of("audioset", audioset)
+
+
+def test_audioset_becomes_a_multi_label_set(audioset, tmp_path, capsys):
+    pytest.importorskip("tensorflow_datasets")
+    (audioset / "unbalanced_train_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_UNBALANCED)
+    for name in ("train/--PJHxphWEs.wav", "abcdefghijk.flac", "__5TA9Hz45E.wav"):
+        write_wav(audioset / name, 0.1)
+    for name in ("train/YY4_DJ-cTTo0.mkv", "deep/down/__5TA9Hz45E.m4a"):
+        (audioset / name).unlink()
+    build(
+        layout="audioset", audio_dir=audioset, data_dir=tmp_path / "data", name="audioset",
+    )  # fmt: skip
+    split = dataset.open_split("audioset", "train+unbalanced+test", tmp_path / "data")
+    assert (split.is_multi_label, split.label_names) == (True, (SPEECH, MAN, GUSH, WOMAN))
+    assert {record["id"]: record["label"].tolist() for record in split.read(range(3))} == {
+        "train/--PJHxphWEs.wav": [0, 2], "abcdefghijk.flac": [0], "__5TA9Hz45E.wav": [2],
+    }  # fmt: skip
+    told = capsys.readouterr().out
+    assert "missing 3 of 6 clips that the lists name (50.0%)" in told
+    assert "4 labels, any number of them per clip: Speech, Male speech, man speaking, Gush" in told
+
+
 # --- all of them -----------------------------------------------------------------------------
 
 
@@ -276,9 +436,7 @@ def test_a_layout_becomes_a_data_set_and_missing_clips_are_told(esc50, tmp_path,
     for seed, path in enumerate(sorted((esc50 / "audio").iterdir())):
         write_wav(path, 31 if seed == 0 else 0.2, seed)
     write(esc50 / "meta" / "esc50.csv", ESC50 + "3-1-A-3.wav,3,3,cow,False,1,A\n")
-    directory = build(
-        layout="esc50", audio_dir=esc50, data_dir=tmp_path, name="esc50", num_processes=1
-    )
+    directory = build(layout="esc50", audio_dir=esc50, data_dir=tmp_path, name="esc50")
     split = dataset.open_split("esc50", "fold1+fold2+fold5", tmp_path)
     assert split.label_names == ("dog", "cow", "chirping_birds")
     assert not split.is_multi_label
@@ -307,7 +465,7 @@ def test_noise_is_cut_into_seconds(speech_commands_v1, tmp_path):
         write_wav(path, 3.4 if path.parent.name == "_background_noise_" else 0.1)
     build(
         layout="speech_commands_v1", audio_dir=root, test_dir=test, data_dir=tmp_path,
-        name="keywords", num_processes=1,
+        name="keywords",
     )  # fmt: skip
     for name, noise_file in (("train", "pink_noise"), ("valid", "running_tap")):
         split = dataset.open_split("keywords", name, tmp_path)

@@ -1,20 +1,19 @@
-"""The model against s3prl's expert itself: checkpoint file and clips in, hidden states out."""
+"""Our model against s3prl's expert: the same checkpoint file and clips, equal hidden states."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import soundfile
 from flax import nnx
-from test_config import shrink
 
-from maeast_jax import checkpoint, fbank
-from maeast_jax import config as configuration
+from maeast_jax import fbank
 from maeast_jax.data import demo_corpus
 from maeast_jax.export import export
 from maeast_jax.inference import pretrained
-from maeast_jax.model import MaeAst, ModelConfig, split_model
+from maeast_jax.model import MaeAst
 from maeast_jax.model import tokens as patches
 
+pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
 
 from benchmarks import fidelity, reference  # noqa: E402 (reference needs torch)
@@ -22,7 +21,7 @@ from benchmarks import fidelity, reference  # noqa: E402 (reference needs torch)
 if reference.missing():
     pytest.skip(reference.missing(), allow_module_level=True)
 
-# Of a layer's largest value; what is found is 5e-6.
+# Relative to a layer's largest value. The deviation found is 5e-6.
 TOLERANCE = 2e-5
 TINY = {
     "encoder_layers": 3,
@@ -36,7 +35,7 @@ TINY = {
 
 
 def clips_of(*num_samples):
-    """Float32 clips of so many samples, of various sounds; 5 s at most."""
+    """Float32 clips of these lengths, at most 5 s, of various sounds."""
     sounds = [demo_corpus.clip(family, 0) for family in demo_corpus.FAMILIES]
     return [
         np.float32(np.tile(sound, 2)[:samples]) / 32_768
@@ -45,7 +44,7 @@ def clips_of(*num_samples):
 
 
 def both(folder, **changes):
-    """(ours, s3prl's) of one random checkpoint."""
+    """(our model, s3prl's expert) of one random checkpoint."""
     path = reference.make_checkpoint(folder / "model.pt", **changes)
     models = pretrained.load(path), reference.expert(path)
     path.unlink()
@@ -53,7 +52,7 @@ def both(folder, **changes):
 
 
 def encode(model, clips):
-    """[layers, N, D] of real tokens of each clip of a batch."""
+    """Hidden states of the real tokens, [layers, N, D] per clip of a batch."""
     out = model.encode(*fidelity.batch(clips))
     states, real = np.asarray(out.hidden_states), ~np.asarray(out.padding)
     return [states[:, i, real[i]] for i in range(len(clips))]
@@ -78,7 +77,7 @@ def test_hidden_states_of_a_base_model_are_those_of_s3prl(tokens, tmp_path):
     [
         {"layer_norm_first": True},
         {"tokens": "8x32", "decoder_embed_dim": 32, "use_post_enc_proj": True},
-        {"encoder_embed_dim": 60, "decoder_embed_dim": 60},  # 15 a head
+        {"encoder_embed_dim": 60, "decoder_embed_dim": 60},  # 15 per head
     ],
 )
 def test_hidden_states_of_other_architectures_are_those_of_s3prl(changes, tmp_path):
@@ -109,7 +108,7 @@ def test_predictions_at_masked_places_are_those_of_s3prl(changes, tmp_path, monk
 
 
 def test_decoder_of_another_width_is_that_of_s3prl(tmp_path):
-    # Over all tokens: s3prl has no room for mask tokens of another width than the encoder's.
+    # All tokens take part: s3prl's mask token has the encoder's width, so it fits no other decoder.
     changes = {"decoder_embed_dim": 32, "use_post_enc_proj": True}
     model, expert = both(tmp_path, **TINY | changes)
     fbank_1xTxF = fbank.fbank(clips_of(21_000)[0][None])
@@ -131,49 +130,44 @@ def assert_close(actual, expected):
 
 
 @pytest.fixture(scope="module", params=["patch", "frame"])
-def tiny(request, tmp_path_factory):
-    """(frames a token, tokens a moment, ours, s3prl's)"""
+def tiny_models(request, tmp_path_factory):
+    """(frames per token, tokens per time step, our model, s3prl's expert)"""
     model, expert = both(tmp_path_factory.mktemp("tiny"), tokens=request.param, **TINY)
     frames, bands = model.config.patch_shape
     return frames, fbank.NUM_MEL_BANDS // bands, model, expert
 
 
-def test_a_clips_last_partial_patch_is_a_token_only_beside_a_longer_clip(tiny):
-    frames, per_moment, model, expert = tiny
+def test_a_clips_last_partial_patch_is_a_token_only_beside_a_longer_clip(tiny_models):
+    frames, per_step, model, expert = tiny_models
     clip, longer = clips_of(fbank.num_samples(3 * frames + 1), fbank.num_samples(6 * frames))
     for embed, embedder in ((encode, model), (encode_theirs, expert)):
         (alone,) = embed(embedder, [clip])
         beside, _ = embed(embedder, [clip, longer])
-        assert alone.shape[1] == 3 * per_moment
-        assert beside.shape[1] == 4 * per_moment
-        # What it says of the rest of the clip changes with it.
-        assert np.abs(alone - beside[:, : 3 * per_moment]).max() > 0.01
+        assert alone.shape[1] == 3 * per_step
+        assert beside.shape[1] == 4 * per_step
+        # The hidden states of the clip's other tokens change with it.
+        assert np.abs(alone - beside[:, : 3 * per_step]).max() > 0.01
     for clips in ([clip], [clip, longer]):
         found = fidelity.deviations(model, expert, clips)
         assert all(deviation.relative < TOLERANCE for deviation in found)
 
 
-def test_a_clip_of_whole_patches_is_embedded_alike_in_any_batch(tiny):
-    frames, per_moment, model, expert = tiny
-    # The most samples that give so many frames.
+def test_a_clip_of_whole_patches_has_equal_hidden_states_in_any_batch(tiny_models):
+    frames, per_step, model, expert = tiny_models
+    # 159 is the most samples that add no frame.
     clip, longer = clips_of(fbank.num_samples(32) + 159, fbank.num_samples(101))
     for embed, embedder in ((encode, model), (encode_theirs, expert)):
         (alone,) = embed(embedder, [clip])
         beside, _ = embed(embedder, [clip, longer])
-        assert alone.shape[1] == beside.shape[1] == 32 // frames * per_moment
+        assert alone.shape[1] == beside.shape[1] == 32 // frames * per_step
         np.testing.assert_allclose(alone, beside, rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
 @pytest.mark.parametrize("encoder_only", [False, True], ids=["whole", "encoder"])
 @pytest.mark.parametrize("changes", [{}, {"decoder_width": 32}, {"pre_norm": True}], ids=str)
-def test_what_is_exported_loads_strictly_in_s3prl(changes, encoder_only, tmp_path):
-    config = shrink(configuration.pretrain())
-    config.model.update(encoder_layers=2, width=64, heads=4, decoder_width=64, mlp_width=96)
-    config.model.update(changes)
-    _, params, statistics = split_model(MaeAst(ModelConfig(**config.model), nnx.Rngs(0)))
-    statistics["input_norm"] |= {"mean": jnp.float32(-6.5), "variance": jnp.float32(17)}
-    weights = {"params": params, "statistics": statistics}
-    checkpoint.write_parts(tmp_path / "run", {"weights": weights}, {"config": config.to_dict()})
+def test_an_exported_file_loads_strictly_in_s3prl(changes, encoder_only, tmp_path):
+    sizes = {"width": 64, "heads": 4, "decoder_width": 64, "mlp_width": 96}
+    runs.write(tmp_path / "run", **sizes | changes)
     export(tmp_path / "run", tmp_path / "x.pt", encoder_only=encoder_only)
     expert = reference.expert(tmp_path / "x.pt")  # load_state_dict(strict=True)
     ours = pretrained.load(tmp_path / "run")
@@ -181,7 +175,7 @@ def test_what_is_exported_loads_strictly_in_s3prl(changes, encoder_only, tmp_pat
         assert deviation.relative < TOLERANCE
 
 
-def test_the_table_has_a_row_a_layer(tmp_path, capsys):
+def test_the_table_has_a_row_per_layer(tmp_path, capsys):
     path = reference.make_checkpoint(tmp_path / "tiny.pt", **TINY)
     sound = tmp_path / "sound.wav"
     soundfile.write(sound, clips_of(9_000)[0], 16_000)
@@ -192,6 +186,6 @@ def test_the_table_has_a_row_a_layer(tmp_path, capsys):
     assert [line.split(" ")[1] for line in lines[4:]] == ["1", "2", "3"]
 
 
-def test_a_table_of_nothing_is_one_line(tmp_path):
+def test_a_missing_clip_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: .*missing.wav: not found$"):
         fidelity.main([str(tmp_path / "missing.wav")])

@@ -1,6 +1,5 @@
-"""Metrics survive a kill with every step once; progress is plain arithmetic on a clock."""
+"""Metrics survive a kill with every step once."""
 
-import io
 import json
 import struct
 
@@ -8,13 +7,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from maeast_jax.runtime import terminal
 from maeast_jax.training import metrics_writer
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def text(workdir):
@@ -158,74 +151,3 @@ def test_a_resumed_run_keeps_the_event_file_of_the_first(tmp_path):
     write_steps(tmp_path, [30], resume_step=20)
     steps = [event.step for event in events(tmp_path) if event.summary.value]
     assert sorted(steps) == [10, 20, 30]
-
-
-def test_plain_progress_is_a_line_an_update():
-    out = io.StringIO()
-    progress = terminal.Progress(1500, start_step=100, stream=out)
-    progress.update(110, np.float32(5.5))
-    progress.update(200, 5.1234, 64.06, 1300.0)
-    progress.say("saved step 200")
-    progress.update(1499, 2.0, 64.0, 3603.2)
-    progress.close()
-    assert out.getvalue().splitlines() == [
-        "step 110/1500  loss 5.500",
-        "step 200/1500  loss 5.123  64.1 clips/s  21:40 left",
-        "saved step 200",
-        "step 1499/1500  loss 2.000  64.0 clips/s  1:00:03 left",
-    ]
-
-
-def test_progress_on_a_terminal_is_one_bar_with_lines_above():
-    out = Terminal()
-    progress = terminal.Progress(200, start_step=50, stream=out)
-    progress.update(100, 5.0)
-    progress.update(150, 4.0, 320.0, 10.0)
-    progress.say("saved step 150")
-    progress.close()
-    shown = out.getvalue()
-    assert shown.startswith("\r 25%|")
-    assert "\r 75%|" in shown
-    assert "step 150/200  loss 4.000  320.0 clips/s  0:10 left" in shown
-    assert "\rsaved step 150\n" in shown
-    assert shown.count("\n") == 2  # the line that was said, and the bar's own end
-
-
-def test_progress_goes_to_stderr(capsys):
-    progress = terminal.Progress(2)
-    progress.update(1, 1.0)
-    progress.close()
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "step 1/2  loss 1.000\n"
-
-
-def test_announcement_is_aligned():
-    table = terminal.announce(
-        {"model": "mae_ast", "tokens": "128 kept\n384 masked", "to": "/runs/1"}
-    )
-    assert table == ("model   mae_ast\ntokens  128 kept\n        384 masked\nto      /runs/1")
-    assert terminal.announce({}) == ""
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "expected"),
-    [
-        (0, "", "0"),
-        (512, "", "512"),
-        (512, "B", "512 B"),
-        (999, "", "999"),
-        (0.25, "s", "0.250 s"),
-        (1000, "", "1.00 k"),
-        (86_400_000, "", "86.4 M"),
-        (1.75e9, "B", "1.75 GB"),
-        (1.5e9, "B", "1.50 GB"),
-        (38.4e9, "F", "38.4 GF"),
-        (384e9, "F", "384 GF"),
-        (999_600, "", "1.00 M"),
-        (-2_500, "", "-2.50 k"),
-        (4.2e18, "F", "4.20 EF"),
-    ],
-)
-def test_quantities_have_three_digits(value, unit, expected):
-    assert terminal.si(value, unit) == expected

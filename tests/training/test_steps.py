@@ -337,7 +337,7 @@ def test_parts_of_a_checkpoint_make_the_state_again():
 @pytest.mark.parametrize("weights", [{"mse": -1.0}, {"mse": 0.0, "info_nce": 0.0}])
 def test_loss_weights_that_make_no_loss_are_refused(weights):
     with pytest.raises(ValueError, match="must not be negative, nor both zero"):
-        LossConfig(**weights)
+        LossConfig(**tiny.section("loss", **weights))
 
 
 def test_losses_are_the_authors(golden):

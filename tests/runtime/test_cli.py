@@ -1,0 +1,328 @@
+"""The edge of programs: every end has its exit code, and every error is one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from maeast_jax.runtime import cli
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(batch_size="4"):
+    config = ConfigDict({"batch_size": int(batch_size), "rate": 0.5, "model": {"width": 16}})
+    return config.lock()
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The path of a configuration file."""
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs a program in this process; returns its exit code and standard error."""
+
+    def run(*argv, main=lambda *_: None, start=cli.run, **options):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+        # absl's own parses the flags of a process only once.
+        monkeypatch.setattr(cli.app, "run", lambda call, flags_parser: call(flags_parser(sys.argv)))
+        monkeypatch.setattr(cli, "_leave", sys.exit)
+        # Loaded again, a module keeps the functions that its new text lacks.
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
+            start(main, **options)
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_a_program_gets_its_configuration_with_the_fields_set(run, config):
+    got = []
+    code, told = run(
+        f"--config={config}:8", "--workdir=x", "--config.model.width=32",
+        main=lambda *given: got.extend(given),
+    )  # fmt: skip
+    assert (code, told) == (0, "")
+    assert (got[0].batch_size, got[0].model.width, got[1]) == (8, 32, "x")
+
+
+def test_a_program_may_have_a_default_configuration_flags_of_its_own_and_no_workdir(run, config):
+    def main(got):
+        assert (got.batch_size, got.model.width) == (4, 32)
+        assert "config.model.width" in flags.FLAGS and "config.batch_size" not in flags.FLAGS
+        return 5
+
+    options = {"main": main, "workdir": False, "default_config": str(config)}
+    assert run("--config.model.width=32", **options) == (5, "")
+    assert run(f"--config={config}", "--config.model.width=32", **options) == (5, "")
+    code, told = run("--config.model.widht=32", **options)
+    assert code == 2 and 'Did you mean "width"' in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--workdir=x"], "--config is missing (--help lists the flags)"),
+        ([], "--config and --workdir are missing (--help lists the flags)"),
+        (["--config={}", "--wrokdir=x"], "flag 'wrokdir'. Did you mean: workdir ?"),
+        (["--config={}", "--config.model.widht=3"], 'Did you mean "width" instead of "widht"?'),
+        (["--config={}", "--config.modle.width=3"], 'Did you mean "model" instead of "modle"?'),
+        (["--config={}", "--config.model.q=3"], "'q'; maeast_jax/config.py lists the fields"),
+        (["--config={}", "--config.batch_size=abc"], "flag --config.batch_size=abc: invalid"),
+        (["--config={}", "--config.rate=abc"], "flag --config.rate=abc: could not convert"),
+        (["--config={}", "--config.model=3"], "flag --config.model=3: Failed to parse"),
+        (["--config={}", "--config.rate"], "Missing value for flag --config.rate"),
+        (["--config=nowhere.py", "--workdir=x"], "No such file or directory: 'nowhere.py'"),
+        (["--config={}", "--workdir=x", "rate=3"], "'rate=3' is not a flag; fields are set as"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(run, config, argv, message):
+    code, told = run(*(word.format(config) for word in argv))
+    assert code == 2 and told.startswith("error: ") and message in told, told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            f"{CONFIG}\nmade = get_config\ndef get_config():\n    made().model.widht = 3\n",
+            '{}: line 10: AttributeError: Did you mean "width" instead of "widht"?',
+        ),
+        (
+            f'{CONFIG}\nmade = get_config\ndef get_config():\n    made().model.width = "a"\n',
+            "{}: Error whilst parsing config file: TypeError: Could not override field 'width'",
+        ),
+        ("def get_config():\n    return 1 / 0\n", "{}: line 2: ZeroDivisionError: division by"),
+        ("import no_such_module\n", "{}: line 1: ModuleNotFoundError: No module named"),
+        ("x = 3\n\ndef get_config(:\n", "{}: SyntaxError: invalid syntax (config.py, line 3)"),
+        ("x = 3\n", "{}: AttributeError: module 'config_config' has no attribute 'get_config'"),
+    ],
+)
+def test_a_mistake_in_a_configuration_file_is_one_line_that_names_its_place(
+    run, config, text, message
+):
+    config.write_text(text)
+    code, told = run(f"--config={config}", "--workdir=x")
+    assert code == 2 and message.format(f"--config={config}") in told, told
+    assert told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (cli.Interrupted(signal.SIGTERM, 3), 143, "stopped by SIGTERM at step 3, which is saved;"),
+        (cli.NonFiniteError("loss is nan"), 3, "error: loss is nan\n"),
+        (cli.PeerLostError("it is gone"), 75, "error: it is gone\n"),
+        (ValueError("shapes differ"), 2, "error: shapes differ\n"),
+        (MemoryError("the devices are full"), 1, "error: the devices are full\n"),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
+        (OSError(13, "Permission denied", "f"), 1, "error: f Permission denied\n"),
+        (KeyboardInterrupt(), 130, "error: stopped before it could save: the same command"),
+        (ModuleNotFoundError("No module named 'x'"), 2, "error: No module named 'x': pip install"),
+    ],
+)
+def test_every_end_has_its_exit_code_and_is_one_line(run, config, error, code, message):
+    def fail(*_):
+        raise error
+
+    got, told = run(f"--config={config}", "--workdir=x", main=fail)
+    assert got == code and told.startswith(message) and told.count("\n") == 1, told
+
+
+def test_an_unexpected_error_keeps_its_traceback_and_has_a_code_of_its_own(run, config):
+    def fail(*_):
+        raise RuntimeError("INTERNAL: core halted")
+
+    code, told = run(f"--config={config}", "--workdir=x", main=fail)
+    assert code == 70 and "Traceback" in told and "core halted" in told
+
+
+def test_with_verbosity_a_mistake_has_its_traceback_too(run, config):
+    def fail(*_):
+        raise ValueError("shapes differ")
+
+    code, told = run(f"--config={config}", "--workdir=x", "--verbosity=0", main=fail)
+    assert code == 2 and "Traceback" in told and told.endswith("error: shapes differ\n")
+
+
+def test_a_program_of_several_processes_joins_them_first(run, config):
+    calls = []
+    options = {"main": lambda *_: calls.append("main"), "join": lambda *given: calls.append(given)}
+    argv = [f"--config={config}", "--workdir=x"]
+    assert run(*argv, **options) == (0, "") and calls == ["main"]
+    calls.clear()
+    assert run(*argv, "--distributed", **options) == (0, "")
+    assert calls == [(None, None, None), "main"]
+    calls.clear()
+    address = ["--coordinator=h:1", "--num_processes=2", "--process_id=0"]
+    assert run(*argv, *address, **options) == (0, "") and calls == [("h:1", 2, 0), "main"]
+
+
+@pytest.mark.parametrize(
+    ("error", "leaves"),
+    [
+        (None, False),
+        (cli.Interrupted(signal.SIGTERM, 3), False),
+        (cli.NonFiniteError("loss is nan"), False),
+        (ValueError("no such file"), True),
+        (RuntimeError("INTERNAL"), True),
+        (cli.PeerLostError("it is gone"), True),
+        (KeyboardInterrupt(), True),
+    ],
+)
+def test_a_joined_process_waits_for_the_others_only_at_an_end_they_share(
+    run, config, monkeypatch, error, leaves
+):
+    def main(*_):
+        if error:
+            raise error
+
+    def leave(code):
+        left.append(code)
+        sys.exit(code)
+
+    def start(*arguments, **options):
+        monkeypatch.setattr(cli, "_leave", leave)
+        cli.run(*arguments, **options)
+
+    left = []
+    argv = [f"--config={config}", "--workdir=x", "--distributed"]
+    code, _ = run(*argv, main=main, start=start, join=lambda *_: None)
+    assert left == ([code] if leaves else [])
+
+
+def test_a_program_of_flags_alone_gets_the_other_arguments(run):
+    def start(main, required):
+        flags.DEFINE_string("output", None, "")
+        cli.run_flags(main, required)
+
+    def main(arguments):
+        return 0 if arguments == ["a.wav", "b.wav"] else 9
+
+    options = {"main": main, "start": start, "required": ["output"]}
+    assert run("a.wav", "--output=x", "b.wav", **options) == (0, "")
+    missing = (2, "error: --output is missing (--help lists the flags)\n")
+    assert run("a.wav", **options) == missing
+    assert run("a.wav", "--output=", **options) == missing
+    code, told = run("--ouptut=x", **options)
+    assert code == 2 and "'ouptut'. Did you mean: output ? (--help lists the flags)\n" in told
+
+
+def test_a_loop_notes_signals_and_a_second_ctrl_c_acts_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with cli.stop_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_outside_of_the_main_thread_no_signal_is_caught():
+    def enter():
+        with cli.stop_signals() as caught:
+            seen.append(caught)
+
+    seen = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [[]]
+
+
+def run_program(text, *argv):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", text, *map(str, argv)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_ctrl_c_ends_a_program_also_where_its_exception_is_swallowed():
+    """Python ignores what a callback of its garbage collector raises, and jax has one."""
+    done = run_program("""
+import gc, os, signal, time
+from maeast_jax.runtime import cli
+
+cli._UNWINDING_SECONDS = 0.2
+
+def collected(phase, info):
+    if phase == "start" and not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGINT))
+
+def main(arguments):
+    gc.callbacks.append(collected)
+    gc.collect()
+    print("swallowed", flush=True)
+    time.sleep(30)
+
+sent = []
+cli.run_flags(main, required=())
+""")
+    assert done.stdout == "swallowed\n" and "Exception ignored" in done.stderr
+    assert done.returncode == 130
+    assert done.stderr.endswith("error: interrupted, nothing was written\n")
+
+
+def test_ctrl_c_lets_a_program_clean_up_and_stays_ignored_where_the_shell_says_so():
+    text = """
+import os, signal, sys
+from maeast_jax.runtime import cli
+
+def main(arguments):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        print("cleaned up")
+
+if sys.argv[1:]:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+cli.run_flags(main, required=())
+"""
+    done = run_program(text)
+    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
+    assert done.stderr == "error: interrupted, nothing was written\n"
+    assert run_program(text, "ignored").returncode == 0
+
+
+# Orbax logs a page per thread about a full disk, and then raises the exception itself.
+FULL_DISK = """
+from absl import logging
+from maeast_jax.runtime import cli
+
+def main(config, workdir):
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError:
+        logging.exception("a page of Orbax's")
+    logging.warning("a warning")
+    raise OSError(28, "No space left on device")
+
+cli.run(main)
+"""
+
+
+def test_pages_that_libraries_log_about_an_error_are_left_out_and_warnings_are_not(config):
+    argv = [f"--config={config}", "--workdir=x"]
+    done = run_program(FULL_DISK, *argv)
+    told = done.stderr.splitlines()
+    assert done.returncode == 1 and told[-1] == "error: No space left on device"
+    assert len(told) == 2 and "a warning" in told[0], done.stderr
+    assert "a page of Orbax's" in run_program(FULL_DISK, *argv, "--verbosity=0").stderr
+
+
+def test_help_lists_the_flags_and_is_no_error():
+    done = run_program(FULL_DISK, "--help")
+    assert done.returncode == 0 and "--workdir" in done.stdout and "--config" in done.stdout
