@@ -128,7 +128,7 @@ class SpectrogramEncoder(nnx.Module):
             lengths_B = np.asarray(lengths_B, np.int32)
             if lengths_B.shape != (num_clips,):
                 raise ValueError(
-                    f"lengths are {lengths_B.shape}, expected one per clip, ({num_clips},)"
+                    f"lengths are {lengths_B.shape}, expected one per clip, {num_clips}"
                 )
             for length in lengths_B:
                 if not fbank.FRAME_LENGTH <= length <= num_samples:
