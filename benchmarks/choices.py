@@ -1,11 +1,11 @@
-"""python -m benchmarks.choices [--batch=8]: parts of the training step, and what they could be.
+"""python -m benchmarks.choices [--batch=8]: times of the training step's parts and alternatives.
 
-Each at the base model's shapes (512 tokens, 128 of them kept, width 768, 12 heads), compiled by
-itself, on the first device that jax sees: the time of a call, the median of samples that each queue
-many calls and wait for the last, forward and backward where gradients flow through it. Matrix
-products and layouts in --dtype, the optimiser and random numbers as training has them. A table in
-Markdown, the first row of each part what the model does; a choice that this device cannot run is a
-row that says so.
+Prints a Markdown table. The first row of each part is what the model does, the other rows are what
+it could do instead. Each choice runs at the base model's shapes (512 tokens, 128 of them kept,
+width 768, 12 heads), compiled by itself, on the first device that jax sees, and with its backward
+pass if gradients flow through it. Its time per call is the median over samples; each sample queues
+many calls and waits for the last. Matrix products and layouts compute in --dtype, the optimiser and
+random numbers as in training. A choice that the device cannot run is a row that says so.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from benchmarks import beside
+from maeast_jax import config as configuration
 from maeast_jax.model import (
     EPSILON,
     LayerNorm,
@@ -30,12 +31,12 @@ from maeast_jax.model import (
     product,
     take_tokens,
 )
-from maeast_jax.runtime import memory
+from maeast_jax.runtime import memory, processor
 from maeast_jax.training import optimizer
 
 _RATE = 0.1
 _SAMPLES = 10
-# Calls whose results, up to half a gigabyte each, a device may have to hold at once.
+# A device may have to hold the results of so many calls at once, up to half a gigabyte each.
 _MOST_QUEUED = 50
 
 
@@ -64,7 +65,7 @@ def choices(size: Size) -> list[Choice]:
 
 
 def dropout_masks(size: Size) -> list[Choice]:
-    """Which of a decoder layer's attention weights stay."""
+    """The mask that drops a decoder layer's attention weights."""
     shape = (size.batch, size.heads, size.tokens, size.tokens)
     threshold = jnp.uint32((1 - _RATE) * 2**32)
 
@@ -90,7 +91,7 @@ def products(size: Size) -> list[Choice]:
 
     part = f"matrix product, {size.batch * size.tokens} x {size.width} by {4 * size.width}"
     return [
-        Choice(part, "`products.product`", _with_gradients(lambda x, kernel: product(
+        Choice(part, "`ops.product`", _with_gradients(lambda x, kernel: _product(
             "bnd,de->bne", x, kernel)), (x, kernel)),
         Choice(part, "`jnp.einsum`", _with_gradients(einsum), (x, kernel)),
     ]  # fmt: skip
@@ -101,7 +102,7 @@ def bias_gradients(size: Size) -> list[Choice]:
     bias = jnp.ones(4 * size.width)
     part = f"bias, {_shape(x.shape)}"
     return [
-        Choice(part, "`products.add_bias`", _with_gradients(add_bias), (x, bias)),
+        Choice(part, "`ops.add_bias`", _with_gradients(add_bias), (x, bias)),
         Choice(part, "`x + bias`", _with_gradients(lambda x, bias: x + bias.astype(x.dtype)),
                (x, bias)),
     ]  # fmt: skip
@@ -111,7 +112,7 @@ def gelus(size: Size) -> list[Choice]:
     x = _noise((size.batch, size.tokens, 4 * size.width), size)
     part = f"GELU, {_shape(x.shape)}"
     return [
-        Choice(part, "`activations.gelu`", _with_gradients(gelu), (x,)),
+        Choice(part, "`ops.gelu`", _with_gradients(gelu), (x,)),
         Choice(part, "`jax.nn.gelu`",
                _with_gradients(lambda x: jax.nn.gelu(x, approximate=False)), (x,)),
     ]  # fmt: skip
@@ -132,7 +133,7 @@ def layer_norms(size: Size) -> list[Choice]:
 
     part = f"layer norm, {_shape(x.shape)}"
     return [
-        Choice(part, "`layer_norm.LayerNorm`", *call(ours)),
+        Choice(part, "`ops.LayerNorm`", *call(ours)),
         Choice(part, "`nnx.LayerNorm`, float32", *call(flaxs)),
     ]
 
@@ -146,35 +147,35 @@ def head_layouts(size: Size) -> list[Choice]:
     kernel = _noise((size.width, 3, size.heads, head_width), size)
 
     def heads_first(x, kernel):
-        q, k, v = product("bnd,dchk->cbhnk", x, kernel)
-        weights = jax.nn.softmax(product("bhmk,bhnk->bhmn", q, k, jnp.float32)).astype(x.dtype)
-        return product("bhmn,bhnk->bhmk", weights, v)
+        q, k, v = _product("bnd,dchk->cbhnk", x, kernel)
+        weights = jax.nn.softmax(_product("bhmk,bhnk->bhmn", q, k, jnp.float32)).astype(x.dtype)
+        return _product("bhmn,bhnk->bhmk", weights, v)
 
     def tokens_first(x, kernel):
-        q, k, v = product("bnd,dchk->cbnhk", x, kernel)
-        weights = jax.nn.softmax(product("bmhk,bnhk->bhmn", q, k, jnp.float32)).astype(x.dtype)
-        return product("bhmn,bnhk->bmhk", weights, v)
+        q, k, v = _product("bnd,dchk->cbnhk", x, kernel)
+        weights = jax.nn.softmax(_product("bmhk,bnhk->bhmn", q, k, jnp.float32)).astype(x.dtype)
+        return _product("bhmn,bnhk->bmhk", weights, v)
 
     def library(x, kernel):
-        return jax.nn.dot_product_attention(*product("bnd,dchk->cbnhk", x, kernel), scale=1.0)
+        return jax.nn.dot_product_attention(*_product("bnd,dchk->cbnhk", x, kernel), scale=1.0)
 
     part = f"attention without dropout, {size.dtype}"
     calls = {"heads before tokens": heads_first, "tokens before heads": tokens_first,
              "`jax.nn.dot_product_attention`": library}  # fmt: skip
     if jax.default_backend() == "gpu":
         calls["the same, by cudnn"] = lambda x, kernel: jax.nn.dot_product_attention(
-            *product("bnd,dchk->cbnhk", x, kernel), scale=1.0, implementation="cudnn"
+            *_product("bnd,dchk->cbnhk", x, kernel), scale=1.0, implementation="cudnn"
         )
     return [Choice(part, name, _with_gradients(call), (x, kernel)) for name, call in calls.items()]
 
 
 def kept_tokens(size: Size) -> list[Choice]:
-    """Rows of the tokens that the encoder sees."""
+    """Taking the tokens that the encoder sees."""
     x = _noise((size.batch, size.tokens, size.width), size)
     places_BxK, _ = _mask(size)(jax.random.key(0))
 
     def one_hot(x):
-        return product("bkn,bnd->bkd", jax.nn.one_hot(places_BxK, size.tokens, dtype=x.dtype), x)
+        return _product("bkn,bnd->bkd", jax.nn.one_hot(places_BxK, size.tokens, dtype=x.dtype), x)
 
     part = f"{size.kept} of {size.tokens} tokens a clip"
     return [
@@ -188,12 +189,13 @@ def masks(size: Size) -> list[Choice]:
 
 
 def updates(size: Size) -> list[Choice]:
-    """AdamW on as many layers' kernels, each kind's stacked, as the model holds them."""
+    """AdamW on the kernels of `size.optimizer_layers` layers, stacked as the model holds them."""
     layers, width = size.optimizer_layers, size.width
     shapes = [(layers, width, 3 * width), (layers, width, width), (layers, width, 4 * width),
               (layers, 4 * width, width)]  # fmt: skip
     parameters = [jnp.ones(shape) for shape in shapes]
-    as_is = optimizer.adamw(optimizer.OptimizerConfig(), 1e-4)
+    settings = configuration.pretrain().optimizer.to_dict()
+    as_is = optimizer.adamw(optimizer.AdamWConfig(**settings), 1e-4)
 
     def update(transform):
         def call(parameters, state):
@@ -203,18 +205,18 @@ def updates(size: Size) -> list[Choice]:
         return call
 
     part = f"AdamW, {sum(leaf.size for leaf in parameters) / 1e6:.0f} M parameters"
-    named = {"an array a kind": as_is, "all in one vector": optax.flatten(as_is)}
+    named = {"one array per kind": as_is, "all in one vector": optax.flatten(as_is)}
     return [
         Choice(part, name, update(transform), (parameters, transform.init(parameters)))
         for name, transform in named.items()
     ]
 
 
-def seconds_a_call(choice: Choice, seconds: float) -> float:
-    """The median of _SAMPLES or so that share `seconds`, each of as many calls as fill its share.
+def seconds_per_call(choice: Choice, seconds: float) -> float:
+    """The time per call: the median of about _SAMPLES samples that share `seconds`.
 
-    A sample waits once, for its last call: a device runs calls in the order that it got them, and
-    to wait for each would be to measure the host where the device is fast.
+    Each sample makes as many calls as fill its share and waits once, for the last: a device runs
+    calls in order, and waiting for each call would measure the host where the device is fast.
     """
     call = jax.jit(choice.call)
 
@@ -234,9 +236,9 @@ def seconds_a_call(choice: Choice, seconds: float) -> float:
 
 
 def row(choice: Choice, seconds: float) -> str:
-    """A line of the table; of a choice that failed, why."""
+    """A line of the table, with the time or with the error of a choice that failed."""
     try:
-        took = _duration(seconds_a_call(choice, seconds))
+        took = _duration(seconds_per_call(choice, seconds))
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         took = f"failed: {type(error).__name__}: {first_line}".replace("|", "/")
@@ -258,13 +260,18 @@ def _mask(size: Size) -> Callable:
 
 
 def _with_gradients(call: Callable) -> Callable:
-    """`call`, and its gradients for a gradient that is like its result."""
+    """`call` with its backward pass, which takes the result for the gradient of the result."""
 
     def both(*arguments):
         out, backward = jax.vjp(call, *arguments)
         return out, backward(out)
 
     return both
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
+    """The model's product, as this machine's CPU multiplies best."""
+    return product(spec, x, y, dtype, float32_factors=not processor.multiplies_bfloat16())
 
 
 def _noise(shape: tuple[int, ...], size: Size) -> jax.Array:
@@ -281,12 +288,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=beside.positive, default=Size().batch)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=Size().dtype)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each row")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per row")
     options = parser.parse_args(arguments)
     device = jax.devices()[0]
     memory.keep_freed(0)
     print(f"{device.device_kind}, batch {options.batch}, {options.dtype}\n")
-    print("| part | choice | a call |\n|---|---|---|")
+    print("| part | choice | per call |\n|---|---|---|")
     for choice in choices(Size(batch=options.batch, dtype=options.dtype)):
         print(row(choice, options.seconds), flush=True)
 

@@ -45,8 +45,8 @@ def configuration(method: str, options: argparse.Namespace, name: str, percent: 
     if kind in ("frozen", "tuned"):
         config.init_from = str(options.pretrained)
     else:
-        model = pretrained.read(str(options.pretrained)).config
-        for field in pretrained.ENCODER_FIELDS:
+        model = pretrained.read(str(options.pretrained)).config.encoder_only()
+        for field in model.architecture_fields:
             config.model[field] = getattr(model, field)
     # Runs with few labels take as many steps as with all, so that only the labels differ.
     config.total_steps = options.steps

@@ -1,11 +1,11 @@
-"""Bytes that a device sends in a compiled program, read from its HLO."""
+"""The bytes that one device sends in a compiled program, read from its HLO."""
 
 import math
 import re
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
           "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
-# Of n devices in a ring, how often each sends its result's bytes.
+# How often each of n devices in a ring sends the bytes of the exchange's result.
 _SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -20,9 +20,9 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 def bytes_by_kind(hlo: str) -> dict[str, float]:
-    """{kind of exchange: bytes that a device sends}, loops counted as often as they turn.
+    """{kind of exchange: bytes that one device sends}; a loop's exchanges count once per turn.
 
-    Raises ValueError for a loop that holds an exchange and whose turns are not known.
+    Raises ValueError for a loop with an exchange if the HLO does not say how often it turns.
     """
     computations = _computations(hlo)
     entry = next(name for name in computations if name.startswith("ENTRY "))
@@ -41,7 +41,7 @@ def bytes_by_kind(hlo: str) -> dict[str, float]:
                 if "body=" in line and f"body=%{called}" in line:
                     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
                     if not known and _holds_exchange(computations, called):
-                        raise ValueError(f"how often the loop {called} turns is not known")
+                        raise ValueError(f"the number of turns of the loop {called} is unknown")
                     turns = int(known[1]) if known else 1
                 walk(called, times * turns)
 
@@ -80,16 +80,19 @@ def _size(shapes: str) -> int:
 
 
 def _group_size(line: str) -> int:
-    """Devices that exchange with each other; ValueError for a notation not known here."""
+    """The number of devices that exchange with each other.
+
+    Raises ValueError if the line names them in an unknown notation.
+    """
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(iota[1])
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(groups[1].split(","))
-    # Axes of a mesh: mesh['a'=2,'b'=4] {'b'}, of an axis' part {'b':(1)2}.
+    # Axes of a mesh: mesh['a'=2,'b'=4] {'b'}; a part of an axis: {'b':(1)2}.
     if groups := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
         axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", groups[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if "source_target_pairs" in line:
         return 2  # a permutation: each sends once
-    raise ValueError(f"whose exchange is this? {line.strip()[:200]}")
+    raise ValueError(f"the devices of this exchange are unknown: {line.strip()[:200]}")

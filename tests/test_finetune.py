@@ -268,7 +268,7 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("mode", "train", "config.mode='train' is unknown; known: finetune, linear, knn"),
         ("select", "first", "config.select='first' is unknown; known: best, last, average"),
         ("init_from", "nowhere", "nowhere does not exist"),
-        ("head.layer", "7", "head.layer=7 is not one of the model's 3"),
+        ("head.layer", "7", "head.layer='7' is not one of the model's 3"),
         ("data.train", "", "data.train is empty: name a labelled data set"),
         ("data.train", "nothing", "no data set 'nothing'"),
         ("data.test", "tones@train*3", r"data.test='tones@train\*3' has weights, .* drop"),

@@ -3,14 +3,44 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+
 from maeast_jax import config as configuration
-from maeast_jax.model import ModelConfig
+from maeast_jax.model import HeadConfig, ModelConfig
 
 
 def model_config(**changes) -> ModelConfig:
     """The paper's model in float32, its layers in a scan, with `changes`."""
     fields = configuration.pretrain().model.to_dict()
     return ModelConfig(**(fields | {"dtype": "float32", "unroll": False} | changes))
+
+
+def head_config(**changes) -> HeadConfig:
+    """Returns SSAST's head over time, with `changes`."""
+    return HeadConfig(**section("head", configuration.finetune, **changes))
+
+
+def authors_config(tokens: str = "patch", **changes) -> ModelConfig:
+    """Returns the model of the golden files, without dropout and layer drop, with `changes`."""
+    fields = {
+        "encoder_layers": 3, "decoder_layers": 2, "width": 64, "heads": 4, "mlp_width": 128,
+        "decoder_width": 64, "input_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0,
+        "layer_drop": 0.0, "tokens": tokens,
+    }  # fmt: skip
+    return model_config(**(fields | changes))
+
+
+def random_places(clips: int = 2, tokens: int = 96, kept: int = 24):
+    """Returns (kept int32 [clips, kept], masked int32 [clips, rest]) as `mask_tokens` draws."""
+    order = np.argsort(np.random.default_rng(1).random((clips, tokens)), axis=1).astype(np.int32)
+    return np.sort(order[:, :kept]), np.sort(order[:, kept:])
+
+
+def assert_close(actual, expected, relative: float = 1e-4):
+    """Asserts equality to `relative` of the largest value: elements near 0 are sums that cancel."""
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=relative * np.abs(expected).max())
 
 
 def section(name: str, of=configuration.pretrain, /, **changes) -> dict:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maeast_jax.model import COMPUTE_DTYPES, flops, product
-from maeast_jax.runtime import memory, sharding
+from maeast_jax.runtime import memory, processor, sharding
 from maeast_jax.runtime.cli import NonFiniteError
 from maeast_jax.training import Pretraining, loop
 
@@ -272,10 +272,11 @@ def matrix_rate(mesh: Mesh, dtype: str) -> float:
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = sharding.replicated(mesh)
     kind = COMPUTE_DTYPES[dtype]
+    float32_factors = not processor.multiplies_bfloat16()
 
     def chain(left, right):
         for _ in range(_CHAIN):
-            left = product("mk,kn->mn", left, right)
+            left = product("mk,kn->mn", left, right, float32_factors=float32_factors)
         return left
 
     chain = jax.jit(sharding.traced_on(mesh, chain), out_shardings=rows)

@@ -235,12 +235,10 @@ def evaluations(total_steps: int, every: float) -> tuple[int, ...]:
 def _encoder(config: ModelConfig, init_from: Pretrained | None) -> ModelConfig:
     """Returns the checkpoint's architecture with the configuration's compute type and dropouts."""
     if init_from is None:
-        return dataclasses.replace(config, decoder_layers=0)
+        return config.encoder_only()
     encoder = init_from.encoder_only()
-    settings = pretrained.with_architecture(dataclasses.asdict(config), encoder)
-    kept = ("dtype", "unroll", "remat", "input_dropout", "dropout", "attention_dropout",
-            "layer_drop")  # fmt: skip
-    return dataclasses.replace(encoder.config, **{name: settings[name] for name in kept})
+    pretrained.with_architecture(dataclasses.asdict(config), encoder)
+    return encoder.config.with_run_fields_of(config)
 
 
 def _make_mesh(config: FinetuneConfig, num_classes: int) -> Mesh:

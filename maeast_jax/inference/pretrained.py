@@ -19,9 +19,6 @@ from maeast_jax.runtime import storage
 
 # Frames of the paper's clips, for files that do not state theirs.
 _NUM_FRAMES = 1024
-# Fields that decide which arrays a checkpoint holds and what they mean.
-ENCODER_FIELDS = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
-DECODER_FIELDS = ("architecture", "decoder_layers", "decoder_width", "decoder_projection")
 # The part of an imported checkpoint that holds the tensors of `fairseq.extras`.
 _EXTRAS = "extras"
 
@@ -63,19 +60,12 @@ class Pretrained:
 
     def encoder_only(self) -> "Pretrained":
         """Returns the same checkpoint without decoder and heads."""
-        config = dataclasses.replace(
-            self.config,
-            architecture="mae_ast",
-            decoder_layers=0,
-            decoder_width=self.config.width,
-            decoder_projection=False,
-        )
 
         def weights():
             params, statistics = self.read_weights()
             return {name: params[name] for name in ("token_projection", "encoder")}, statistics
 
-        return dataclasses.replace(self, config=config, read_weights=weights)
+        return dataclasses.replace(self, config=self.config.encoder_only(), read_weights=weights)
 
 
 def with_architecture(settings: dict[str, Any], source: Pretrained) -> dict[str, Any]:
@@ -83,7 +73,7 @@ def with_architecture(settings: dict[str, Any], source: Pretrained) -> dict[str,
 
     The decoder's fields stay as they are if `source` is an encoder alone.
     """
-    names = ENCODER_FIELDS if source.config.is_encoder_only else ENCODER_FIELDS + DECODER_FIELDS
+    names = source.config.architecture_fields
     taken = settings | {name: getattr(source.config, name) for name in names}
     if changed := configuration.differences(settings, taken, "model."):
         print(

@@ -1,6 +1,5 @@
 """The network, from log-mel energies to predictions."""
 
-from maeast_jax.model.activations import gelu
 from maeast_jax.model.classifier import (
     LAST,
     Classifier,
@@ -8,22 +7,18 @@ from maeast_jax.model.classifier import (
     abstract_classifier,
     backbone_config,
     classifier_graph,
-    layer_from_0,
-    layer_number,
 )
 from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig, parse_layer
-from maeast_jax.model.dropout import hashed_bits
-from maeast_jax.model.encoder import SpectrogramEncoder
-from maeast_jax.model.layer_norm import EPSILON, LayerNorm
 from maeast_jax.model.mae_ast import (
     MaeAst,
+    SpectrogramEncoder,
     abstract_model,
     build,
     model_graph,
     split_model,
     stream_key,
 )
-from maeast_jax.model.ops import add_bias, product
+from maeast_jax.model.ops import EPSILON, LayerNorm, add_bias, gelu, hashed_bits, product
 from maeast_jax.model.tokens import unpatchify
 from maeast_jax.model.transformer import put_tokens, split_key, take_tokens
 
@@ -45,8 +40,6 @@ __all__ = [
     "classifier_graph",
     "gelu",
     "hashed_bits",
-    "layer_from_0",
-    "layer_number",
     "model_graph",
     "parse_layer",
     "product",

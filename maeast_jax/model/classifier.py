@@ -1,11 +1,10 @@
-"""A pretrained encoder with a head that tells classes apart: SSAST's head and SUPERB's.
+"""A classifier: a pretrained encoder with the head of SSAST or of SUPERB.
 
-Names of shapes: B clips, T frames, F bands, C time steps, N tokens, R bands of tokens (N = C R),
-D width of the encoder, L layers, W width of what is pooled.
+Names of shapes: B clips, T frames, F bands, C time steps, N tokens, R tokens along frequency
+(N = C R), D width of the encoder, L layers, W width of the pooled states.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,96 +13,64 @@ from flax import nnx
 
 from maeast_jax import fbank
 from maeast_jax.model import tokens as patches
-from maeast_jax.model.config import ModelConfig
-from maeast_jax.model.layer_norm import LayerNorm
+from maeast_jax.model.config import ModelConfig, parse_layer
 from maeast_jax.model.mae_ast import MaeAst, split_model
+from maeast_jax.model.ops import Compute, LayerNorm
 from maeast_jax.model.transformer import torch_linear
+from maeast_jax.runtime import processor
 
 KINDS = ("ssast", "superb")
 POOLS = ("mean", "time")
 LAST, WEIGHTED = "last", "weighted"
+_FLOAT32 = Compute(jnp.float32, float32_factors=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """What is put on the encoder.
+    """The head of a classifier. `maeast_jax.config.finetune()` holds the defaults.
 
     Attributes:
-      kind: "ssast", layer norm and linear; "superb", two linear layers, the first to `projection`.
-      layer: after which layer. "last" is the encoder's output, in a pre-norm model after its last
-        norm; a number, 0 to layers - 1 or from -1 backwards, the same with the layers above cut
-        off; "weighted" a learnt sum over the hidden states after every layer, with softmax weights
-        that start equal, and without normalising the states (SUPERB).
-      pool: "time", over time alone, the R bands side by side, lowest first; "mean" over all tokens,
-        as both recipes have it, which holds less where tokens are patches.
-      projection: width of the superb head's first layer.
+      kind: "ssast", a layer norm and a linear layer; "superb", two linear layers.
+      layer: which hidden states the head pools. "last" is the encoder's output, in a pre-norm model
+        after the last norm. A number, 0 to layers - 1 or from -1 backwards, is the output of an
+        encoder without the layers above. "weighted" is a learnt sum over the states after every
+        layer, with softmax weights that start equal, and without normalising the states (SUPERB).
+      pool: "time", the mean over time with the R bands side by side, lowest first; "mean", over all
+        tokens, as in both recipes, which keeps less if tokens are patches.
+      projection: width of the first layer of a superb head.
 
-    Raises ValueError, in one line, for values that are none of these.
+    Raises ValueError, in one line, for an unknown kind or pool and a width below 1;
+    `backbone_config` checks the layer.
     """
 
-    kind: str = "ssast"
-    layer: str | int = LAST
-    pool: str = "time"
-    projection: int = 256
+    kind: str
+    layer: str | int
+    pool: str
+    projection: int
 
     def __post_init__(self):
         for field, known in (("kind", KINDS), ("pool", POOLS)):
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"head.{field}={value!r} is unknown; known: {', '.join(known)}")
-        _ = self.layer_number
         if self.projection < 1:
             raise ValueError(f"head.projection={self.projection} must be at least 1")
 
-    @property
-    def layer_number(self) -> int | None:
-        """The layer where it is a number, as it was given; else None."""
-        return layer_number("head.layer", self.layer, (LAST, WEIGHTED))
-
-
-def layer_number(name: str, layer: str | int, words: Sequence[str]) -> int | None:
-    """The number that a layer is given by, None for one of `words`.
-
-    Raises ValueError, in one line, for anything else.
-    """
-    if layer in words:
-        return None
-    try:
-        return int(str(layer))
-    except ValueError:
-        known = ", ".join(words)
-        raise ValueError(f"{name}={layer!r} is unknown; known: {known}, a number") from None
-
-
-def layer_from_0(name: str, number: int, layers: int) -> int:
-    """A layer that may be counted backwards from -1; ValueError where it is none of `layers`."""
-    if not -layers <= number < layers:
-        raise ValueError(
-            f"{name}={number} is not one of the model's {layers}: 0 to {layers - 1}, "
-            f"or -{layers} to -1"
-        )
-    return number % layers
-
 
 def backbone_config(config: ModelConfig, head: HeadConfig) -> ModelConfig:
-    """The encoder alone, with the layers that the head looks at.
+    """The configuration of the encoder alone, with the layers that the head needs.
 
-    Raises ValueError where `head.layer` is none of the model's.
+    Raises ValueError if the model has no layer `head.layer`.
     """
-    layers, number = config.encoder_layers, head.layer_number
-    if number is not None:
-        layers = layer_from_0("head.layer", number, layers) + 1
-    return dataclasses.replace(
-        config,
-        encoder_layers=layers,
-        decoder_layers=0,
-        decoder_width=config.width,
-        decoder_projection=False,
-    )
+    layers = config.encoder_layers
+    layer = parse_layer("head.layer", head.layer, layers, (LAST, WEIGHTED))
+    if layer not in (LAST, WEIGHTED):
+        layers = layer + 1
+    return dataclasses.replace(config.encoder_only(), encoder_layers=layers)
 
 
 class Head(nnx.Module):
-    """Hidden states to logits, in float32; initial values as torch's."""
+    """Hidden states to logits, in float32; parameters start as torch's."""
 
     def __init__(self, config: HeadConfig, backbone: ModelConfig, num_classes: int, rngs: nnx.Rngs):
         self.config = config
@@ -117,14 +84,17 @@ class Head(nnx.Module):
         if config.kind == "ssast":
             self.norm = LayerNorm(width, rngs)
         else:
-            self.projection = torch_linear(width, config.projection, jnp.float32, rngs)
+            self.projection = torch_linear(width, config.projection, _FLOAT32, rngs)
             width = config.projection
-        self.output = torch_linear(width, num_classes, jnp.float32, rngs)
+        self.output = torch_linear(width, num_classes, _FLOAT32, rngs)
 
     def __call__(self, states_LxBxNxD: jax.Array, padding_BxN: jax.Array) -> jax.Array:
-        """Logits [b, classes] of the layers that the head weighs (one, if it weighs none)."""
-        # SUPERB weighs the layers and projects every step, and then takes the mean; all three are
-        # linear, and the mean first leaves the others a fraction of the work.
+        """Logits [b, classes] of hidden states [L, b, N, D]; L is 1 unless the head weighs layers.
+
+        padding_BxN: bool, True where a token is padding.
+        """
+        # SUPERB weighs the layers, projects every step and then takes the mean. All three are
+        # linear, so the mean can come first, which leaves less work to the other two.
         pooled_LxBxW = self._pool(states_LxBxNxD, padding_BxN)
         if self.layer_weights is None:
             (pooled_BxW,) = pooled_LxBxW
@@ -136,12 +106,12 @@ class Head(nnx.Module):
         return self.output(self.projection(pooled_BxW))
 
     def _pool(self, states_LxBxNxD: jax.Array, padding_BxN: jax.Array) -> jax.Array:
-        """Means over the real tokens of a clip, float32 [L, b, W]."""
+        """Means over the real tokens of each clip, float32 [L, b, W]."""
         layers, clips, tokens, width = states_LxBxNxD.shape
         steps = tokens // self.bands
         states = states_LxBxNxD.reshape(layers, clips, steps, self.bands * width)
         is_real_BxC = ~padding_BxN[:, :: self.bands]
-        # Not a product with 0 and 1, whose factors a TPU would round.
+        # A product with 0 and 1 would do the same, but a TPU would round its factors.
         sums_LxBxW = jnp.sum(
             jnp.where(is_real_BxC[None, :, :, None], states, jnp.zeros_like(states)),
             axis=2,
@@ -156,34 +126,50 @@ class Head(nnx.Module):
 class Classifier(nnx.Module):
     """An encoder (`backbone`) and a head (`head`); parameters lie under these two names.
 
-    Between log energies and logits lie two calls, so that training can act between them:
+    Log energies become logits in two calls, so that training can augment before each:
 
-        normalized = classifier.normalize(fbank, lengths)    # spec_augment before
-        logits = classifier(normalized, lengths, key)        # noise_and_roll before
+        normalized = classifier.normalize(fbank, lengths)    # after spec_augment
+        logits = classifier(normalized, lengths, key)        # after noise_and_roll
 
-    Clips may be of any length in one batch, and none's logits depend on the others or on padding:
-    no token looks at padding, means are over real tokens, and normalisation has fixed statistics.
-    Only whole patches count, as for embeddings: frames past a clip's last whole patch are dropped,
-    and a clip shorter than a patch is filled up to one with zeros (as log energies).
+    The clips of a batch may have different lengths. The logits of a clip depend neither on the
+    other clips nor on padding: no token attends to padding, means are over real tokens, and the
+    statistics of the normalisation are fixed. As for embeddings, frames past a clip's last whole
+    patch are dropped, and a clip shorter than a patch is filled up to one with zeros (as log
+    energies).
 
-    The input statistics are the pretrained encoder's running ones, or a data set's; training never
-    moves them. They lie with the encoder, so that a checkpoint says how it wants its input.
+    The input statistics are the running ones of the pretrained encoder, or those of a data set.
+    Training never moves them. They are stored with the encoder, so that a checkpoint says how its
+    input is normalised.
 
-    Raises ValueError for fewer than one class, and where `backbone_config` does.
+    Raises ValueError for fewer than one class and for errors of `backbone_config`.
     """
 
-    def __init__(self, config: ModelConfig, head: HeadConfig, num_classes: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        head: HeadConfig,
+        num_classes: int,
+        rngs: nnx.Rngs,
+        *,
+        float32_factors: bool = False,
+    ):
+        """Draws initial values.
+
+        config: the model whose encoder this is, before `backbone_config`.
+        float32_factors: whether a CPU multiplies 16-bit factors as float32 (see `ops.product`).
+        """
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
         self.pretrained_layers = config.encoder_layers
         config = backbone_config(config, head)
-        self.backbone = MaeAst(config, rngs)
+        self.backbone = MaeAst(config, rngs, float32_factors=float32_factors)
         self.head = Head(head, config, num_classes, rngs)
 
     def normalize(self, fbank_BxTxF: jax.Array, lengths_frames_B: jax.Array) -> jax.Array:
-        """Log energies [b, T, F] to normalised ones; rows past a clip's length count as 0 before.
+        """Log energies [b, T, F] to normalised ones.
 
-        Fewer frames than one patch has are filled up to that.
+        Rows past a clip's length are set to 0 before. If T is less than the frames of one patch,
+        the result is filled up to one patch.
         """
         num_frames = fbank_BxTxF.shape[1]
         is_real_BxT = jnp.arange(num_frames)[None, :] < lengths_frames_B[:, None]
@@ -198,9 +184,12 @@ class Classifier(nnx.Module):
         lengths_frames_B: jax.Array,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits, float32 [b, classes], of what `normalize` gives and true lengths in frames.
+        """Logits, float32 [b, classes].
 
-        `key` draws dropout and layer drop as the ModelConfig has them; None runs without.
+        Args:
+          normalized_BxTxF: what `normalize` returns.
+          lengths_frames_B: the real frames of each clip.
+          key: draws the dropout and layer drop of the ModelConfig; None runs without.
         """
         patch_shape = self.backbone.config.patch_shape
         patches_BxNxP = patches.patchify(normalized_BxTxF, patch_shape)
@@ -214,16 +203,17 @@ class Classifier(nnx.Module):
         return self.head(states_LxBxNxD, padding_BxN)
 
     def set_input_statistics(self, mean: float, deviation: float) -> None:
-        """Normalises by a data set's own statistics (InputNorm.set_statistics)."""
+        """Sets the statistics of the normalisation (`InputNorm.set_statistics`)."""
         self.backbone.input_norm.set_statistics(mean, deviation)
 
     def load_backbone(self, params: Any, statistics: Any) -> None:
-        """Puts a pretrained encoder and its input statistics in; the head stays as it is.
+        """Replaces the encoder and its input statistics by pretrained ones; the head stays.
 
-        params, statistics: nested dicts as `Pretrained.read_weights()` gives them, of a model of
-        the ModelConfig that this was built from. Decoder and layers above `head.layer` stay out.
+        params, statistics: nested dicts as `Pretrained.read_weights()` returns them, from a model
+        of the ModelConfig that this classifier was built with. The decoder and the layers above
+        `head.layer` are ignored.
 
-        Raises ValueError, in one line, for another architecture.
+        Raises ValueError, in one line, for a model of another architecture.
         """
         _, wanted, _ = split_model(self.backbone)
         params = {name: params[name] for name in wanted}
@@ -250,11 +240,23 @@ class Classifier(nnx.Module):
         nnx.update(self.backbone, jax.tree.map(jnp.asarray, statistics))
 
 
-def abstract_classifier(config: ModelConfig, head: HeadConfig, num_classes: int) -> Classifier:
-    """A classifier of shapes and types alone."""
-    return nnx.eval_shape(lambda: Classifier(config, head, num_classes, nnx.Rngs(0)))
+def abstract_classifier(
+    config: ModelConfig, head: HeadConfig, num_classes: int, *, float32_factors: bool = False
+) -> Classifier:
+    """A classifier whose arrays are only shapes and types."""
+    return nnx.eval_shape(
+        lambda: Classifier(config, head, num_classes, nnx.Rngs(0), float32_factors=float32_factors)
+    )
 
 
-def classifier_graph(config: ModelConfig, head: HeadConfig, num_classes: int) -> nnx.GraphDef:
-    """The static half of a classifier; computes nothing."""
-    return nnx.graphdef(abstract_classifier(config, head, num_classes))
+def classifier_graph(
+    config: ModelConfig, head: HeadConfig, num_classes: int, *, float32_factors: bool | None = None
+) -> nnx.GraphDef:
+    """The static half of a classifier; computes nothing.
+
+    float32_factors: as in `model_graph`.
+    """
+    if float32_factors is None:
+        float32_factors = not processor.multiplies_bfloat16()
+    classifier = abstract_classifier(config, head, num_classes, float32_factors=float32_factors)
+    return nnx.graphdef(classifier)

@@ -1,4 +1,4 @@
-"""What a model is: its architecture and its masking, checked."""
+"""The typed configuration of a model, checked, and the parser of a layer's number."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,35 +14,46 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ARCHITECTURES = ("mae_ast", "ssast")
 
 
+# Fields that decide which arrays a checkpoint holds and what they mean.
+_ENCODER_FIELDS = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
+_DECODER_FIELDS = ("architecture", "decoder_layers", "decoder_width", "decoder_projection")
+# Fields that each run chooses for itself.
+_RUN_FIELDS = ("input_dropout", "dropout", "attention_dropout", "layer_drop", "dtype", "unroll",
+               "remat")  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture and masking; the defaults are the paper's (12 + 2 layers, patches, chunks).
+    """The architecture of a model, its masking and how it computes.
 
-    No decoder layers make an encoder alone: no mask token and no heads either. SSAST, of the same
-    fields, has no decoder.
+    `maeast_jax.config.pretrain()` says what each field means and holds the defaults.
+
+    MAE-AST with `decoder_layers=0` is an encoder alone, without mask token and heads. SSAST has the
+    same fields and no decoder.
+
     Raises ValueError, in one line, for values that do not fit together.
     """
 
-    architecture: str = "mae_ast"
-    tokens: str = "patch"
-    encoder_layers: int = 12
-    decoder_layers: int = 2
-    width: int = 768
-    heads: int = 12
-    mlp_width: int = 3072
-    decoder_width: int = 768
-    decoder_projection: bool = False  # between equal widths too; unequal ones always have it
-    mask: str = "chunk"
-    mask_ratio: float = 0.75
-    passes: int = 1  # 2: each loss draws a mask of its own and runs the network on it
-    input_dropout: float = 0.1
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    layer_drop: float = 0.05
-    pre_norm: bool = False
-    dtype: str = "float32"
-    unroll: bool = False
-    remat: str = "none"
+    architecture: str
+    tokens: str
+    encoder_layers: int
+    decoder_layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    decoder_width: int
+    decoder_projection: bool
+    mask: str
+    mask_ratio: float
+    passes: int
+    input_dropout: float
+    dropout: float
+    attention_dropout: float
+    layer_drop: float
+    pre_norm: bool
+    dtype: str
+    unroll: bool
+    remat: str
 
     def __post_init__(self):
         for field, known in (
@@ -90,21 +101,45 @@ class ModelConfig:
 
     @property
     def patch_shape(self) -> tuple[int, int]:
-        """(frames, bands) a token."""
+        """(frames, bands) per token."""
         return patches.patch_shape(self.tokens, fbank.NUM_MEL_BANDS)
 
     @property
     def projects_to_decoder(self) -> bool:
+        """Whether a linear layer lies between encoder and decoder."""
         return self.decoder_projection or self.decoder_width != self.width
 
     @property
     def is_encoder_only(self) -> bool:
+        """Whether the model has neither decoder nor heads, and so cannot be pretrained."""
         return self.architecture == "mae_ast" and self.decoder_layers == 0
+
+    @property
+    def architecture_fields(self) -> tuple[str, ...]:
+        """Names of the fields that this model's checkpoint decides for a run that starts from it.
+
+        A checkpoint of an encoder alone says nothing about the decoder.
+        """
+        return _ENCODER_FIELDS if self.is_encoder_only else _ENCODER_FIELDS + _DECODER_FIELDS
+
+    def with_run_fields_of(self, other: "ModelConfig") -> "ModelConfig":
+        """Returns this configuration with the compute type and the drop rates of `other`."""
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in _RUN_FIELDS})
+
+    def encoder_only(self) -> "ModelConfig":
+        """Returns the configuration of this model's encoder alone."""
+        return dataclasses.replace(
+            self,
+            architecture="mae_ast",
+            decoder_layers=0,
+            decoder_width=self.width,
+            decoder_projection=False,
+        )
 
     def grid(self, num_frames: int) -> tuple[int, int]:
         """(tokens along time, tokens along frequency) of a clip of `num_frames`.
 
-        Raises ValueError where a clip would not be cut into whole tokens.
+        Raises ValueError if the clip is not cut into whole tokens.
         """
         if num_frames < self.patch_shape[0] or num_frames % self.patch_shape[0]:
             raise ValueError(
@@ -125,7 +160,7 @@ def parse_layer(
     if layer in words:
         return layer
     try:
-        number = int(layer)
+        number = int(str(layer))  # str: 1.5 is no layer
     except ValueError:
         number = num_layers  # no layer has this number
     if not -num_layers <= number < num_layers:

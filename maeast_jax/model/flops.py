@@ -1,13 +1,13 @@
-"""Floating point operations counted on paper: two a multiply-add of each matrix product."""
+"""Floating point operations counted on paper: two per multiply-add of each matrix product."""
 
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
 
 
 def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
-    """FLOPs of one clip's forward pass in pretraining: model, heads and InfoNCE scores.
+    """FLOPs per clip of a forward pass in pretraining: model, heads and InfoNCE scores.
 
-    Elementwise work and the filter bank are left out. A training step costs three times this.
+    Elementwise work and the filter bank are not counted. A training step costs three times this.
     """
     time_tokens, band_tokens = config.grid(num_frames)
     num_tokens = time_tokens * band_tokens
@@ -18,7 +18,7 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
 
     if config.architecture == "ssast":
         layers = _layers(config.encoder_layers, num_tokens, masked, width, config.mlp_width)
-        # All patches are projected before any mask is laid, once for all passes.
+        # All passes share one projection of all patches: it comes before the mask.
         return _passes(config, layers, masked, values) + _product(num_tokens, values, width)
     encoder = config.encoder_layers * _layer(kept, kept, width, config.mlp_width)
     decoder = _layers(config.decoder_layers, num_tokens, masked, decoder_width, config.mlp_width)
@@ -29,7 +29,7 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
 
 
 def _passes(config: ModelConfig, network: int, masked: int, values: int) -> int:
-    """The network as often as it runs, and each head once."""
+    """FLOPs of `network` once per pass, and of each head once."""
     heads = 2 * _product(masked, config.decoder_width, values)
     scores = _product(masked, values, masked)
     return config.passes * network + heads + scores
@@ -40,14 +40,14 @@ def _product(rows: int, inner: int, columns: int) -> int:
 
 
 def _layers(count: int, tokens: int, queries: int, width: int, mlp_width: int) -> int:
-    """Layers whose output is wanted at `queries` of their tokens, by the last one alone."""
+    """FLOPs of `count` layers, the last of which computes its output at `queries` tokens only."""
     return (count - 1) * _layer(tokens, tokens, width, mlp_width) + _layer(
         tokens, queries, width, mlp_width
     )
 
 
 def _layer(tokens: int, queries: int, width: int, mlp_width: int) -> int:
-    """A layer whose output is wanted at `queries` of its tokens."""
+    """FLOPs of a layer that computes its output at `queries` of its tokens."""
     keys_and_values = 2 * _product(tokens, width, width)
     queries_and_output = 2 * _product(queries, width, width)
     attention = 2 * _product(queries, width, tokens)

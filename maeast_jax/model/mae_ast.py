@@ -1,36 +1,195 @@
-"""MAE-AST: a deep encoder over the kept tokens, a shallow decoder over all, two heads.
+"""The models: the encoder that both share, MAE-AST, and SSAST, its baseline.
 
-Names of shapes: B clips, N tokens, K kept, M masked, P values a token, D width of the encoder, E
-width of the decoder.
+Names of shapes: B clips, S samples, T frames, F bands, N tokens, K kept tokens, M masked tokens,
+P values per token, D width of the encoder, E width of the heads' input, L layers.
 """
 
+import functools
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from maeast_jax import fbank
 from maeast_jax.model import tokens
 from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
-from maeast_jax.model.encoder import Predictions, SpectrogramEncoder, mask_token
-from maeast_jax.model.ssast import Ssast
-from maeast_jax.model.transformer import put_tokens, split_key, take_tokens, torch_linear
+from maeast_jax.model.ops import Compute, dropout
+from maeast_jax.model.transformer import (
+    Transformer,
+    put_tokens,
+    split_key,
+    take_tokens,
+    torch_linear,
+)
+from maeast_jax.runtime import processor
+
+
+class Encoding(NamedTuple):
+    """What the encoder returns for a batch of clips.
+
+    hidden_states: [L, b, N, D], after each layer; tokens time-major, frequency fastest.
+    padding: bool [b, N], True where a token is padding.
+    """
+
+    hidden_states: jax.Array
+    padding: jax.Array
+
+
+class Predictions(NamedTuple):
+    """What both heads predict at the masked tokens, each float32 [b, M, P]."""
+
+    reconstruction: jax.Array
+    classification: jax.Array
+
+
+class SpectrogramEncoder(nnx.Module):
+    """Input normalisation, token projection and transformer, from log energies to hidden states.
+
+    Parameters and statistics are float32; the model computes in `config.dtype`.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, float32_factors: bool = False):
+        """Draws initial values.
+
+        float32_factors: whether a CPU multiplies 16-bit factors as float32 (see `ops.product`).
+        """
+        self.config = config
+        self.compute = Compute(COMPUTE_DTYPES[config.dtype], float32_factors)
+        # Length in whole tokens of the clips that the model was trained on, if its checkpoint says
+        # so: the best length to cut longer clips into.
+        self.window_frames: int | None = None
+        self.input_norm = tokens.InputNorm()
+        self.token_projection = torch_linear(
+            self._values_per_token, config.width, self.compute, rngs
+        )
+        self.encoder = self._transformer(
+            config.encoder_layers, config.width, config.layer_drop, rngs
+        )
+
+    def normalized_patches(self, fbank_BxTxF: jax.Array, training: bool) -> jax.Array:
+        """Log energies [b, T, F] to normalised patches [b, N, P]; training moves the statistics."""
+        return tokens.patchify(self.input_norm(fbank_BxTxF, training), self.config.patch_shape)
+
+    def encode_fbank(self, fbank_BxTxF: jax.Array, lengths_frames_B: jax.Array) -> Encoding:
+        """Hidden states of log energies [b, T, F] whose clips have `lengths_frames_B` real frames.
+
+        Each clip needs at least one frame. The rows past a clip's length change no result. Frames
+        past the last whole patch of the batch are dropped.
+        """
+        is_real_BxT = jnp.arange(fbank_BxTxF.shape[1])[None, :] < lengths_frames_B[:, None]
+        # The authors fill the last patch of a clip up with zeros.
+        fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
+        patches_BxNxP = self.normalized_patches(fbank_BxTxF, training=False)
+        _, band_tokens = tokens.grid_shape(1, fbank_BxTxF.shape[2], self.config.patch_shape)
+        padding_BxN = tokens.token_padding(
+            lengths_frames_B, patches_BxNxP.shape[1], self.config.patch_shape, band_tokens
+        )
+        _, hidden_states = self.encode_patches(patches_BxNxP, padding_BxN)
+        return Encoding(hidden_states.astype(jnp.float32), padding_BxN)
+
+    def encode_patches(
+        self, patches_BxNxP: jax.Array, padding_BxN: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The encoder's output [b, N, D] and hidden states [L, b, N, D] of normalised patches.
+
+        No token attends to padding. `key` draws dropout and layer drop; None runs without.
+        """
+        input_key, encoder_key = split_key(key, 2)
+        x_BxNxD = self._embed(patches_BxNxP, input_key)
+        positions_NxD = jnp.asarray(tokens.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
+        # The authors give padding no position. This shows only in the rows of the padding itself.
+        x_BxNxD += jnp.where(padding_BxN[..., None], jnp.zeros_like(x_BxNxD), positions_NxD)
+        return self.encoder(x_BxNxD, padding_BxN, encoder_key)
+
+    def encode(self, waveforms: jax.Array, lengths: jax.Array | None = None) -> Encoding:
+        """Hidden states of waveforms; compiled once per shape.
+
+        As in the authors' model, the last patch of a clip, if partly filled, is a token where a
+        longer clip of the batch leaves room for it, and is dropped from the longest clip.
+
+        Args:
+          waveforms: float32 or int16 [b, samples] at 16 kHz.
+          lengths: each clip's samples [b]; None takes all clips as full. Samples past a clip's
+            length change no result.
+
+        Raises:
+          ValueError: another shape, or a length under 400 samples (one frame) or past the waveform.
+        """
+        waveforms_BxS = jnp.asarray(waveforms)
+        if waveforms_BxS.ndim != 2:
+            raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
+        num_clips, num_samples = waveforms_BxS.shape
+        fbank.num_frames(num_samples)  # raises for fewer samples than one frame
+        lengths_B = np.full(num_clips, num_samples, np.int32) if lengths is None else lengths
+        if not isinstance(lengths_B, jax.core.Tracer):
+            lengths_B = np.asarray(lengths_B, np.int32)
+            if lengths_B.shape != (num_clips,):
+                raise ValueError(
+                    f"lengths are {lengths_B.shape}, expected one per clip, {num_clips}"
+                )
+            for length in lengths_B:
+                if not fbank.FRAME_LENGTH <= length <= num_samples:
+                    raise ValueError(
+                        f"a length of {length} samples, expected {fbank.FRAME_LENGTH} (25 ms, one "
+                        f"frame) to {num_samples}, those of the waveforms; pad shorter clips"
+                    )
+        graph, state = nnx.split(self)
+        return _encode(graph, state, waveforms_BxS, jnp.asarray(lengths_B))
+
+    def _embed(self, patches_BxKxP: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_BxKxD = self.token_projection(patches_BxKxP)
+        return dropout(x_BxKxD, self.config.input_dropout, key)
+
+    def _predict(self, x_BxMxE: jax.Array) -> Predictions:
+        return Predictions(
+            self.reconstruction_head(x_BxMxE).astype(jnp.float32),
+            self.classification_head(x_BxMxE).astype(jnp.float32),
+        )
+
+    def _add_mask_token(self, width: int, rngs: nnx.Rngs) -> None:
+        # The vector that stands for a masked token, at first uniform in (0, 1) as the authors'.
+        self.mask_token = nnx.Param(jax.random.uniform(rngs.params(), (width,), jnp.float32))
+
+    def _add_heads(self, width: int, rngs: nnx.Rngs) -> None:
+        self.reconstruction_head = torch_linear(width, self._values_per_token, self.compute, rngs)
+        self.classification_head = torch_linear(width, self._values_per_token, self.compute, rngs)
+
+    def _transformer(
+        self, layers: int, width: int, layer_drop: float, rngs: nnx.Rngs
+    ) -> Transformer:
+        config = self.config
+        return Transformer(
+            layers=layers, width=width, layer_drop=layer_drop, heads=config.heads,
+            mlp_width=config.mlp_width, dropout=config.dropout,
+            attention_dropout=config.attention_dropout, pre_norm=config.pre_norm,
+            compute=self.compute, unroll=config.unroll, remat=config.remat, rngs=rngs,
+        )  # fmt: skip
+
+    @property
+    def _values_per_token(self) -> int:
+        frames, bands = self.config.patch_shape
+        return frames * bands
 
 
 class MaeAst(SpectrogramEncoder):
-    """The authors' model; of no decoder layers the encoder alone."""
+    """MAE-AST: a deep encoder over the kept tokens, a shallow decoder over all, and two heads.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        super().__init__(config, rngs)
+    With `decoder_layers=0` only the encoder is built.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, float32_factors: bool = False):
+        super().__init__(config, rngs, float32_factors=float32_factors)
         if config.is_encoder_only:
             return
         self.decoder_projection = (
-            torch_linear(config.width, config.decoder_width, COMPUTE_DTYPES[config.dtype], rngs)
+            torch_linear(config.width, config.decoder_width, self.compute, rngs)
             if config.projects_to_decoder
             else None
         )
-        self.mask_token = mask_token(config.decoder_width, rngs)
+        self._add_mask_token(config.decoder_width, rngs)
         self.decoder = self._transformer(config.decoder_layers, config.decoder_width, 0.0, rngs)
         self._add_heads(config.decoder_width, rngs)
 
@@ -41,10 +200,15 @@ class MaeAst(SpectrogramEncoder):
         masked_BxM: jax.Array,
         key: jax.Array | None = None,
     ) -> Predictions:
-        """Predictions at the masked places from the kept patches alone.
+        """Predictions at the masked tokens, from the kept patches alone.
 
-        `key` draws dropout and layer drop; None runs without (evaluation). An encoder alone raises
-        ValueError.
+        Args:
+          patches_BxNxP: normalised patches.
+          kept_BxK, masked_BxM: int32 indices of tokens, as `masking.mask_tokens` returns them.
+          key: draws dropout and layer drop; None runs without (evaluation).
+
+        Raises:
+          ValueError: the model is an encoder alone.
         """
         if self.config.is_encoder_only:
             raise ValueError("the model is an encoder alone (decoder_layers=0): no heads to train")
@@ -67,31 +231,75 @@ class MaeAst(SpectrogramEncoder):
         return x_BxNxE + jnp.asarray(tokens.sinusoid(num_tokens, width), x_BxNxE.dtype)
 
 
+class Ssast(SpectrogramEncoder):
+    """SSAST: every token passes every layer, and masked patches are replaced by the mask token.
+
+    The network of Gong, Lai, Chung, Glass 2022 ("SSAST: Self-Supervised Audio Spectrogram
+    Transformer", section 2) with the layers, positions, linear heads and losses of MAE-AST, so that
+    the two models differ only in which tokens pass which layers.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, float32_factors: bool = False):
+        super().__init__(config, rngs, float32_factors=float32_factors)
+        self._add_mask_token(config.width, rngs)
+        self._add_heads(config.width, rngs)
+
+    def pretrain(
+        self,
+        patches_BxNxP: jax.Array,
+        kept_BxK: jax.Array,
+        masked_BxM: jax.Array,
+        key: jax.Array | None = None,
+    ) -> Predictions:
+        """Predictions at the masked tokens; arguments as in `MaeAst.pretrain`."""
+        input_key, encoder_key = split_key(key, 2)
+        x_BxNxD = self._embed(patches_BxNxP, input_key)
+        is_masked_BxN = put_tokens(
+            jnp.zeros(x_BxNxD.shape[:2], bool), masked_BxM, jnp.ones(masked_BxM.shape, bool)
+        )
+        mask_token_D = self.mask_token[...].astype(x_BxNxD.dtype)
+        x_BxNxD = jnp.where(is_masked_BxN[..., None], mask_token_D, x_BxNxD)
+        x_BxNxD += jnp.asarray(tokens.sinusoid(*x_BxNxD.shape[1:]), x_BxNxD.dtype)
+        return self._predict(self.encoder.at_places(x_BxNxD, masked_BxM, encoder_key))
+
+
 _ARCHITECTURES = {"mae_ast": MaeAst, "ssast": Ssast}
 
 
-def build(config: ModelConfig, rngs: nnx.Rngs) -> MaeAst | Ssast:
+def build(config: ModelConfig, rngs: nnx.Rngs, *, float32_factors: bool = False) -> MaeAst | Ssast:
     """The model that `config` describes, with initial values."""
-    return _ARCHITECTURES[config.architecture](config, rngs)
+    return _ARCHITECTURES[config.architecture](config, rngs, float32_factors=float32_factors)
+
+
+def abstract_model(config: ModelConfig, *, float32_factors: bool = False) -> MaeAst | Ssast:
+    """A model whose arrays are only shapes and types."""
+    return nnx.eval_shape(lambda: build(config, nnx.Rngs(0), float32_factors=float32_factors))
+
+
+def model_graph(config: ModelConfig, *, float32_factors: bool | None = None) -> nnx.GraphDef:
+    """The static half of a model; computes nothing.
+
+    float32_factors: whether a CPU multiplies 16-bit factors as float32 (see `ops.product`); None
+    takes what is faster on the CPU of this machine.
+    """
+    if float32_factors is None:
+        float32_factors = not processor.multiplies_bfloat16()
+    return nnx.graphdef(abstract_model(config, float32_factors=float32_factors))
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
-    """A module as (graph, parameters, statistics), the latter two nested dicts of arrays."""
+    """A module as (graph, parameters, statistics), the last two as nested dicts of arrays."""
     graph, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
 
 
-def model_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The static half of a model; computes nothing."""
-    return nnx.graphdef(abstract_model(config))
-
-
-def abstract_model(config: ModelConfig) -> MaeAst | Ssast:
-    """A model of shapes and types alone."""
-    return nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))
-
-
 def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
-    """The key of one named stream of random numbers at one step."""
+    """The key of the random numbers called `name` at one step."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph: nnx.GraphDef, state, waveforms_BxS: jax.Array, lengths_B: jax.Array) -> Encoding:
+    fbank_BxTxF = fbank.fbank(waveforms_BxS)
+    return nnx.merge(graph, state).encode_fbank(fbank_BxTxF, fbank.frame_count(lengths_B))

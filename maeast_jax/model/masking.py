@@ -1,8 +1,10 @@
-"""Which tokens a clip keeps and which it masks: random, chunk and span masks of static sizes.
+"""Masks, which say what tokens each clip keeps: random, chunk and span, all of static sizes.
 
 Tokens lie on a grid of (time tokens, band tokens) and are numbered time-major with frequency
-fastest, n = t * band_tokens + f. Each example draws its own mask, from noise drawn at the global
-batch shape, so that masks do not depend on how many devices there are.
+fastest, n = t * band_tokens + f. Each example draws its own mask, from noise that is drawn at the
+global batch shape, so that masks do not depend on the number of devices.
+
+Names of shapes: B clips, N tokens, K kept tokens.
 """
 
 import functools
@@ -11,16 +13,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-# (time tokens, band tokens) of a block. An example draws one of the chunk sides for all its blocks
-# (SSAST's `cluster`, which MAE-AST took over); the span is wav2vec 2.0's.
+# (time tokens, band tokens) of a block. An example draws one of the chunk sizes for all its blocks,
+# as SSAST's `cluster` does and MAE-AST too. The span is wav2vec 2.0's.
 CHUNK_BLOCKS = ((3, 3), (4, 4), (5, 5))
 SPAN_BLOCKS = ((10, 1),)
 
 
 def num_kept(num_tokens: int, mask_ratio: float) -> int:
-    """Tokens the encoder sees: max(1, int((1 - mask_ratio) * num_tokens)), the authors' rounding.
+    """The number of tokens that the encoder sees: max(1, int((1 - mask_ratio) * num_tokens)).
 
-    Raises ValueError where the ratio is not between 0 and 1 or no token would be masked.
+    The rounding is the authors'. Raises ValueError if the ratio is not between 0 and 1 or no token
+    would be masked.
     """
     if not 0.0 < mask_ratio < 1.0:
         raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1; the paper's is 0.75")
@@ -39,17 +42,18 @@ def mask_tokens(
     """(kept int32 [B, K], masked int32 [B, N - K]): ascending, disjoint, together all N tokens.
 
     grid: (time tokens, band tokens), N their product; K = num_kept(N, mask_ratio).
-    kind: one of `MASKS`.
-        random  N - K tokens, each set as likely as any other.
-        chunk   square blocks of 3, 4 or 5 tokens a side, a side an example.
-        span    runs of 10 tokens in the tokens' order.
-    Blocks are laid one after another until N - K tokens are masked, the last one cut short. Their
-    first tokens are uniform over all places where some of the block is on the grid, and what is
-    past an edge is cut off, so that a block is as likely to cover one token as another. (The
-    authors draw one chunk mask a batch and let blocks run over the top band into the next column.)
+    kind: a key of `MASKS`.
+        random  N - K tokens; all such sets are equally likely.
+        chunk   square blocks with 3, 4 or 5 tokens per side, one size per example.
+        span    runs of 10 tokens in the order of the tokens.
 
-    Raises ValueError, while tracing, for an unknown kind, an empty grid or batch, and where
-    `num_kept` does.
+    Blocks are laid one after another until N - K tokens are masked; the last block is cut short.
+    Their places are uniform over all that have some of the block on the grid, and the rest of the
+    block is cut off, so that a block is equally likely to cover any token. (The authors draw one
+    chunk mask per batch and let blocks run over the top band into the next column.)
+
+    Raises ValueError, while tracing, for an unknown kind, for an empty grid or batch, and for
+    errors of `num_kept`.
     """
     if kind not in MASKS:
         raise ValueError(f"mask={kind!r} is unknown; known: {', '.join(MASKS)}")
@@ -88,12 +92,12 @@ MASKS = {"random": _random_noise, "chunk": _chunk_noise, "span": _span_noise}
 def _block_noise(
     key: jax.Array, batch_size: int, grid: tuple[int, int], blocks: tuple[tuple[int, int], ...]
 ) -> jax.Array:
-    """float32 [B, N]: for each token the lowest noise among the places of a block over it.
+    """float32 [B, N]: for each token the lowest noise of the places whose block covers it.
 
-    Blocks laid at uniform places, one after another, first reach each place in a uniformly random
-    order of all places, and a second block at a place masks nothing new. So noise at every place,
-    in ascending order, is that process run to its end, and no number of blocks has to be guessed.
-    Tokens that a block reached first share its noise.
+    Blocks that are laid at uniform places, one after another, reach the places for the first time
+    in a uniformly random order, and a second block at one place masks nothing new. So the places in
+    ascending order of their noise are this process run to its end, and no number of blocks has to
+    be guessed. The tokens that one block was the first to cover share its noise.
     """
     largest = tuple(max(sizes) for sizes in zip(*blocks, strict=True))
     places = tuple(side + reach - 1 for side, reach in zip(grid, largest, strict=True))
@@ -107,9 +111,10 @@ def _block_noise(
 
 
 def _lowest_within(noise: jax.Array, size_B: jax.Array, largest: int, axis: int) -> jax.Array:
-    """Minimum along `axis` over each token and the `size_B - 1` places before it.
+    """The minimum along `axis` over each token and the `size_B - 1` places before it.
 
-    The axis begins `largest - 1` places before the first token; the result has tokens only.
+    The axis of `noise` begins `largest - 1` places before the first token; that of the result
+    begins at the first token.
     """
     num_tokens = noise.shape[axis] - (largest - 1)
     size_Bx1x1 = size_B[:, None, None]
@@ -127,8 +132,8 @@ def _lowest_within(noise: jax.Array, size_B: jax.Array, largest: int, axis: int)
 
 
 def _is_among_lowest(noise_BxN: jax.Array, count: int) -> jax.Array:
-    """bool [B, N], `count` of them True in a row: the lowest, of equal ones the first."""
-    # Floats that are not negative are in the order of their bits, and integers sort faster.
+    """bool [B, N], True for the `count` lowest values per row; among equal values the first win."""
+    # Non-negative floats have the order of their bits, and integers sort faster.
     rank_BxN = jax.lax.bitcast_convert_type(noise_BxN, jnp.int32)
     highest_Bx1 = jnp.sort(rank_BxN, axis=1)[:, count - 1 : count]
     is_below_BxN = rank_BxN < highest_Bx1

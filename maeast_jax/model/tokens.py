@@ -1,15 +1,26 @@
-"""Spectrograms as sequences of tokens, without overlap, time-major with frequency fastest."""
+"""Spectrograms as normalised sequences of tokens: input norm, patches, padding and positions.
+
+Tokens do not overlap. They are numbered time-major with frequency fastest.
+
+Names of shapes: B clips, T frames, F bands, N tokens, P values per token, D width.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-# Frames x mel bands a token; both hold 256 values (paper, section 2.1).
+# (frames, mel bands) per token; both hold 256 values (paper, section 2.1).
 PATCH_SHAPES = {"patch": (16, 16), "frame": (2, 128)}
+
+BATCH_NORM_MOMENTUM = 0.1
+BATCH_NORM_EPSILON = 1e-5
+# AST's input scale: mean 0, deviation 0.5.
+INPUT_SCALE = 0.5
 
 
 def patch_shape(tokens: str, num_bands: int) -> tuple[int, int]:
-    """(frames, bands) a token, of "patch", "frame" or any "FRAMESxBANDS" such as "8x32".
+    """(frames, bands) per token for "patch", "frame" or "FRAMESxBANDS" such as "8x32".
 
     Raises ValueError for another name, and for bands that do not divide `num_bands`.
     """
@@ -20,7 +31,9 @@ def patch_shape(tokens: str, num_bands: int) -> tuple[int, int]:
         known = ", ".join(PATCH_SHAPES)
         raise ValueError(f"tokens={tokens!r} is unknown; known: {known}, FRAMESxBANDS like 8x32")
     if num_bands % int(bands):
-        raise ValueError(f"tokens={tokens!r}: {bands} bands must divide the {num_bands} there are")
+        raise ValueError(
+            f"tokens={tokens!r}: its {bands} bands must divide the {num_bands} mel bands"
+        )
     return int(frames), int(bands)
 
 
@@ -30,10 +43,10 @@ def grid_shape(num_frames: int, num_bands: int, patch_shape: tuple[int, int]) ->
 
 
 def patchify(fbank_BxTxF: jax.Array, patch_shape: tuple[int, int]) -> jax.Array:
-    """[b, T, F] to tokens [b, N, frames * bands], within a token frequency fastest.
+    """[b, T, F] to tokens [b, N, frames * bands], with frequency fastest inside a token too.
 
     The order is that of torch's Unfold over [b, 1, T, F] with kernel (time, frequency), which the
-    authors use; frames past the last whole patch are dropped, as there.
+    authors use. As there, frames past the last whole patch are dropped.
     """
     num_clips, num_frames, num_bands = fbank_BxTxF.shape
     patch_frames, patch_bands = patch_shape
@@ -67,10 +80,10 @@ def token_padding(
 
 
 def sinusoid(num_tokens: int, width: int) -> np.ndarray:
-    """Fixed 1-D position table, float32 [N, D]: sines at even, cosines at odd places.
+    """The fixed position table, float32 [N, D]: sines in even columns, cosines in odd ones.
 
-    Rounded to float32 where the authors' torch code rounds: before the sine, so that the table
-    stays theirs at position 1,000 too.
+    The angles are rounded to float32 before the sine, as in the authors' torch code, so that the
+    table is theirs at position 1,000 too.
     """
     positions_Nx1 = np.arange(num_tokens, dtype=np.float32)[:, None]
     rates_H = np.exp(
@@ -78,3 +91,52 @@ def sinusoid(num_tokens: int, width: int) -> np.ndarray:
     )
     angles_NxH = positions_Nx1 * rates_H
     return np.stack([np.sin(angles_NxH), np.cos(angles_NxH)], axis=-1).reshape(num_tokens, width)
+
+
+class InputNorm(nnx.Module):
+    """Batch norm over all frames and bands of the batch, without affine parameters, times 0.5.
+
+    As in torch, training normalises by the statistics of the batch and moves the running ones a
+    tenth of the way to them, with the unbiased variance. Evaluation normalises by the running ones.
+    """
+
+    def __init__(self):
+        self.mean = nnx.BatchStat(jnp.zeros((), jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones((), jnp.float32))
+        self.num_batches = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, fbank_BxTxF: jax.Array, training: bool) -> jax.Array:
+        """Normalised log energies [b, T, F]."""
+        mean, variance = self.mean[...], self.variance[...]
+        if training:
+            mean, variance = _moments(fbank_BxTxF)
+            unbiased = variance * (fbank_BxTxF.size / (fbank_BxTxF.size - 1))
+            self.mean[...] += BATCH_NORM_MOMENTUM * (mean - self.mean[...])
+            self.variance[...] += BATCH_NORM_MOMENTUM * (unbiased - self.variance[...])
+            self.num_batches[...] += 1
+        return (fbank_BxTxF - mean) * (INPUT_SCALE * jax.lax.rsqrt(variance + BATCH_NORM_EPSILON))
+
+    def calibrate(self, fbank_BxTxF: jax.Array) -> None:
+        """Sets the running statistics to those of a batch."""
+        self.mean[...], self.variance[...] = _moments(fbank_BxTxF)
+
+    def set_statistics(self, mean: float, deviation: float) -> None:
+        """Makes the normalisation (x - mean) / (2 deviation), as SSAST does with a data set's own.
+
+        Raises ValueError for a deviation that is not above 0.
+        """
+        if not 0.0 < deviation < float("inf"):
+            raise ValueError(f"an input deviation of {deviation} must be above 0 and finite")
+        self.mean[...] = jnp.float32(mean)
+        # Calling the module adds the epsilon again.
+        self.variance[...] = jnp.float32(deviation**2 - BATCH_NORM_EPSILON)
+
+    def undo(self, normalized: jax.Array) -> jax.Array:
+        """Normalised values back to log energies, by the running statistics."""
+        deviation = jnp.sqrt(self.variance[...] + BATCH_NORM_EPSILON)
+        return normalized / INPUT_SCALE * deviation + self.mean[...]
+
+
+def _moments(fbank_BxTxF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mean = jnp.mean(fbank_BxTxF)
+    return mean, jnp.mean(jnp.square(fbank_BxTxF - mean))

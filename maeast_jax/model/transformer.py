@@ -1,9 +1,10 @@
 """Transformer layers: attention, MLP, and a stack of layers that runs as a scan.
 
 Names of shapes: B clips, N tokens, M queries, D width, H heads, L layers.
-Compute runs in `dtype`; parameters, layer norms and the softmax are float32.
+Layers compute in `compute.dtype`; parameters, layer norms and the softmax are float32.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,50 +12,52 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maeast_jax.model.activations import gelu
-from maeast_jax.model.dropout import dropout
-from maeast_jax.model.layer_norm import LayerNorm
-from maeast_jax.model.ops import Linear, add_bias, product
+from maeast_jax.model import ops
+from maeast_jax.model.ops import Compute, LayerNorm, Linear, add_bias, dropout, gelu
 from maeast_jax.runtime import sharding
 
-# BERT's initial values, which the authors use throughout both transformers.
+# BERT's initial values; the authors use them in both transformers.
 normal_init = nnx.initializers.normal(0.02)
 
+# What `model.remat` names: which results of a layer the backward pass keeps.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# Of the places that a mask lists.
-_A_MASKS = {
+# The indices of a mask are unique and in range, so XLA may skip both checks.
+_CHECKED_INDICES = {
     "unique_indices": True,
     "mode": "promise_in_bounds",
     "wrap_negative_indices": False,
 }
 
 
-def torch_linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> Linear:
-    """A linear layer with torch's initial values: uniform within 1/sqrt(inputs), bias too."""
+def torch_linear(inputs: int, outputs: int, compute: Compute, rngs: nnx.Rngs) -> Linear:
+    """A linear layer whose kernel and bias start as torch's: uniform within 1/sqrt(inputs)."""
     bound = float(np.sqrt(1.0 / inputs))
 
     def uniform(key, shape, dtype):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return Linear(inputs, outputs, kernel_init=uniform, bias_init=uniform, dtype=dtype, rngs=rngs)
+    return Linear(inputs, outputs, compute, kernel_init=uniform, bias_init=uniform, rngs=rngs)
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array] | list[None]:
+    """`count` keys made from one, or as many None for None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, queries optionally at some of the places only."""
+    """Multi-head self-attention, on request with queries from other rows than keys and values."""
 
-    def __init__(self, width: int, heads: int, dropout_rate: float, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, dropout_rate: float, compute: Compute, rngs: nnx.Rngs
+    ):
         head_width = width // heads
         self.dropout_rate = dropout_rate
-        self.dtype = dtype
+        self.compute = compute
         self.qkv_kernel = nnx.Param(
             normal_init(rngs.params(), (width, 3, heads, head_width), jnp.float32)
         )
@@ -71,8 +74,17 @@ class Attention(nnx.Module):
         padding_BxN: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, N, D] to [B, N, D], or to [B, M, D] where `queries_BxMxD` is given."""
-        kernel = self.qkv_kernel[...].astype(self.dtype)
+        """Attention's output [B, N, D], or [B, M, D] if `queries_BxMxD` is given.
+
+        Args:
+          x_BxNxD: rows that keys and values come from, and queries too if no others are given.
+          queries_BxMxD: rows that queries come from.
+          padding_BxN: bool, True for tokens that no query may attend to.
+          key: draws dropout of the attention weights; None runs without.
+        """
+        dtype = self.compute.dtype
+        product = functools.partial(ops.product, float32_factors=self.compute.float32_factors)
+        kernel = self.qkv_kernel[...].astype(dtype)
         bias = self.qkv_bias[...]
         if queries_BxMxD is None:
             qkv = product("bnd,dchk->cbhnk", x_BxNxD, kernel)
@@ -88,20 +100,22 @@ class Attention(nnx.Module):
         scores_BxHxMxN = product("bhmk,bhnk->bhmn", q, k, jnp.float32)
         if padding_BxN is not None:
             scores_BxHxMxN = jnp.where(padding_BxN[:, None, None, :], -jnp.inf, scores_BxHxMxN)
-        weights = jax.nn.softmax(scores_BxHxMxN, axis=-1).astype(self.dtype)
+        weights = jax.nn.softmax(scores_BxHxMxN, axis=-1).astype(dtype)
         weights = dropout(weights, self.dropout_rate, key)
         mixed_BxHxMxK = product("bhmn,bhnk->bhmk", weights, v)
-        out = product("bhmk,hkd->bmd", mixed_BxHxMxK, self.out_kernel[...].astype(self.dtype))
+        out = product("bhmk,hkd->bmd", mixed_BxHxMxK, self.out_kernel[...].astype(dtype))
         return add_bias(out, self.out_bias[...])
 
 
 class Mlp(nnx.Module):
-    def __init__(self, width: int, mlp_width: int, dtype, rngs: nnx.Rngs):
-        common = {"kernel_init": normal_init, "dtype": dtype, "rngs": rngs}
-        self.up = Linear(width, mlp_width, **common)
-        self.down = Linear(mlp_width, width, **common)
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, mlp_width: int, compute: Compute, rngs: nnx.Rngs):
+        self.up = Linear(width, mlp_width, compute, kernel_init=normal_init, rngs=rngs)
+        self.down = Linear(mlp_width, width, compute, kernel_init=normal_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
         return self.down(gelu(self.up(x)))
 
 
@@ -117,14 +131,14 @@ class TransformerLayer(nnx.Module):
         dropout: float,
         attention_dropout: float,
         pre_norm: bool,
-        dtype,
+        compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.dropout_rate = dropout
         self.pre_norm = pre_norm
-        self.attention = Attention(width, heads, attention_dropout, dtype, rngs)
+        self.attention = Attention(width, heads, attention_dropout, compute, rngs)
         self.attention_norm = LayerNorm(width, rngs)
-        self.mlp = Mlp(width, mlp_width, dtype, rngs)
+        self.mlp = Mlp(width, mlp_width, compute, rngs)
         self.mlp_norm = LayerNorm(width, rngs)
 
     def __call__(
@@ -134,9 +148,10 @@ class TransformerLayer(nnx.Module):
         key: jax.Array | None = None,
         places_BxM: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, N, D] to [B, N, D]; with `places_BxM`, that layer's output at those tokens only.
+        """The layer's output [B, N, D], or [B, M, D], at the tokens `places_BxM` only.
 
-        Keys and values still come from all tokens, so the rows returned are the same.
+        Keys and values come from all tokens in both cases, so the rows at `places_BxM` are the
+        same. `padding_BxN` and `key` are as in `Attention`.
         """
         weights_key, attention_key, mlp_key = split_key(key, 3)
         residual = take_tokens(x_BxNxD, places_BxM)
@@ -154,30 +169,36 @@ class TransformerLayer(nnx.Module):
 
 
 def take_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array | None) -> jax.Array:
-    """Rows of each clip: [B, N, D] and int32 [B, M] to [B, M, D]; None keeps all.
+    """Rows of each clip: [B, N, D] at int32 [B, M] to [B, M, D]; None returns all rows.
 
-    places_BxM: none twice in a clip, all on the grid (a mask's), and nothing checks it. Told so, a
-    GPU adds gradients up without atomics, which are slow in 16 bits and in no fixed order.
+    places_BxM: unique within a clip and in range, as a mask's; nothing checks this. It lets a GPU
+    add gradients up without atomics, which are slow in 16 bits and have no fixed order.
     """
     if places_BxM is None:
         return x_BxNxD
-    return jax.vmap(lambda x_NxD, places_M: x_NxD.at[places_M].get(**_A_MASKS))(x_BxNxD, places_BxM)
+    return jax.vmap(lambda x_NxD, places_M: x_NxD.at[places_M].get(**_CHECKED_INDICES))(
+        x_BxNxD, places_BxM
+    )
 
 
 def put_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array, rows_BxMxD: jax.Array) -> jax.Array:
-    """`x_BxNxD` with other rows of each clip at int32 [B, M] places, as of `take_tokens`."""
-    put = jax.vmap(lambda x_NxD, places_M, rows_MxD: x_NxD.at[places_M].set(rows_MxD, **_A_MASKS))
+    """`x_BxNxD` with `rows_BxMxD` at int32 [B, M] places of each clip; see `take_tokens`."""
+    put = jax.vmap(
+        lambda x_NxD, places_M, rows_MxD: x_NxD.at[places_M].set(rows_MxD, **_CHECKED_INDICES)
+    )
     return put(x_BxNxD, places_BxM, rows_BxMxD)
 
 
 class Transformer(nnx.Module):
-    """A stack of equal layers whose parameters carry a leading layer axis.
+    """A stack of equal layers whose parameters have a leading layer axis.
 
-    Post-norm normalises and drops out before the first layer, pre-norm normalises after the last:
-    fairseq's TransformerEncoder, which the authors use for encoder and decoder.
+    Post-norm normalises and drops out before the first layer. Pre-norm drops out there and
+    normalises after the last layer. Both are fairseq's TransformerEncoder, which the authors use
+    for encoder and decoder.
 
-    `layer_drop` skips a whole layer for the whole batch with that probability while training.
-    `unroll` trades compile time for speed; `remat` is a key of REMAT_POLICIES.
+    layer_drop: probability that training skips a layer, for the whole batch.
+    unroll: whether layers are compiled one by one, which takes longer to compile and runs faster.
+    remat: a key of REMAT_POLICIES.
     """
 
     def __init__(
@@ -186,9 +207,9 @@ class Transformer(nnx.Module):
         layers: int,
         width: int,
         dropout: float,
-        layer_drop: float = 0.0,
+        layer_drop: float,
         pre_norm: bool,
-        dtype,
+        compute: Compute,
         unroll: bool,
         remat: str,
         rngs: nnx.Rngs,
@@ -208,7 +229,7 @@ class Transformer(nnx.Module):
                 width=width,
                 dropout=dropout,
                 pre_norm=pre_norm,
-                dtype=dtype,
+                compute=compute,
                 rngs=rngs,
                 **layer_fields,
             )
@@ -224,7 +245,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The output [B, N, D] and the hidden states after each layer [L, B, N, D].
 
-        Under jit, hidden states that nobody reads are not computed into memory.
+        Under jit, hidden states that no caller reads are not written to memory.
         """
         stem_key, keys_L = self._keys(key)
         x, hidden_states = self._scan(
@@ -235,10 +256,10 @@ class Transformer(nnx.Module):
     def at_places(
         self, x_BxNxD: jax.Array, places_BxM: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
-        """The output at some tokens only, [B, M, D].
+        """The output [B, M, D] at the tokens int32 [B, M] only.
 
-        The last layer computes queries, output projection and MLP at those places alone; no row
-        that is returned depends on what is left out.
+        The last layer computes queries, output projection and MLP at those tokens alone. No row of
+        the result depends on what the other tokens leave out.
         """
         stem_key, keys_L = self._keys(key)
         x, _ = self._scan(self._stem(x_BxNxD, stem_key), None, keys_L, self.num_layers - 1)
@@ -247,7 +268,7 @@ class Transformer(nnx.Module):
         return self._head(self._layer(graph, last, x, None, places_BxM))
 
     def _keys(self, key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-        """Of what comes before the layers, and of each layer."""
+        """The key of the input dropout and one key per layer."""
         stem_key, layers_key = split_key(key, 2)
         return stem_key, None if key is None else jax.random.split(layers_key, self.num_layers)
 
@@ -259,7 +280,7 @@ class Transformer(nnx.Module):
         return self.norm(x) if self.pre_norm else x
 
     def _scan(self, x, padding_BxN, keys_L, count: int):
-        """Runs the first `count` layers."""
+        """The output of the first `count` layers and the hidden states after each of them."""
         graph, stacked = nnx.split(self.layers)
         first = jax.tree.map(lambda leaf: leaf[:count], (stacked, keys_L))
 
@@ -272,7 +293,7 @@ class Transformer(nnx.Module):
         return jax.lax.scan(body, x, first, length=count, unroll=self.unroll or 1)
 
     def _layer(self, graph, layer_and_key, x, padding_BxN, places_BxM=None) -> jax.Array:
-        """A layer's output, or its input where it is dropped; at `places_BxM` alone where given."""
+        """The output of one layer, or its input if it is dropped, at `places_BxM` if given."""
         state, key = layer_and_key
         drop_key, inner_key = split_key(key, 2)
         layer = nnx.merge(graph, sharding.gathered(state))

@@ -323,7 +323,7 @@ def check_resume(config: PretrainConfig, workdir: epath.Path, step: int) -> None
             f"{workdir} holds weights alone, which no run can go on from; start one from them with "
             f"--config.init_from={workdir} and another --workdir"
         )
-    for name in pretrained.ENCODER_FIELDS + pretrained.DECODER_FIELDS:
+    for name in config.model.architecture_fields:
         was, is_ = getattr(newest.config, name), getattr(config.model, name)
         if was != is_:
             raise checkpoint.CheckpointError(

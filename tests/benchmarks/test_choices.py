@@ -1,4 +1,4 @@
-"""What is compared computes the same, and each part has a row for each of its choices."""
+"""The choices of a part compute the same, and each of them has a row."""
 
 import itertools
 
@@ -11,10 +11,13 @@ from benchmarks import choices
 SIZE = choices.Size(
     batch=2, tokens=64, kept=16, width=32, heads=4, optimizer_layers=2, dtype="float32"
 )
-PARTS = {
-    part: list(rows)
-    for part, rows in itertools.groupby(choices.choices(SIZE), lambda row: row.part)
-}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """{part: its choices}."""
+    rows = choices.choices(SIZE)
+    return {part: list(group) for part, group in itertools.groupby(rows, lambda row: row.part)}
 
 
 def result(choice):
@@ -25,33 +28,37 @@ def call(choice):
     return jax.jit(choice.call)(*choice.arguments)
 
 
-def test_parts():
-    assert [len(rows) for rows in PARTS.values()] == [3, 2, 2, 2, 2, 3, 2, 1, 2]
+def test_every_choice_has_a_row(parts):
+    assert [len(rows) for rows in parts.values()] == [3, 2, 2, 2, 2, 3, 2, 1, 2]
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if "mask" not in part])
-def test_choices_of_a_part_compute_the_same(part):
-    first, *others = (result(choice) for choice in PARTS[part])
-    if "attention" in part:
-        # [heads, tokens] to the others' [tokens, heads].
-        first[0] = first[0].swapaxes(1, 2)
-    if "AdamW" in part:
-        # One vector has one state: what comes out of the step is what is compared.
-        first, *others = (values[:4] for values in (first, *others))
-    for other in others:
-        for ours, theirs in zip(first, other, strict=True):
-            # A layer norm's gradient for its own result is what is left of terms that cancel.
-            np.testing.assert_allclose(ours.ravel(), theirs.ravel(), rtol=1e-4, atol=1e-5)
+def test_choices_of_a_part_compute_the_same(parts):
+    for part, rows in parts.items():
+        if "mask" in part:
+            continue  # random
+        first, *others = (result(choice) for choice in rows)
+        if "attention" in part:
+            # [heads, tokens] to the others' [tokens, heads].
+            first[0] = first[0].swapaxes(1, 2)
+        if "AdamW" in part:
+            # One vector has one state, so only the new parameters are compared.
+            first, *others = (values[:4] for values in (first, *others))
+        for other in others:
+            for ours, theirs in zip(first, other, strict=True):
+                # The terms of a layer norm's gradient for its own result nearly cancel.
+                np.testing.assert_allclose(
+                    ours.ravel(), theirs.ravel(), rtol=1e-4, atol=1e-5, err_msg=part
+                )
 
 
-def test_dropout_masks_drop_a_tenth():
-    (rows,) = (rows for part, rows in PARTS.items() if "dropout's" in part)
+def test_dropout_masks_drop_a_tenth(parts):
+    (rows,) = (rows for part, rows in parts.items() if "dropout's" in part)
     for choice in rows:
         assert abs(np.mean(call(choice)) - 0.9) < 0.01
 
 
-def test_calls_are_queued_and_waited_for_once_a_sample(monkeypatch):
-    """By a clock that each call moves on by 4 ms, in samples of a tenth of the time."""
+def test_calls_are_queued_and_waited_for_once_per_sample(monkeypatch):
+    """Each call moves the clock by 4 ms; a sample takes a tenth of the time."""
     now, calls, waits = [0.0], [], []
 
     def call():
@@ -62,12 +69,12 @@ def test_calls_are_queued_and_waited_for_once_a_sample(monkeypatch):
     monkeypatch.setattr(choices.jax, "jit", lambda call: call)
     monkeypatch.setattr(choices.jax, "block_until_ready", waits.append)
     choice = choices.Choice("part", "name", call, ())
-    assert choices.seconds_a_call(choice, 0.4) == pytest.approx(0.004)
+    assert choices.seconds_per_call(choice, 0.4) == pytest.approx(0.004)
     a_sample = [len(list(group)) for _, group in itertools.groupby(calls)]
     assert a_sample == [2, 1] + [10] * 10
 
 
-def test_a_choice_that_fails_is_a_row_that_says_so():
+def test_a_choice_that_fails_is_a_row_with_its_error():
     def fail():
         raise NotImplementedError("no cudnn | here\nand more")
 
@@ -83,8 +90,8 @@ def test_durations_have_three_digits(seconds, text):
     assert choices._duration(seconds) == text
 
 
-def test_table(capsys, monkeypatch):
-    monkeypatch.setattr(choices, "choices", lambda size: PARTS["a batch of masks"])
+def test_table(capsys, monkeypatch, parts):
+    monkeypatch.setattr(choices, "choices", lambda size: parts["a batch of masks"])
     choices.main(["--seconds=0.01", "--dtype=float32", "--batch=2"])
     device, _, *table = capsys.readouterr().out.splitlines()
     assert device.endswith("batch 2, float32") and len(table) == 3

@@ -1,4 +1,4 @@
-"""Bytes that devices send, counted in compiled programs whose exchanges are known."""
+"""The bytes that devices send, in compiled programs whose exchanges are known."""
 
 import functools
 
@@ -48,14 +48,14 @@ def test_a_loop_of_unknown_length_is_an_error(mesh):
         return jax.lax.while_loop(lambda total: total.sum() < 500, step, jnp.ones(100))
 
     text = compiled(mesh, looped, jnp.ones((16, 100)))
-    with pytest.raises(ValueError, match=r"how often the loop .* turns is not known"):
+    with pytest.raises(ValueError, match=r"number of turns of the loop .* is unknown"):
         exchanged.bytes_by_kind(text)
 
 
 @pytest.mark.parametrize(
     ("line", "sent"),
     [
-        # An exchange in two halves counts once: its result, not the operand beside it.
+        # An exchange in two halves counts once, by its result and not by the operand beside it.
         (
             "(f32[4,10], f32[16,10]) all-gather-start(%p), replica_groups={{0,1,2,3}}",
             {"all-gather": 640 * 3 / 4},
@@ -80,5 +80,5 @@ def test_every_spelling_of_an_exchange_is_read(line, sent):
 
 def test_an_exchange_of_unknown_devices_is_an_error():
     text = "ENTRY %main () -> f32[] {\n  %x = f32[] all-reduce(%p), replica_groups={}\n}\n"
-    with pytest.raises(ValueError, match="whose exchange is this"):
+    with pytest.raises(ValueError, match="devices of this exchange are unknown"):
         exchanged.bytes_by_kind(text)

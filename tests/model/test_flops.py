@@ -1,26 +1,29 @@
+"""FLOPs counted on paper against arithmetic and against XLA's count."""
+
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from tiny import model_config
 
 from maeast_jax.model import flops
-from maeast_jax.model.config import ModelConfig
 from maeast_jax.training.steps import LossConfig, init_state, make_eval_step
 
 
 def test_the_papers_model_costs_what_its_arithmetic_says():
     """Layers of full sequences, less what the last decoder layer leaves out."""
-    count = flops.pretrain_forward(ModelConfig(), 1024)
+    count = flops.pretrain_forward(model_config(), 1024)
     layer = lambda n: 2 * n * (4 * 768**2 + 2 * 768 * 3072) + 4 * n * n * 768  # noqa: E731
     full = 12 * layer(128) + 2 * layer(512)
     assert 0.9 * full < count < full + 2 * 128 * 256 * 768 + 5 * 384 * 256 * 768
 
 
 def test_the_baseline_costs_two_and_a_half_times_as_much_and_five_times_in_two_passes():
-    ours = flops.pretrain_forward(ModelConfig(), 1024)
-    ssast = ModelConfig(architecture="ssast", decoder_layers=0)
+    ours = flops.pretrain_forward(model_config(), 1024)
+    ssast = model_config(architecture="ssast", decoder_layers=0)
     once = flops.pretrain_forward(ssast, 1024)
     assert 2.5 < once / ours < 2.7
     # The last layer has queries, output and MLP at 384 of the 512 tokens.
@@ -33,31 +36,22 @@ def test_the_baseline_costs_two_and_a_half_times_as_much_and_five_times_in_two_p
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"decoder_width": 64},
-        {"passes": 2},
-        {"architecture": "ssast", "decoder_layers": 0},
+        {"decoder_width": 64, "passes": 2},
         {"architecture": "ssast", "decoder_layers": 0, "passes": 2},
     ],
 )
 def test_the_count_is_xlas(changes):
-    config = ModelConfig(
+    config = model_config(
         encoder_layers=2, decoder_layers=2, width=128, heads=2, mlp_width=512, decoder_width=128,
         unroll=True, mask="random",
     )  # fmt: skip
     config = dataclasses.replace(config, **changes)
-    state = jax.eval_shape(lambda: init_state(config, _no_optimizer(), 0))
+    state = jax.eval_shape(lambda: init_state(config, optax.identity(), 0))
     batch = {
         "fbank": jax.ShapeDtypeStruct((1, 256, 128), jnp.float32),
         "mask": jax.ShapeDtypeStruct((1,), bool),
     }
-    step = make_eval_step(config, LossConfig(), seed=0, num_frames=256)
+    step = make_eval_step(config, LossConfig(mse=10.0, info_nce=1.0), seed=0, num_frames=256)
     cost = jax.jit(step).lower(state, batch, np.int32(0)).compile().cost_analysis()
     # XLA counts the elementwise work too: norms, softmax, GELU.
     assert 1.0 < cost["flops"] / flops.pretrain_forward(config, 256) < 1.15
-
-
-def _no_optimizer():
-    import optax
-
-    return optax.identity()

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from test_model import TINY, assert_close
+from tiny import assert_close, authors_config
 
 from maeast_jax import fbank
 from maeast_jax.interop import parameters
@@ -29,6 +29,7 @@ from maeast_jax.training.steps import (
 )
 
 FRAMES = 192
+TINY = authors_config()
 RECIPE = AdamWConfig(**tiny.section("optimizer", learning_rate=1e-3, warmup_steps=0))
 LOSS = LossConfig(**tiny.section("loss"))
 

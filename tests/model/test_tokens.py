@@ -1,3 +1,6 @@
+"""Tokens against torch's Unfold and the authors' positions, padding, and the input norm."""
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,3 +33,23 @@ def test_a_token_with_one_real_frame_is_not_padding():
 def test_sinusoid_is_the_authors_table(golden):
     expected = golden["weights"]["enc_sine_pos_embed.pe"][0]
     np.testing.assert_allclose(patches.sinusoid(*expected.shape), expected, atol=1e-4)
+
+
+def test_the_input_norm_takes_a_data_sets_statistics_and_is_undone():
+    norm = patches.InputNorm()
+    norm.set_statistics(-4.0, 3.0)
+    log_mel = np.random.default_rng(0).normal(-5, 3, (2, 8, 128)).astype(np.float32)
+    normalized = norm(jnp.asarray(log_mel), training=False)
+    np.testing.assert_allclose(normalized, (log_mel + 4.0) / 6.0, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.undo(normalized), log_mel, atol=1e-5)
+    for deviation in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=r"deviation of .* must be above 0"):
+            norm.set_statistics(0.0, deviation)
+
+
+def test_the_input_norm_is_calibrated_by_a_batch():
+    norm = patches.InputNorm()
+    log_mel = np.random.default_rng(0).normal(-5, 3, (2, 8, 128)).astype(np.float32)
+    norm.calibrate(jnp.asarray(log_mel))
+    normalized = norm(jnp.asarray(log_mel), training=False)
+    assert abs(np.mean(normalized)) < 1e-4 and abs(np.std(normalized) - 0.5) < 1e-4
