@@ -18,14 +18,12 @@ from maeast_jax.runtime import terminal
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
-# These two are of sysexits.h. Launchers start the run again after both.
+# Launchers start the run again after these two, which have their meaning from sysexits.h.
 EXIT_UNKNOWN = 70  # an unexpected error: a device failed, or there is a bug
 EXIT_PEER_LOST = 75
 _EXIT_CTRL_C = 128 + signal.SIGINT
 # All processes of a run come to these ends together.
 _AGREED_ENDS = (0, 128 + signal.SIGTERM, EXIT_NON_FINITE)
-# After Ctrl-C a program has this long to remove its partial files.
-_UNWINDING_SECONDS = 30.0
 _JOIN_FLAGS = ("coordinator", "num_processes", "process_id")
 _STOPPED_EARLY = (
     "stopped before it could save: the same command starts it again, from its newest checkpoint if "
@@ -67,17 +65,16 @@ def run(
 ) -> None:
     """Parses --config and --workdir, calls `main(config, workdir)`, and ends the process.
 
-    A program may define flags of its own before, and read them from `flags.FLAGS`. There, each
-    field that the command line sets is a flag too: `"config.batch_size" in flags.FLAGS`.
+    A program may define flags of its own before. Each field that the command line sets is a flag
+    too: `"config.batch_size" in flags.FLAGS`.
 
     Args:
       main: The program. It may return an exit code; None stands for 0.
-      join: A function that joins the processes of a run, for a program that may be several. Each
-        process calls it first, with --coordinator, --num_processes and --process_id, or with None
-        three times where the cluster knows them.
+      join: Joins the processes of a run, for a program that may run in several. It is called first,
+        with --coordinator, --num_processes and --process_id, each of which may be None.
       workdir: False for a program without --workdir; then `main(config)` is called.
-      default_config: The configuration file that is read where --config is missing. None makes
-        --config required.
+      default_config: The configuration file where --config is missing. None makes --config
+        required.
 
     Exit codes: 0; 1 where the system refused something (a full disk, a folder, memory); 2 for a
     ValueError, which is a mistake in flags, configuration, data or checkpoint; 3 for a loss that is
@@ -100,7 +97,7 @@ def run(
             _fail(f"{left[1]!r} is not a flag; fields are set as --config.field=value")
         return left
 
-    def call(argv: Sequence[str]) -> NoReturn:
+    def call(argv: Sequence[str]) -> int:
         process = [flags.FLAGS[name].value for name in _JOIN_FLAGS] if join else []
         is_joined = bool(join) and (flags.FLAGS.distributed or any(v is not None for v in process))
 
@@ -112,7 +109,7 @@ def run(
         code = _call(program, _STOPPED_EARLY if workdir else "interrupted")
         if is_joined and code not in _AGREED_ENDS:
             _leave(code)  # the others wait for this process, and jax would wait for them
-        _end(code)
+        return code
 
     _start(call, parse)
 
@@ -132,15 +129,15 @@ def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) 
         _check_given(required)
         return left
 
-    def call(argv: Sequence[str]) -> NoReturn:
-        _end(_call(lambda: main(list(argv[1:])), "interrupted, nothing was written"))
+    def call(argv: Sequence[str]) -> int:
+        return _call(lambda: main(list(argv[1:])), "interrupted, nothing was written")
 
     _start(call, parse)
 
 
 @contextmanager
 def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Handles these signals by `catch`; outside of the main thread Python allows no handler."""
+    """Handles these signals by `catch`; does nothing outside of the main thread, as Python must."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -153,55 +150,25 @@ def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> I
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yields a list that holds the signal once SIGTERM or Ctrl-C has come.
-
-    A second Ctrl-C acts at once. Outside of the main thread the list stays empty.
-    """
-    caught: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    at_once = before if callable(before) else signal.default_int_handler
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        if caught and number == signal.SIGINT:
-            at_once(number, frame)
-        caught.append(number)
-
-    with catching(catch, signal.SIGTERM, signal.SIGINT):
-        yield caught
-
-
-@contextmanager
 def _ctrl_c(message: str) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, and ends the process soon even if that is swallowed.
+    """The first Ctrl-C raises KeyboardInterrupt; a second one ends the process.
 
-    Python ignores an exception that is raised in a callback of its garbage collector, and jax has
-    such a callback; C++ code may drop exceptions as well. A second Ctrl-C ends the process at once.
+    The first may be lost: Python ignores an exception that is raised in a callback of its garbage
+    collector, and jax has such a callback.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # the shell's `nohup` or `&` asked to ignore it
         return
-
-    def end() -> None:
-        try:
-            _told(message, _EXIT_CTRL_C)
-        finally:
-            _leave(_EXIT_CTRL_C)
-
-    timer = threading.Timer(_UNWINDING_SECONDS, end)
-    timer.daemon = True
+    came: list[int] = []
 
     def catch(number: int, frame: FrameType | None) -> None:
-        if timer.is_alive():
-            end()
-        timer.start()
+        if came:
+            _leave(_told(message, _EXIT_CTRL_C))
+        came.append(number)
         raise KeyboardInterrupt
 
-    try:
-        with catching(catch, signal.SIGINT):
-            yield
-    finally:
-        timer.cancel()
+    with catching(catch, signal.SIGINT):
+        yield
 
 
 def _define_flags(default_config: str | None, names: Sequence[str], may_join: bool) -> None:
@@ -263,7 +230,7 @@ def _config_error(error: Exception, argv: Sequence[str]) -> str:
     return f"{file}: {place}{name}: {reason}; {where}"
 
 
-def _start(call: Callable[[Sequence[str]], NoReturn], parse: Callable) -> None:
+def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
     # TensorFlow, which reads the data, greets with a page of its own unless this is set. It
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -285,7 +252,7 @@ def _call(main: Callable[[], int | None], interrupted: str) -> int:
         # absl shows INFO by default, at which Orbax reports each file that it writes.
         logging.set_verbosity(logging.WARNING)
         # Orbax's threads log pages about an error that is then raised here and told in one line.
-        logging.get_absl_logger().addFilter(_has_no_traceback)
+        logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     try:
         with _ctrl_c(interrupted):
             return main() or 0
@@ -303,17 +270,14 @@ def _call(main: Callable[[], int | None], interrupted: str) -> int:
     except OSError as error:
         return _told(f"{error.filename or ''} {terminal.one_line(error)}".strip(), EXIT_SYSTEM)
     except KeyboardInterrupt:
-        return _told(interrupted, _EXIT_CTRL_C)
+        # XLA may still compile, and an interpreter that ends would crash in it.
+        _leave(_told(interrupted, _EXIT_CTRL_C))
     except ModuleNotFoundError as error:
         remedy = f"pip install -r requirements.txt, into the environment of {sys.executable}"
         return _told(f"{error}: {remedy}", EXIT_USAGE)
     except Exception:
         traceback.print_exc()
         return EXIT_UNKNOWN
-
-
-def _has_no_traceback(record) -> bool:
-    return not record.exc_info
 
 
 def _told(message: object, exit_code: int) -> int:
@@ -323,12 +287,6 @@ def _told(message: object, exit_code: int) -> int:
 
 def _fail(message: str) -> NoReturn:
     sys.exit(_told(message, EXIT_USAGE))
-
-
-def _end(code: int) -> NoReturn:
-    if code == _EXIT_CTRL_C:
-        _leave(code)  # XLA may still compile, and an interpreter that ends would crash in it
-    sys.exit(code)
 
 
 def _leave(code: int) -> NoReturn:

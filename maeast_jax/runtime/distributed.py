@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,13 +18,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maeast_jax.runtime import terminal
-from maeast_jax.runtime.cli import PeerLostError, catching, stop_signals
+from maeast_jax.runtime.cli import PeerLostError, catching
 
 # The other processes take a process for dead, and end, after it was silent for this long.
 HEARTBEAT_SECONDS = int(os.environ.get("MAEAST_JAX_HEARTBEAT_SECONDS", "30"))
 _INITIALIZATION_SECONDS = 300
-# Words by which an exchange that failed tells that another process is gone. jax's are status codes
-# and the libraries that connect CPUs and GPUs.
+# An exchange that failed because a process is gone says one of these words: jax's status codes, and
+# the libraries that connect CPUs and GPUs.
 _WORDS_OF_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL")
 
 
@@ -44,13 +43,7 @@ def initialize(
       ValueError: jax knows no cluster here, or the values do not fit together.
       PeerLostError: the other processes did not come.
     """
-    given = (coordinator, num_processes, process_id)
-    if None in given and any(value is not None for value in given):
-        raise ValueError(
-            "--coordinator, --num_processes and --process_id go together; pass all three, or"
-            " --distributed alone on a cluster"
-        )
-    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+    if coordinator and ":" not in coordinator:
         raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, of the first process")
     try:
         jax.distributed.initialize(
@@ -64,28 +57,21 @@ def initialize(
         )
         is_silent = not is_first()  # this starts the devices of all processes
     except ValueError as error:
-        if coordinator is not None:
-            raise
         raise ValueError(
-            f"--distributed: {error}; on a cluster that jax does not know, pass --coordinator="
-            "HOST:PORT --num_processes=N --process_id=I"
+            f"{error} Pass --coordinator=HOST:PORT --num_processes=N --process_id=I, or "
+            "--distributed alone on a cluster that jax knows"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        reason = "could not join the other processes"
-        if "DEADLINE_EXCEEDED" in str(error):
-            reason = f"the other processes did not come within {_INITIALIZATION_SECONDS} s"
-        raise PeerLostError(f"{reason} ({terminal.one_line(error)})") from error
+        raise PeerLostError(
+            f"could not join the other processes within {_INITIALIZATION_SECONDS} s "
+            f"({terminal.one_line(error)})"
+        ) from error
     if jax.process_count() == 1:
         # jax has caught SIGTERM for `stopping`, which asks jax only where there are several
         # processes. Until the loop catches it, SIGTERM ends the program.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if is_silent:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-
-
-def is_joined() -> bool:
-    """Whether `initialize` was called, also with a single process."""
-    return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
@@ -98,9 +84,8 @@ def others_alive() -> Iterator[None]:
     """Raises PeerLostError where an exchange with the other processes fails because one is gone.
 
     Use it around exchanges only: a compiled step, waiting for its results, saving and restoring a
-    checkpoint. The functions of this module use it themselves. Around a whole program it would
-    take an unrelated error, such as the name of a missing data set, for the loss of a process.
-    All other errors pass unchanged.
+    checkpoint. Around a whole program it would take an unrelated error, such as the name of a
+    missing data set, for the loss of a process. All other errors pass unchanged.
     """
     try:
         yield
@@ -115,20 +100,17 @@ def others_alive() -> Iterator[None]:
 
 
 def _loss(error: BaseException | None) -> BaseException | None:
-    """The first error, of `error` and its causes, that tells of a lost process.
+    """Returns the first error, among `error` and its causes, that tells of a lost process.
 
-    jax raises JaxRuntimeError where an exchange begins, and ValueError where its result is waited
-    for; both also tell of other things. Orbax raises TimeoutError where a save waits in vain.
+    jax raises JaxRuntimeError where an exchange begins and ValueError where its result is waited
+    for. Orbax raises TimeoutError where a save waits in vain.
     """
     while error is not None:
         text = str(error)
-        if isinstance(error, TimeoutError):
-            return error
-        if (
-            isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
-            and any(word in text for word in _WORDS_OF_LOSS)
-            and "RESOURCE_EXHAUSTED" not in text
-        ):
+        is_of_exchange = isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
+        has_words = any(word in text for word in _WORDS_OF_LOSS)
+        is_loss = is_of_exchange and has_words and "RESOURCE_EXHAUSTED" not in text
+        if is_loss or isinstance(error, TimeoutError):
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -156,14 +138,6 @@ def from_first(value: int) -> int:
         return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def largest(value: int) -> int:
-    """Returns the largest of all processes' whole numbers in every process."""
-    if jax.process_count() == 1:
-        return value
-    with others_alive():
-        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
-
-
 def all_true(value: bool) -> bool:
     """Returns, in every process, whether `value` is true in all of them."""
     if jax.process_count() == 1:
@@ -176,11 +150,19 @@ def all_true(value: bool) -> bool:
 def stopping() -> Iterator[Callable[[], int | None]]:
     """Yields a function that returns the signal that asked the run to stop, or None.
 
-    All processes get the same answer at the same call of it, whichever of them was signalled, so
-    that all save the same step. Therefore they must call it at the same places.
+    All processes get the same answer at the same call, whichever of them was signalled, so all save
+    the same step; they must call it at the same places. In a single process a second Ctrl-C raises
+    KeyboardInterrupt at once. Outside of the main thread no signal is noted.
     """
     if jax.process_count() == 1:
-        with stop_signals() as caught:
+        caught: list[int] = []
+
+        def catch(number: int, _) -> None:
+            if caught and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            caught.append(number)
+
+        with catching(catch, signal.SIGTERM, signal.SIGINT):
             yield lambda: caught[0] if caught else None
         return
     calls, stopped = itertools.count(), []
