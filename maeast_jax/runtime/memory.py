@@ -9,6 +9,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from maeast_jax.runtime import terminal
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _DEFAULT_TRIM_BYTES, _DEFAULT_MMAP_MAX = 128 * 1024, 65_536
 # A step's temporaries are one piece. Allocations between two steps may lie in the way of the next
-# piece: up to four copies were seen where the plan counts one.
+# piece: up to four copies were seen for one in the plan.
 _COPIES = 6
 
 _has_one_heap = False
@@ -40,17 +41,17 @@ def share_heap() -> None:
         _has_one_heap = bool(libc.mallopt(_M_ARENA_MAX, 1))
 
 
-def keep_freed(planned_bytes: int) -> bool:
-    """Keeps the memory that this process frees from now on, if there is room; returns whether.
+def keep_freed(planned_bytes: int) -> None:
+    """Keeps the memory that this process frees from now on, where there is room.
+
+    Without `share_heap` before, nothing is kept.
 
     Args:
       planned_bytes: The memory that XLA plans for the step on all devices of this machine. It must
         fit several times into the machine's memory.
-
-    Without `share_heap` before, nothing is kept.
     """
     if not _has_one_heap:
-        return False
+        return
     fits = _COPIES * planned_bytes < limit_bytes()
     libc = ctypes.CDLL(None)
     # Pieces of any size come from the heap, which never shrinks.
@@ -58,16 +59,12 @@ def keep_freed(planned_bytes: int) -> bool:
     libc.mallopt(_M_TRIM_THRESHOLD, -1 if fits else _DEFAULT_TRIM_BYTES)
     if not fits:
         libc.malloc_trim(0)
-    return fits
 
 
 def limit_bytes() -> int:
     """Returns the bytes that a process may use: the machine's, or its control group's if fewer."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return machine
+    group = _read("/sys/fs/cgroup/memory.max").strip()
     return min(machine, int(group)) if group.isdecimal() else machine
 
 
@@ -76,22 +73,18 @@ def available_bytes() -> int:
 
     Programs hold more than XLA plans for their steps, hence the last fifth.
     """
+    left = limit_bytes()
     # "anon" leaves out the group's files in the page cache, which make room.
-    left = limit_bytes() - _listed_bytes("/sys/fs/cgroup/memory.stat", "anon", 0)
-    left = min(left, _listed_bytes("/proc/meminfo", "MemAvailable:", left))
+    if used := re.search(r"^anon (\d+)", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE):
+        left -= int(used[1])
+    if free := re.search(r"^MemAvailable: +(\d+) kB", _read("/proc/meminfo"), re.MULTILINE):
+        left = min(left, int(free[1]) * 1024)
     return max(0, left) * 4 // 5
 
 
-def _listed_bytes(path: str, name: str, default: int) -> int:
-    """Returns the number behind a name in a file of the kernel, or `default` without that file."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return default
-    for name_in_line, number, *unit in map(str.split, lines):
-        if name_in_line == name:
-            return int(number) * (1024 if unit == ["kB"] else 1)
-    return default
+def _read(path: str) -> str:
+    """Returns the text of a file of the kernel; "" on systems without it."""
+    return Path(path).read_text() if Path(path).exists() else ""
 
 
 def _will_compute_on_cpu() -> bool:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -48,7 +47,6 @@ def faults(word, platforms="cpu"):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_not_faulted_in_again():
-    """Except for the few times that the pieces do not fit together."""
     # A plan that does not fit several times changes nothing.
     left = faults("too much")
     assert faults("keep") < left / 4
@@ -56,28 +54,10 @@ def test_freed_memory_is_not_faulted_in_again():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_by_default_freed_memory_is_faulted_in_again_also_where_no_platform_is_set():
+def test_memory_is_kept_also_where_no_platform_is_set_and_only_on_request():
     left = faults("nothing")
     assert faults("too much", "") > left / 2
     assert faults("keep", "") < left / 4
-
-
-def test_only_a_program_that_began_with_one_heap_keeps_memory():
-    assert not memory.keep_freed(0)
-
-
-@pytest.mark.parametrize(
-    ("group", "limit"), [("max\n", None), ("4096\n", 4096), (f"{1 << 60}\n", None), (None, None)]
-)
-def test_limit_is_the_smaller_of_machine_and_group(group, limit, monkeypatch):
-    def read_text(path):
-        if group is None:
-            raise FileNotFoundError(path)
-        return group
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert memory.limit_bytes() == (limit or machine)
 
 
 def test_available_is_four_fifths_of_the_memory_that_machine_and_group_have_left(monkeypatch):
@@ -86,20 +66,17 @@ def test_available_is_four_fifths_of_the_memory_that_machine_and_group_have_left
         "/sys/fs/cgroup/memory.max": "max\n",
         "/sys/fs/cgroup/memory.stat": "anon 1000\nfile 4000000\n",
     }
-
-    def read_text(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(memory, "_read", lambda path: files.get(path, ""))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.limit_bytes() == machine
     assert memory.available_bytes() == 5000 * 1024 * 4 // 5
     files["/sys/fs/cgroup/memory.max"] = "2000\n"
+    assert memory.limit_bytes() == 2000
     assert memory.available_bytes() == 1000 * 4 // 5
     files["/sys/fs/cgroup/memory.max"] = "500\n"
     assert memory.available_bytes() == 0
     files.clear()
-    assert memory.available_bytes() == memory.limit_bytes() * 4 // 5
+    assert memory.available_bytes() == machine * 4 // 5
 
 
 def test_devices_without_memory_are_one_line_with_the_remedy():
