@@ -50,27 +50,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     devices = jax.devices()
-    if any(size < 1 and size != -1 for size in sizes.values()) or [*sizes.values()].count(-1) > 1:
+    known = [size for size in sizes.values() if size != -1]
+    if min(known, default=0) < 1 or len(known) < len(sizes) - 1:
         raise ValueError(f"{text}: each must be 1 or more, and one at most -1 (what is left)")
-    known = math.prod(size for size in sizes.values() if size != -1)
-    for axis, size in sizes.items():
-        if size == -1:
-            if len(devices) % known:
-                raise ValueError(
-                    f"{text}: {len(devices)} devices are no multiple of {known}; change the sizes"
-                )
-            sizes[axis] = len(devices) // known
-    count = math.prod(sizes.values())
-    if count > len(devices):
+    needed = math.prod(known)
+    if needed > len(devices):
+        raise ValueError(f"{text} needs {needed} devices, but there are {len(devices)}")
+    left = len(devices) // needed
+    shape = tuple(left if size == -1 else size for size in sizes.values())
+    count = math.prod(shape)
+    if count < len(devices) and (-1 in sizes.values() or jax.process_count() > 1):
         raise ValueError(
-            f"{text} needs {count} devices, but there are {len(devices)}; ask for less"
+            f"{text} leaves out {len(devices) - count} of {len(devices)} devices, which neither -1 "
+            "nor several processes allow; change the sizes"
         )
-    if count < len(devices) and jax.process_count() > 1:
-        raise ValueError(
-            f"{text} leaves out {len(devices) - count} of {len(devices)} devices, which several "
-            "processes cannot; set one of them to -1"
-        )
-    shape = tuple(sizes.values())
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
@@ -87,8 +80,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int) -> None:
     if batch_size < 1 or batch_size % (shares * accumulation_steps):
         raise ValueError(
             f"batch_size={batch_size} must be a multiple of {shares * accumulation_steps}, "
-            f"mesh.data x mesh.fsdp ({shares}) times accumulation_steps ({accumulation_steps}); "
-            "set another batch_size or mesh"
+            f"mesh.data x mesh.fsdp ({shares}) times accumulation_steps ({accumulation_steps})"
         )
 
 
