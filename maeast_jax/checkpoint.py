@@ -4,9 +4,8 @@
 without the optimiser: `weights` {params, statistics} and `progress` {step, opt_state}.
 
 On this machine Orbax writes a checkpoint under another name and renames it at the end, so the
-newest folder with a bare number for a name is complete. On gs:// nothing can be renamed: there
-Orbax writes under the bare number, and adds the object `commit_success.txt` at the end. Old
-checkpoints are deleted where they lie, so a kill can leave an older one incomplete.
+newest folder named STEP is complete. On gs:// nothing can be renamed: there Orbax adds the object
+`commit_success.txt` at the end. A kill during a deletion can leave an older checkpoint incomplete.
 """
 
 import errno
@@ -40,8 +39,8 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """Saves and restores the checkpoints of one run, and keeps the newest `keep` of them.
 
-    An older checkpoint is deleted once a newer one is complete, at the next call of `save`, `wait`
-    or `close`. With several processes every process makes the same calls in the same order.
+    An older checkpoint is deleted by the next call of `save`, `wait` or `close` after a newer one
+    is complete. All processes make the same calls in the same order.
 
     Orbax' own `Checkpointer` does the same, but asks jax's preemption service at every save which
     step the run has reached. The service cannot tell these questions from those of
@@ -118,8 +117,7 @@ class Checkpoints:
 def _errors_of_a_save() -> Iterator[None]:
     """Raises OSError for a full disk, RuntimeError for other failures of the storage.
 
-    Orbax writes through tensorstore, which raises ValueError for both. Elsewhere ValueError is a
-    mistake of the user, after which no launcher starts the run again.
+    Orbax raises ValueError for both, but after a ValueError no launcher starts the run again.
     """
     try:
         with distributed.others_alive():
@@ -127,11 +125,8 @@ def _errors_of_a_save() -> Iterator[None]:
     except ValueError as error:
         for number in (errno.ENOSPC, errno.EDQUOT):
             if os.strerror(number) in str(error):
-                raise OSError(
-                    number,
-                    "no space left to save a checkpoint: free some, and start the same command "
-                    "again",
-                ) from error
+                remedy = "free some, and start the same command again"
+                raise OSError(number, f"no space left to save a checkpoint: {remedy}") from error
         raise RuntimeError("a checkpoint could not be saved") from error
 
 
@@ -144,7 +139,7 @@ def _clear_half_written(folder: epath.Path) -> None:
 
 
 def _is_complete(folder: epath.Path) -> bool:
-    """Whether a folder with a bare number for a name is complete; on this machine it always is."""
+    """Whether a folder named STEP is complete; on this machine it always is."""
     return not storage.is_remote(folder) or (folder / _COMPLETE).exists()
 
 
@@ -163,30 +158,26 @@ def find(path: str | os.PathLike) -> epath.Path:
 
     Raises CheckpointError where there is none.
     """
-    # Orbax reads absolute paths only.
-    path = storage.absolute(path)
+    path = storage.absolute(path)  # Orbax reads no others
     if path.name == CHECKPOINTS:
         path = path.parent
     is_step = path.name.isdigit() and path.parent.name == CHECKPOINTS
     steps = saved_steps(path.parent.parent if is_step else path)
-    if is_step and int(path.name) in steps:
-        return path
-    if is_step and steps:
-        raise CheckpointError(
-            f"{path} is not there; the steps saved are {', '.join(map(str, steps))}"
-        )
-    if steps:
+    if steps and not is_step:
         return path / CHECKPOINTS / str(steps[-1])
+    if steps and int(path.name) not in steps:
+        raise CheckpointError(f"{path} is not there; saved are {', '.join(map(str, steps))}")
+    if steps:
+        return path
     if (path / CONFIG).exists():
         raise CheckpointError(
             f"{path} holds no checkpoint: that run has saved none, or is of mode linear or knn, "
             "on features of what its config.json names as init_from; name that"
         )
     is_there = storage.is_remote(path) or path.exists()
-    reason = "holds no checkpoint" if is_there else "does not exist"
     raise CheckpointError(
-        f"{path} {reason}; name a run's workdir, WORKDIR/{CHECKPOINTS}/STEP, or a .pt or "
-        ".safetensors file"
+        f"{path} {'holds no checkpoint' if is_there else 'does not exist'}; name a run's workdir, "
+        f"WORKDIR/{CHECKPOINTS}/STEP, or a .pt or .safetensors file"
     )
 
 
@@ -226,9 +217,7 @@ def load_part(folder: epath.Path, name: str) -> Any:
 def write_parts(
     workdir: str | os.PathLike, parts: dict[str, Any], metadata: dict[str, Any]
 ) -> None:
-    """Makes a workdir with one checkpoint at step 0, for `init_from` and loading, not to resume.
-
-    The workdir appears whole or not at all.
+    """Makes a workdir with one checkpoint at step 0, whole or not at all; no run can resume it.
 
     Args:
       workdir: a folder of this machine that does not exist or is empty.

@@ -109,7 +109,7 @@ def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(written, 
     assert checkpoint.find(written).name == "15"
     assert checkpoint.find(written / "checkpoints" / "10").name == "10"
     assert checkpoint.find(written / "checkpoints").name == "15"
-    with pytest.raises(checkpoint.CheckpointError, match=r"11 is not there; .* saved are 10, 15"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"11 is not there; saved are 10, 15"):
         checkpoint.find(written / "checkpoints" / "11")
     with pytest.raises(checkpoint.CheckpointError, match="nowhere does not exist; name a run's"):
         checkpoint.find(tmp_path / "nowhere")
@@ -331,7 +331,7 @@ def test_a_checkpoint_on_gs_is_complete_with_its_last_object(store):
     assert checkpoint.saved_steps(workdir) == [5]
     assert checkpoint.find(workdir).name == "5"
     assert checkpoint.metadata(checkpoint.find(workdir)) == {"config": CONFIG}
-    with pytest.raises(checkpoint.CheckpointError, match=r"10 is not there; .* saved are 5"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"10 is not there; saved are 5"):
         checkpoint.find(f"{workdir}/checkpoints/10")
     checkpoints = checkpoint.Checkpoints(workdir, 1, CONFIG)
     assert not [name for name in store.names("bucket") if name.startswith("run/checkpoints/10")]

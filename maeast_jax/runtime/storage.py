@@ -4,7 +4,6 @@ An object on gs:// is written whole or not at all; objects cannot be appended to
 The libraries that reach gs:// raise many kinds of errors; `reaching` turns each into one line.
 """
 
-import errno
 import fcntl
 import glob
 import logging
@@ -60,11 +59,11 @@ def check_local(name: str | os.PathLike) -> None:
 
 @contextmanager
 def whole(target: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path to write a file or a folder at; on exit that becomes `target`.
+    """Yields a path beside `target` to write a file or a folder at; on exit it is renamed.
 
-    Readers find the old `target` or the new one, never half of one, even after a kill. The path
-    lies beside `target`, so that the last step is a rename. After an exception it is removed; what
-    a killed process left is removed by the next process that writes the same `target` here.
+    Readers find the old `target` or the new one, never half of one, even after a kill. After an
+    exception the path is removed; what a killed process left is removed by the next process that
+    writes the same `target` here.
 
     Raises OSError where `target` is a folder that is not empty.
     """
@@ -91,7 +90,6 @@ def write_whole(file: str | os.PathLike, data: bytes) -> None:
 
 
 def _remove(name: Path) -> None:
-    """Removes a file or a folder, which need not exist."""
     if name.is_dir():
         shutil.rmtree(name)
     else:
@@ -126,16 +124,15 @@ def stamp(name: str | os.PathLike) -> tuple[int, int]:
 
 
 def make_writable(folder: epath.Path, flag: str) -> None:
-    """Makes a folder where it is missing and tries to write in it.
-
-    Raises ValueError, which names `flag`, where the folder cannot be written.
-    """
+    """Makes a folder; raises ValueError, which names `flag`, where it cannot be written."""
     probe = folder / f".writable-{uuid.uuid4().hex}"  # several hosts may try at once
     remedy = f"choose another {flag}"
     try:
         with reaching(folder, "written", remedy):
             if is_remote(folder):
-                _check_credentials()
+                from google.cloud import storage
+
+                storage.Client()  # without credentials it raises; gcsfs would try for a minute
             folder.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
             probe.unlink()
@@ -151,8 +148,7 @@ def reaching(
 ) -> Iterator[None]:
     """Turns every error of the libraries that reach gs:// into a ValueError of one line.
 
-    Those libraries share no base class of errors. Where `name` is on this machine, errors pass
-    unchanged.
+    Where `name` is on this machine, errors pass unchanged.
 
     Args:
       name: the address, for the message.
@@ -173,13 +169,6 @@ def reaching(
         is_missing = isinstance(error, FileNotFoundError)
         reason = "no such bucket or object" if is_missing else terminal.one_line(error)
         raise ValueError(f"{name} cannot be {done} ({reason}); {remedy}") from error
-
-
-def _check_credentials() -> None:
-    """Raises an error that says so where there are no credentials; gcsfs would try for a minute."""
-    from google.cloud import storage
-
-    storage.Client()
 
 
 @contextmanager
@@ -205,9 +194,8 @@ def try_lock(file: IO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
+    except OSError:
+        pass
     return True
 
 

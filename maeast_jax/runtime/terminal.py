@@ -11,7 +11,7 @@ class Progress:
     """A progress bar with loss, clips per second and time left; plain lines without a terminal."""
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
-        """Starts at `start_step`, writes to `stream` (None: stderr)."""
+        """Shows progress on `stream`; None is stderr."""
         self._total_steps = total_steps
         self._stream = sys.stderr if stream is None else stream
         self._bar = None
@@ -59,10 +59,7 @@ class Progress:
 
 
 def announce(lines: Mapping[str, str]) -> str:
-    """Returns an aligned table, such as of what a run will do: per key a line with its value.
-
-    A value of several lines continues below its own first line.
-    """
+    """Returns an aligned table: a line per key; a value of several lines continues below itself."""
     width = max(map(len, lines), default=0)
     indent = "\n" + " " * (width + 2)
     return "\n".join(
