@@ -109,13 +109,12 @@ def _is_running(pid: str) -> bool:
 def stamp(name: str | os.PathLike) -> tuple[int, int]:
     """Returns a file's size in bytes and time of change in ns, which a replaced file changes.
 
-    Both are 0 where the file does not exist.
+    Both are 0 where the file is missing on this machine; ValueError where it is on gs://.
     """
     if is_remote(name):
         with reaching(name):
-            file = path(name)
-            status = file.stat() if file.exists() else None
-        return (status.length, status.mtime * 1_000_000_000) if status else (0, 0)
+            status = path(name).stat()
+        return status.length, status.mtime * 1_000_000_000
     try:
         status = os.stat(name)
     except OSError:
