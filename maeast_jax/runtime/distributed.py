@@ -22,7 +22,6 @@ from maeast_jax.runtime.cli import PeerLostError, catching
 
 # The other processes take a process for dead, and end, after it was silent for this long.
 HEARTBEAT_SECONDS = int(os.environ.get("MAEAST_JAX_HEARTBEAT_SECONDS", "30"))
-_INITIALIZATION_SECONDS = 300
 # An exchange that failed because a process is gone says one of these words: jax's status codes, and
 # the libraries that connect CPUs and GPUs.
 _WORDS_OF_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL")
@@ -52,7 +51,6 @@ def initialize(
             process_id,
             # Detection would also choose devices; an explicit start keeps all of them.
             cluster_detection_method="deactivate" if coordinator else None,
-            initialization_timeout=_INITIALIZATION_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
         is_silent = not is_first()  # this starts the devices of all processes
@@ -62,10 +60,8 @@ def initialize(
             "--distributed alone on a cluster that jax knows"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise PeerLostError(
-            f"could not join the other processes within {_INITIALIZATION_SECONDS} s "
-            f"({terminal.one_line(error)})"
-        ) from error
+        reason = terminal.one_line(error)
+        raise PeerLostError(f"could not join the other processes ({reason})") from error
     if jax.process_count() == 1:
         # jax has caught SIGTERM for `stopping`, which asks jax only where there are several
         # processes. Until the loop catches it, SIGTERM ends the program.

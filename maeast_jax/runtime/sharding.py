@@ -61,8 +61,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     count = math.prod(shape)
     if count < len(devices) and (-1 in sizes.values() or jax.process_count() > 1):
         raise ValueError(
-            f"{text} leaves out {len(devices) - count} of {len(devices)} devices, which neither -1 "
-            "nor several processes allow; change the sizes"
+            f"{text} leaves out {len(devices) - count} of {len(devices)} devices; with -1, or with "
+            "several processes, the sizes must use all of them"
         )
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
 
