@@ -31,11 +31,6 @@ class Window:
     own_stop: int
 
 
-def num_steps(num_frames: int, patch_frames: int) -> int:
-    """Returns the whole time steps in `num_frames`, at least 1: a shorter clip is padded."""
-    return max(1, num_frames // patch_frames)
-
-
 def cut(num_steps: int, window_steps: int, stride_steps: int) -> list[Window]:
     """Returns windows of `window_steps` over a clip; one window where that is 0 or more than it.
 

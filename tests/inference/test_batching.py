@@ -9,11 +9,6 @@ from maeast_jax.inference.batching import Bucket, Row, Stream, Window, pack
 SMALL, LARGE, LARGE_FLOAT = Bucket(4, 4, "int16"), Bucket(8, 2, "int16"), Bucket(8, 2, "float32")
 
 
-def test_only_whole_tokens_count_but_a_clip_has_at_least_one():
-    for frames, patch_frames, steps in [(1, 16, 1), (31, 16, 1), (32, 16, 2), (998, 2, 499)]:
-        assert batching.num_steps(frames, patch_frames) == steps
-
-
 @pytest.mark.parametrize(
     ("steps", "window", "stride", "expected"),
     [
