@@ -107,7 +107,7 @@ def test_position_tables_are_as_long_as_asked_for(workdir, tmp_path):
         ({"output": "d", "max_token_length": 9}, r"--max_token_length=9 is for .pt and .safetens"),
         ({"output": "x.safetensors", "max_token_length": 0}, r"--max_token_length=0 .* at least 1"),
         ({"output": "x.safetensors", "source": "none"}, "none does not exist"),
-        ({"output": "x.safetensors", "source": "none.pt"}, "none.pt is not there; check the path"),
+        ({"output": "x.safetensors", "source": "none.pt"}, "none.pt does not exist; name a run"),
     ],
     ids=str,
 )
