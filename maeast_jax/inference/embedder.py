@@ -39,7 +39,7 @@ class Embedder:
     A clip longer than a window is cut as `batching.cut` says. An embedding counts each time step of
     the clip once. Frames past the last whole time step are left out, and a clip shorter than one
     step is padded to it. No result depends on other clips. Windows are padded to one of nine
-    lengths, and each length is compiled once per type of samples.
+    lengths, and each length is compiled once.
 
     Args:
       model: the encoder.
@@ -175,15 +175,14 @@ class Embedder:
             first = start * fbank.FRAME_SHIFT
             row_samples = samples[first : first + fbank.num_samples(row_frames)]
             own = (window.own_start - window.start, window.own_stop - window.start)
-            bucket = self._bucket(window.stop - window.start, samples.dtype.name)
-            rows.append(Row(bucket, row_samples, row_frames, own))
+            rows.append(Row(self._bucket(window.stop - window.start), row_samples, row_frames, own))
         return rows
 
-    def _bucket(self, num_steps: int, dtype: str) -> Bucket:
+    def _bucket(self, num_steps: int) -> Bucket:
         window_steps = self.window_frames // self._patch_frames or self._default_steps
         steps = pipeline.bucket_steps(num_steps, window_steps)
         num_rows = max(1, self._batch_tokens // (steps * self._bands))
-        return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows, dtype)
+        return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows)
 
     def _compute(self, batch: Batch) -> jax.Array:
         results = _embed(self._plan, self._state, *batch)

@@ -120,9 +120,8 @@ def test_an_embedding_equals_that_of_the_clip_alone(model, pool, layer, batch_to
         np.testing.assert_allclose(embedding, wanted, atol=1e-4 if pool == "moments" else 2e-5)
 
 
-@pytest.mark.parametrize("pool", ["mean", "moments"])
-def test_phases_pool_over_grids_begun_earlier_on_the_clips_own_end(model, pool):
-    embed = Embedder(model, pool=pool, phases=4, window_frames=WINDOW)
+def test_phases_pool_over_grids_begun_earlier_on_the_clips_own_end(model):
+    embed = Embedder(model, pool="moments", phases=4, window_frames=WINDOW)
     patch_frames, _ = model.config.patch_shape
     shifts = sorted({patch_frames * phase // 4 for phase in range(4)})  # 0 and 1 for frame tokens
     for samples, embedding in zip(clips(), embed(clips()), strict=True):
@@ -131,7 +130,7 @@ def test_phases_pool_over_grids_begun_earlier_on_the_clips_own_end(model, pool):
                   stride_frames=WINDOW)
             for shift in shifts
         ]  # fmt: skip
-        wanted = pooled(np.concatenate(states, axis=1), pool, -1)
+        wanted = pooled(np.concatenate(states, axis=1), "moments", -1)
         np.testing.assert_allclose(embedding, wanted, atol=2e-5)
 
 
