@@ -117,7 +117,7 @@ def embed(
     summary = {
         "embedded": f"{len(outcome.done)} files, {hours:.3f} h of audio in "
         f"{time.monotonic() - start:.1f} s",
-        "failed": f"{len(outcome.failed)} files",
+        "failed": str(len(outcome.failed)),
         "output": str(output) if outcome.done else "none: no file could be read",
     }
     if outcome.done:

@@ -68,17 +68,13 @@ def test_a_folder_becomes_an_npz_file(sounds, model, tmp_path, capsys):
         "stride_seconds": 0.64,
     }  # fmt: skip
     told = capsys.readouterr()
-    assert "files       7\n" in told.out
-    assert f"checkpoint  {CHECKPOINT}\n" in told.out
-    assert "windows     0.64 s every 0.64 s\n" in told.out
     assert "embedding   [64] per file: mean over time and bands of layer 2 (0 to 2)\n" in told.out
     assert "embedded  5 files, 0.001 h of audio in " in told.out
-    assert "failed    2 files\n" in told.out
+    assert "failed    2\n" in told.out
     assert f"read it   import numpy as np; f = np.load({str(output)!r})" in told.out
     errors = [line.split("\r")[-1].strip() for line in told.err.split("\n")]
     assert f"{sounds / 'short.wav'}: 320 samples at 16 kHz, shorter than 25 ms" in errors
     assert any(line.startswith(f"{sounds / 'broken.mp3'}: soundfile: ") for line in errors)
-    assert "7/7" in told.err
     assert os.listdir(tmp_path) == ["out.npz"]
 
 

@@ -75,7 +75,7 @@ def test_an_encoder_alone(workdir, tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, back.read_weights(), wanted)
 
 
-def test_an_encoder_of_the_authors_file_reads_back_as_one(tmp_path):
+def test_an_encoder_of_the_authors_file_keeps_their_configuration(tmp_path):
     export(GOLDEN / "tiny_patch.pt", tmp_path / "x.safetensors", encoder_only=True)
     assert pretrained.read(tmp_path / "x.safetensors").config.is_encoder_only
     cfg = fairseq.read(tmp_path / "x.safetensors").cfg
