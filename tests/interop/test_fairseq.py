@@ -64,14 +64,6 @@ def test_the_architecture_is_taken_from_cfg(file):
     )  # fmt: skip
 
 
-def test_the_golden_files_are_read_as_they_were_made(golden):
-    cfg = golden["cfg"]
-    file = AuthorsFile({"model": cfg, "task": {"mask_type": "chunk_mask"}}, golden["weights"])
-    config = fairseq.model_config(file)
-    assert (config.tokens, config.encoder_layers, config.width) == (golden["tokens"], 3, 64)
-    fairseq.weights(file, config)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -140,13 +140,12 @@ def test_other_protocols_are_read(tmp_path):
         assert_equal(read_back(tmp_path / "a.pt", value, pickle_protocol=protocol), value)
 
 
-@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
-def test_other_keys_may_hold_anything_and_are_not_read(tmp_path, kind):
+def test_other_keys_may_hold_anything_and_are_not_read(tmp_path):
     path = tmp_path / "a.pt"
     other = torch.full((10_000,), 1.0)
     saved = {"extra_state": {"when": datetime.timedelta(1), 1: np.ones(1), 2: {(1, 2): {3}}}}
     saved |= {"model": {"w": torch.ones(3)}, "optimizer": [other, Color.RED], 7: Color.RED}
-    torch.save(kind(saved), path)
+    torch.save(collections.OrderedDict(saved), path)
     whole = path.read_bytes()
     place = whole.index(other.numpy().tobytes()[:1000])
     path.write_bytes(whole[:place] + b"x" + whole[place + 1 :])
