@@ -167,7 +167,7 @@ def kept_tokens(size: Size) -> list[Choice]:
     def one_hot(x):
         return _product("bkn,bnd->bkd", jax.nn.one_hot(places_BxK, size.tokens, dtype=x.dtype), x)
 
-    part = f"{size.kept} of {size.tokens} tokens a clip"
+    part = f"{size.kept} of {size.tokens} tokens per clip"
     return [
         Choice(part, "a gather", _with_gradients(lambda x: take_tokens(x, places_BxK)), (x,)),
         Choice(part, "a product with one-hot rows", _with_gradients(one_hot), (x,)),
