@@ -18,8 +18,7 @@ _SPLIT_STYLES = {
     "train": {"color": "#4c78a8", "linewidth": 1.2},
     "eval": {"color": "#e45756", "linewidth": 1.8, "marker": "o", "markersize": 3.5},
 }
-_CURVES = ("loss", "mse", "info_nce")
-_OPTIONAL_CURVES = ("knn_accuracy", "knn_map")
+_CURVES = ("loss", "mse", "info_nce", "accuracy", "map", "knn_accuracy", "knn_map")
 _FREQUENCY_TICKS_HZ = (250, 500, 1000, 2000, 4000, 7000)
 _MOST_CLASSES = 50  # more names than these cannot be read in a confusion matrix
 _MOST_NUMBERED_CLASSES = 25  # with more classes the cells are too small for their counts
@@ -84,22 +83,20 @@ def reconstructions(
 
 
 def curves(rows: Iterable[Mapping]) -> np.ndarray:
-    """Draws a run's losses over its steps, and the scores of nearest neighbours if there are any.
-
-    There is one panel per value and one line per split.
+    """Draws a run's losses and scores over its steps: a panel per value, a line per split.
 
     Args:
-      rows: rows of metrics.jsonl: `step`, `split` ("train" or "eval") and values. A row without a
-        value is not part of that value's panel. None, NaN and infinity interrupt the line.
+      rows: rows of metrics.jsonl: `step`, `split` ("train" or "eval") and values. A value that no
+        row holds has no panel. None, NaN and infinity interrupt the line.
 
     Returns:
       uint8 [H, W, 3].
     """
     rows = sorted(rows, key=lambda row: row["step"])
-    present = [key for key in _OPTIONAL_CURVES if any(key in row for row in rows)]
-    shown = (*_CURVES, *present)
+    shown = [key for key in _CURVES if any(key in row for row in rows)] or ["loss"]
     picture = figure(3.6 * len(shown), 2.8)
-    for axis, key in zip(picture.subplots(1, len(shown)), shown, strict=True):
+    axes = picture.subplots(1, len(shown), squeeze=False)[0]
+    for axis, key in zip(axes, shown, strict=True):
         for split, style in _SPLIT_STYLES.items():
             drawn = [row for row in rows if row["split"] == split and key in row]
             values = np.array([row[key] for row in drawn], float)  # None becomes NaN
