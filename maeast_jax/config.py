@@ -88,6 +88,10 @@ def pretrain() -> ConfigDict:
     return config.lock()
 
 
+# So that this file can be named as --config, wherever a program is started.
+get_config = pretrain
+
+
 def check(config: ConfigDict, reference: ConfigDict, prefix: str = "") -> None:
     """Raises ValueError, by its name, for a field that is unknown, missing or of another type.
 

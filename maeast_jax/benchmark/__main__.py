@@ -1,7 +1,8 @@
 """Speed of whole training steps: python -m maeast_jax.benchmark --model=mae_ast,ssast --batch=8,32
 
 The program measures one row per combination of the lists --model --tokens --encoder_layers --batch
---dtype --num_frames; all other settings are those of --config. A row is a training step (forward
+--dtype --num_frames; all other settings are those of --config, which is the paper's pretraining
+unless it is given. A row is a training step (forward
 pass, backward pass and optimiser), compiled and placed as in training, on all devices that jax
 sees, on noise. The program prints a table in Markdown: clips per second (the median of samples),
 operations per clip on paper and their share of the rate of plain matrix products in that type, and
@@ -25,6 +26,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from maeast_jax import config
 from maeast_jax.benchmark import cases, measure, table
 from maeast_jax.benchmark.cases import Case, Row
 from maeast_jax.data import prepare_tensorflow, writer
@@ -258,4 +260,4 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     define()
-    cli.run(main, workdir=False, default_config="configs/pretrain.py")
+    cli.run(main, workdir=False, default_config=config.__file__)
