@@ -43,7 +43,7 @@ class Probe:
       chosen: the best row of `grid`; of equally good rows the smoothest classifier.
       absent: classes without a training example; their scores are 0.
       scores: maps features [m, D] to float32 [m, C] in [0, 1]; for labels each row sums to 1.
-        Raises ValueError for features of another shape, or that are not finite.
+        Raises ValueError for features that are not finite.
     """
 
     metric: str
@@ -78,25 +78,22 @@ def linear(
       strengths: weights of the squared coefficients, above 0.
 
     Raises:
-      ValueError: shapes that do not fit, features that are not finite (the message names the row),
-        a label that is no class, an empty set.
+      ValueError: features that are not finite (the message names the row), or an empty set.
     """
-    train_x, train_y = _checked("train", train_x, train_y, num_classes)
-    valid_x, valid_y = _checked("valid", valid_x, valid_y, num_classes, train_x.shape[1])
+    train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
     is_single = train_y.ndim == 1
     is_present = _is_present(train_y, num_classes)
     if is_single:
-        fit_y = (np.cumsum(is_present) - 1)[train_y].astype(np.int32)
+        fit_y = jnp.asarray((np.cumsum(is_present) - 1)[train_y], jnp.int32)
     else:
-        fit_y = train_y[:, is_present].astype(np.float32)
+        fit_y = jnp.asarray(train_y[:, is_present], jnp.float32)
     scaler = _fit_scaler(train_x)
-    fit_x, fit_y = jnp.asarray(scaler.transform(train_x)), jnp.asarray(fit_y)
-    num_features, num_present = train_x.shape[1], np.count_nonzero(is_present)
+    fit_x = jnp.asarray(scaler.transform(train_x))
 
     def scores(params: tuple, x: np.ndarray) -> np.ndarray:
         from scipy import special
 
-        logits = scaler.transform(_checked_features("x", x, num_features)) @ params[0] + params[1]
+        logits = scaler.transform(_finite("x", x)) @ params[0] + params[1]
         result = np.zeros((len(x), num_classes), np.float32)
         result[:, is_present] = (
             special.softmax(logits, axis=1) if is_single else special.expit(logits)
@@ -104,7 +101,8 @@ def linear(
         return result
 
     grid, fitted = [], []
-    params = (jnp.zeros((num_features, num_present)), jnp.zeros(num_present))
+    num_present = np.count_nonzero(is_present)
+    params = (jnp.zeros((fit_x.shape[1], num_present)), jnp.zeros(num_present))
     for strength in sorted(strengths, reverse=True):
         params = fit_logistic(fit_x, fit_y, strength, params)
         fitted.append(jax.tree.map(np.asarray, params))
@@ -141,12 +139,10 @@ def knn(
     """
     from sklearn.neighbors import NearestNeighbors
 
-    train_x, train_y = _checked("train", train_x, train_y, num_classes)
-    valid_x, valid_y = _checked("valid", valid_x, valid_y, num_classes, train_x.shape[1])
-    num_features = train_x.shape[1]
-    neighbours = sorted({k for k in neighbours if 0 < k <= len(train_x)}, reverse=True)
-    most = min(len(train_x) - 1, num_features)
-    components = sorted({count for count in components if 0 <= count <= most})
+    train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
+    neighbours = sorted((k for k in neighbours if k <= len(train_x)), reverse=True)
+    most = min(len(train_x) - 1, train_x.shape[1])
+    components = sorted(count for count in components if count <= most)
     targets = _sparse_targets(train_y, num_classes)
     scaler = _fit_scaler(train_x)
     whitening = _fit_whitening(scaler.transform(train_x), components[-1])
@@ -159,8 +155,7 @@ def knn(
         return NearestNeighbors(metric="cosine").fit(embed(count, train_x))
 
     def scores(count: int, nearest: NearestNeighbors, k: int, x: np.ndarray) -> np.ndarray:
-        x = embed(count, _checked_features("x", x, num_features))
-        return _shares(*nearest.kneighbors(x, k), targets)
+        return _shares(*nearest.kneighbors(embed(count, _finite("x", x)), k), targets)
 
     grid = []
     for count in components:
@@ -291,27 +286,9 @@ def _is_present(targets: np.ndarray, num_classes: int) -> np.ndarray:
     return np.bincount(targets, minlength=num_classes) > 0
 
 
-def _checked(
-    name: str, x: np.ndarray, y: np.ndarray, num_classes: int, num_features: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    x = _checked_features(f"{name}_x", x, num_features)
-    y = metrics.checked_targets(y, num_classes)
-    if len(x) != len(y):
-        raise ValueError(
-            f"{name}_x has {len(x)} rows and {name}_y {len(y)}: pass those of the same examples"
-        )
-    return x, y
-
-
-def _checked_features(name: str, x: np.ndarray, num_features: int | None) -> np.ndarray:
-    """Returns `x` as float32 [n, D], finite."""
-    x = np.asarray(x)
-    if x.ndim != 2 or 0 in x.shape or num_features not in (None, x.shape[1]):
-        columns = num_features or "features"
-        raise ValueError(
-            f"{name} has shape {list(x.shape)}; it must be [examples, {columns}], none of them 0"
-        )
-    x = x.astype(np.float32, copy=False)
+def _finite(name: str, x: np.ndarray) -> np.ndarray:
+    """Returns `x` as float32; raises ValueError where it holds NaN or infinity."""
+    x = np.asarray(x, np.float32)
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if len(bad):
         raise ValueError(
