@@ -41,15 +41,14 @@ class Probe:
       grid: one dict per setting tried: its values and, under the metric's name, the validation
         score.
       chosen: the best row of `grid`; of equally good rows the smoothest classifier.
-      absent: classes without a training example; their scores are 0.
       scores: maps features [m, D] to float32 [m, C] in [0, 1]; for labels each row sums to 1.
-        Raises ValueError for features that are not finite.
+        A class without a training example scores 0. Raises ValueError for features that are not
+        finite.
     """
 
     metric: str
     grid: list[dict[str, float]]
     chosen: dict[str, float]
-    absent: tuple[int, ...]
     scores: Callable[[np.ndarray], np.ndarray]
 
 
@@ -82,10 +81,11 @@ def linear(
     """
     train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
     is_single = train_y.ndim == 1
-    is_present = _is_present(train_y, num_classes)
     if is_single:
+        is_present = np.bincount(train_y, minlength=num_classes) > 0
         fit_y = jnp.asarray((np.cumsum(is_present) - 1)[train_y], jnp.int32)
     else:
+        is_present = train_y.any(axis=0)
         fit_y = jnp.asarray(train_y[:, is_present], jnp.float32)
     scaler = _fit_scaler(train_x)
     fit_x = jnp.asarray(scaler.transform(train_x))
@@ -109,8 +109,7 @@ def linear(
         metric, value = metrics.main_metric(scores(fitted[-1], valid_x), valid_y)
         grid.append({"strength": float(strength), metric: value})
     best = max(range(len(grid)), key=lambda i: grid[i][metric])
-    absent = tuple(np.flatnonzero(~is_present).tolist())
-    return Probe(metric, grid, grid[best], absent, functools.partial(scores, fitted[best]))
+    return Probe(metric, grid, grid[best], functools.partial(scores, fitted[best]))
 
 
 def knn(
@@ -137,13 +136,18 @@ def knn(
     Raises:
       ValueError: as `linear`.
     """
+    from scipy.sparse import csr_array
     from sklearn.neighbors import NearestNeighbors
 
     train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
     neighbours = sorted((k for k in neighbours if k <= len(train_x)), reverse=True)
     most = min(len(train_x) - 1, train_x.shape[1])
     components = sorted(count for count in components if count <= most)
-    targets = _sparse_targets(train_y, num_classes)
+    if train_y.ndim == 1:
+        ones, rows = np.ones(len(train_y), np.float32), np.arange(len(train_y))
+        targets = csr_array((ones, (rows, train_y)), shape=(len(train_y), num_classes))
+    else:
+        targets = csr_array(train_y, dtype=np.float32)
     scaler = _fit_scaler(train_x)
     whitening = _fit_whitening(scaler.transform(train_x), components[-1])
 
@@ -166,8 +170,7 @@ def knn(
             grid.append({"components": count, "neighbours": k, metric: value})
     best = max(grid, key=lambda row: row[metric])
     count, k = best["components"], best["neighbours"]
-    absent = tuple(np.flatnonzero(~_is_present(train_y, num_classes)).tolist())
-    return Probe(metric, grid, best, absent, functools.partial(scores, count, fit(count), k))
+    return Probe(metric, grid, best, functools.partial(scores, count, fit(count), k))
 
 
 def fit_logistic(
@@ -251,16 +254,6 @@ def _fit_whitening(x: np.ndarray, count: int):
     return pca
 
 
-def _sparse_targets(targets: np.ndarray, num_classes: int):
-    """Returns labels or targets of 0 and 1 as a sparse array [n, C]."""
-    from scipy.sparse import csr_array
-
-    if targets.ndim == 2:
-        return csr_array(targets, dtype=np.float32)
-    ones, starts = np.ones(len(targets), np.float32), np.arange(len(targets) + 1)
-    return csr_array((ones, targets, starts), shape=(len(targets), num_classes))
-
-
 def _shares(distances: np.ndarray, index: np.ndarray, targets) -> np.ndarray:
     """Returns float32 [m, C]: the share of the neighbours' votes that each class gets.
 
@@ -277,13 +270,6 @@ def _shares(distances: np.ndarray, index: np.ndarray, targets) -> np.ndarray:
     starts = np.arange(0, rows * k + 1, k)
     votes = csr_array((votes.ravel(), index.ravel(), starts), shape=(rows, targets.shape[0]))
     return np.minimum((votes @ targets).toarray(), 1.0)  # a sum may round past 1
-
-
-def _is_present(targets: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns bool [C]: whether any example has the class."""
-    if targets.ndim == 2:
-        return targets.any(axis=0)
-    return np.bincount(targets, minlength=num_classes) > 0
 
 
 def _finite(name: str, x: np.ndarray) -> np.ndarray:
