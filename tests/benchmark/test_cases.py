@@ -93,7 +93,7 @@ def test_small_batches_are_found_exactly(unit):
             tried.append(batch)
             return batch <= limit
 
-        found = cases.search(fits, start=start, unit=unit, is_exact=True)
+        found = cases.search(fits, start, unit, is_exact=True)
         assert found == limit // unit * unit
         assert len(set(tried)) == len(tried) and all(batch % unit == 0 for batch in tried)
 
@@ -101,9 +101,9 @@ def test_small_batches_are_found_exactly(unit):
 def test_large_batches_are_found_to_a_sixteenth_and_by_doubling_to_the_power_of_two():
     for limit in (33, 100, 1000, 4097):
         fits = limit.__ge__
-        found = cases.search(fits, start=1, unit=1, is_exact=True)
+        found = cases.search(fits, 1, 1, is_exact=True)
         assert limit * 16 / 17 - 1 < found <= limit
-        doubled = cases.search(fits, start=1, unit=1, is_exact=False)
+        doubled = cases.search(fits, 1, 1, is_exact=False)
         assert doubled <= limit < 2 * doubled and doubled & (doubled - 1) == 0
 
 
@@ -148,12 +148,9 @@ def test_a_search_makes_a_row_per_batch_and_ends_where_memory_does(
 ):
     base = base_config()
     case = dataclasses.replace(TINY, batch=cases.least_batch(base))
-    seen = []
-    rows = cases.measure_all(
-        {case: cases.open_case(base, case)}, base, seconds=1.0, find=find,
-        memory_bytes=memory_bytes, on_row=seen.append,
-    )  # fmt: skip
-    assert seen == rows and [row["batch"] for row in rows] == batches
+    rows = []
+    cases.measure_all([case], base, 1.0, find, memory_bytes, rows.append)
+    assert [row["batch"] for row in rows] == batches
     assert max((row["batch"] for row in rows if row["fits"]), default=None) == largest
     for row in rows:
         assert row["peak_memory_bytes"] == 10 * row["batch"]
@@ -164,7 +161,7 @@ def test_a_row_has_all_its_fields_also_if_it_does_not_fit(plans):
     base = base_config()
     for batch in (4, 16):
         case = dataclasses.replace(TINY, batch=batch)
-        row = cases.measure(cases.open_case(base, case), case, 1.0)
+        row = cases.measure(cases.open_case(base, case), case, 1.0, None)
         assert tuple(row) == cases.FIELDS and cases.FIELDS[: len(PROMISED)] == PROMISED
         assert row["fits"] == (batch == 4)
         assert (row["device"], row["devices"], row["input"]) == ("cpu", 2, "none")
