@@ -172,10 +172,7 @@ def _input(base: ConfigDict, options: flags.FlagValues) -> Iterator[None]:
         base.data.update(source="synthetic", train="", dir="", fbank="device")
         yield
         return
-    try:
-        prepare_tensorflow()
-    except ValueError as error:
-        raise ValueError(f"--input={options.input}: {error}, or pass --input=none") from None
+    prepare_tensorflow()
     base.data.update(source="tfds", fbank=options.input)
     if base.data.train:
         yield
