@@ -208,13 +208,12 @@ def test_without_a_row_that_fits_there_is_no_picture(start, fake, tmp_path, caps
     assert last == f"no picture {picture}: no row fits; choose a smaller --batch"
 
 
-def test_freed_memory_is_kept_by_default(start, fake, monkeypatch):
+@pytest.mark.parametrize(("words", "is_kept"), [([], True), (["--keep_freed=false"], False)])
+def test_freed_memory_is_kept_by_default(start, fake, monkeypatch, words, is_kept):
     shared = []
     monkeypatch.setattr(memory, "share_heap", lambda: shared.append(True))
-    start("--model=mae_ast")
-    assert shared == [True]
-    start("--model=mae_ast", "--keep_freed=false")
-    assert shared == [True]
+    start("--model=mae_ast", *words)
+    assert bool(shared) == is_kept
 
 
 @pytest.mark.parametrize("place", ["device", "host"])
