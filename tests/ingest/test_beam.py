@@ -18,7 +18,7 @@ from maeast_jax.ingest import ManifestError, beam
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("apache_beam")
 
-IN_PROCESS = "direct_running_mode=in_memory"
+IN_PROCESS = "direct_running_mode=in_memory,direct_num_workers=1"
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_recordings_that_cannot_be_fetched_are_skipped_and_listed(store, tmp_pat
 @pytest.mark.parametrize(
     ("manifest", "data_dir", "pattern"),
     [
-        ("gs://bucket/none.tsv", "gs://bucket/wrong", r"bucket/none.tsv cannot be read \(not fou"),
+        ("gs://bucket/none.tsv", "gs://bucket/wrong", r"bucket/none.tsv cannot be read \(no such"),
         ("list.tsv", "gs://nowhere/a", "gs://nowhere/a cannot be written "),
     ],
 )
@@ -244,11 +244,9 @@ def test_a_wrong_place_is_one_line(store, farm, monkeypatch, manifest, data_dir,
     ("text", "mode", "workers"),
     [
         ("direct", "multi_processing", num_cores()),
-        ("direct_num_workers=1", "multi_processing", 1),
         ("--runner=DirectRunner --direct_num_workers=4", "multi_processing", 4),
         ("runner=direct, direct_num_workers=0", "multi_processing", num_cores()),
-        ("direct_running_mode=multi_threading", "multi_threading", num_cores()),
-        ("direct_running_mode=in_memory", "in_memory", 1),
+        ("direct_running_mode=in_memory", "in_memory", num_cores()),
     ],
 )
 def test_without_a_runner_it_is_the_direct_one_with_a_process_per_core(text, mode, workers):
@@ -276,10 +274,8 @@ def test_words_with_commas_are_separated_by_spaces():
     ("text", "pattern"),
     [
         ("direct_num_workers=x", "argument --direct_num_workers: invalid int value: 'x'"),
-        ("direct_num_workers=-1", "direct_num_workers=-1, expected 0 or more"),
         ("direct_num_worker=2", "'direct_num_worker' is no option of Beam or its DirectRunner"),
         ("runner=Bogus", "Unexpected pipeline runner: Bogus. Valid values are DataflowRunner"),
-        ("runner=no.such.Runner", "No module named 'no'"),
         ("runner='x y", "No closing quotation"),
     ],
 )
