@@ -48,23 +48,6 @@ def test_a_folder_becomes_a_data_set_whatever_the_number_of_processes(farm, tmp_
     assert digests(build(data_dir=tmp_path, overwrite=True, **arguments)) == before
 
 
-def test_long_files_are_cut_and_all_pieces_fall_on_one_side(tmp_path):
-    for seed, seconds in enumerate([5.0, 4.5, 6.0, 2.0, 0.5, 1.9]):
-        write_wav(tmp_path / "in" / f"{seed}.wav", seconds, seed)
-    build(audio_dir=tmp_path / "in", data_dir=tmp_path, piece_seconds=2, valid_percent=40)
-    train, valid = records(tmp_path, "train"), records(tmp_path, "valid")
-    assert not {name.split("#")[0] for name in train} & {name.split("#")[0] for name in valid}
-    clips = {name: samples for name, (samples, _) in (train | valid).items()}
-    seconds = {name: len(samples) / 16_000 for name, samples in clips.items()}
-    assert seconds == {
-        "0.wav#0000": 2, "0.wav#0001": 2, "0.wav#0002": 1,
-        "1.wav#0000": 2, "1.wav#0001": 2,  # the last half second is dropped
-        "2.wav#0000": 2, "2.wav#0001": 2, "2.wav#0002": 2,
-        "3.wav": 2, "4.wav": 0.5, "5.wav": 1.9,
-    }  # fmt: skip
-    np.testing.assert_array_equal(clips["0.wav#0001"], noise(5, 0)[32_000:64_000])
-
-
 def test_a_manifest_with_labels_splits_and_files_that_fail(tmp_path, capsys):
     for seed in range(4):
         write_wav(tmp_path / "in" / f"{seed}.wav", 0.2, seed)

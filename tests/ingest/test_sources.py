@@ -2,23 +2,9 @@ import os
 
 import fake_gcs
 import pytest
+from recordings import error_of, touch
 
 from maeast_jax.ingest import sources
-
-
-def touch(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-
-
-def error_of(function, *args, **kwargs):
-    with pytest.raises(sources.ManifestError) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_a_tree_is_listed_sorted_without_hidden_or_other_files(tmp_path):
@@ -148,13 +134,6 @@ def files(count, **kwargs):
 
 def sides(listed, valid_percent):
     return {file.id: file.split for file in sources.assign_splits(listed, valid_percent)}
-
-
-def test_about_the_share_asked_for_is_valid():
-    for percent in (5, 40):
-        splits = list(sides(files(4000), percent).values())
-        assert splits.count("valid") == pytest.approx(40 * percent, rel=0.15)
-        assert splits.count("valid") + splits.count("train") == 4000
 
 
 def test_files_added_or_a_larger_share_move_no_file_back():
