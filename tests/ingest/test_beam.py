@@ -86,7 +86,7 @@ def test_in_two_processes_with_relative_paths(farm, ordinary, tmp_path, monkeypa
     monkeypatch.chdir(farm)
     build_list("list.tsv", os.path.relpath(tmp_path), "runner=DirectRunner,direct_num_workers=2")
     assert_same_sets(tmp_path, ordinary)
-    assert capfd.readouterr().err == ""
+    assert "worker" not in capfd.readouterr().err  # they would log each connection
 
 
 @pytest.mark.slow

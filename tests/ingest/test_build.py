@@ -109,15 +109,12 @@ def test_too_many_broken_files_fail_the_build_and_are_listed(farm, tmp_path):
     [
         ({"audio_dir": None}, "no source: pass --audio_dir"),
         ({"audio_dir": "none"}, "--audio_dir=none is not a directory"),
-        ({"manifest": "none.tsv"}, "cannot read --manifest=none.tsv: No such file"),
         ({"manifest": "none.tsv", "label_from_folder": True}, "goes with --audio_dir alone"),
         ({"name": "My-Farm"}, "'My-Farm': expected lower snake case"),
         ({"layout": "esc50", "manifest": "x.tsv"}, "--layout=esc50 has lists of its own"),
         ({"layout": "esc50", "label_from_folder": True}, "goes with --audio_dir alone"),
         ({"test_dir": "x"}, "--test_dir goes with --layout=speech_commands_v1 alone"),
         ({"data_dir": "gs://farm"}, "--data_dir=gs://farm goes with Beam alone: add"),
-        ({"data_dir": "s3://farm", "beam_pipeline_options": "direct"}, "s3://farm is unknown"),
-        ({"data_dir": "file/below"}, "file/below cannot be written (Not a directory); choose"),
         (
             {"num_processes": 2, "beam_pipeline_options": "direct"},
             "--num_processes=2 goes without --beam_pipeline_options: drop it",
@@ -128,12 +125,11 @@ def test_bad_options_are_one_line_and_nothing_is_written(
     farm, tmp_path, monkeypatch, arguments, pattern
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
     with pytest.raises(ValueError) as caught:
         build(**{"audio_dir": farm, "data_dir": tmp_path / "data"} | arguments)
     assert pattern in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert visible(tmp_path) == ["file"]
+    assert visible(tmp_path) == []
 
 
 def test_a_split_without_a_clip_fails_the_build(tmp_path):
