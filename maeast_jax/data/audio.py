@@ -99,7 +99,8 @@ def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     waveform = np.asarray(waveform)
     if waveform.ndim not in (1, 2) or not waveform.size:
         raise ValueError(
-            f"audio of shape {list(waveform.shape)}, expected [samples] or [samples, channels]"
+            f"audio of shape {list(waveform.shape)}, expected [samples] or [samples, channels] with"
+            " at least one sample"
         )
     if np.issubdtype(waveform.dtype, np.integer) and waveform.dtype.itemsize > 1:
         least, greatest = waveform.min(), waveform.max()

@@ -234,7 +234,7 @@ def draw_share(
     A clip counts for its first class. The number per class is rounded, at least 1, and leaves at
     least `leave` clips of the class undrawn, even if none is drawn then.
     """
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 5))))
+    random = mixture.generator(seed, 5)
     first = np.array([of_clip[0] if len(of_clip) else -1 for of_clip in classes])
     drawn = []
     for number in np.unique(first):
@@ -258,7 +258,7 @@ def train_index(
 
     @functools.lru_cache(maxsize=4)  # Threads load several batches, which may lie in two epochs.
     def order(epoch: int) -> np.ndarray:
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 3, epoch))))
+        random = mixture.generator(seed, 3, epoch)
         if chances is None:
             return mixture.permutation(random, size)
         return random.choice(size, size, p=chances)
@@ -303,7 +303,7 @@ def train_batches(
 
     def load(step: int) -> Batch:
         clips = labelled.read(index(step))
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 4, step))))
+        random = mixture.generator(seed, 4, step)
         cut = []
         for clip in clips:
             start = int(random.integers(max(len(clip.samples) - limit, 0) + 1))

@@ -92,18 +92,17 @@ class Records(list):
         return [self[place] for place in places]
 
 
-@pytest.mark.parametrize("label", [-1, 3])
-def test_an_unknown_label_is_an_error_that_names_its_clip(data_dir, label):
+def test_an_unknown_label_is_an_error_that_names_its_clip(data_dir):
     animals = open_one(data_dir)
     (split,) = animals.clips.splits
     records = Records(map(split.decode, split.records.read(range(len(split)))))
-    records[4]["label"] = label
+    records[4]["label"] = -1
     decoded = dataclasses.replace(split, records=records, decode=lambda record: record)
     clips = Clips((decoded,), None)
     name = records[4]["id"].decode()
     broken = dataclasses.replace(animals, clips=clips)
     assert len(broken.read(np.array([3]))) == 1
-    with pytest.raises(DataError, match=rf"clip '{name}' .* has the label {label}, .* 0 to 2;"):
+    with pytest.raises(DataError, match=rf"clip '{name}' .* has the label -1, .* 0 to 2;"):
         labelled.read_classes(broken)
 
 
