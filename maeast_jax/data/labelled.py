@@ -66,30 +66,25 @@ class Labelled:
         Raises:
           DataError: a label that is not a class, or a clip that is not audio.
         """
-        return [
-            Clip(
-                record["id"],
-                pipeline.samples_of(self.clips.splits[component], record["audio"], example),
-                self._classes(component, record),
-            )
-            for component, example, record in self._records(places)
-        ]
+        clips = []
+        for component, example, record in self._records(places):
+            samples = pipeline.samples_of(self.clips.splits[component], record["audio"], example)
+            clips.append(Clip(record["id"], samples, self._classes(component, record)))
+        return clips
 
     def read_classes(self, places: np.ndarray) -> list[np.ndarray]:
         """Returns the classes of the clips at `places` without converting their samples."""
         return [self._classes(component, record) for component, _, record in self._records(places)]
 
-    def _records(self, places: np.ndarray) -> list[tuple[int, int, dict]]:
-        """Returns (data set, example, record with an id) of each clip, in order."""
+    def _records(self, places: np.ndarray) -> Iterator[tuple[int, int, dict]]:
+        """Yields (data set, example, record with an id) of each clip, in order."""
         which, example = self.clips.find(self.index[places])
-        found: list[tuple[int, int, dict] | None] = [None] * len(which)
-        for component in np.unique(which):
+        for component, number, record in zip(
+            which, example, self.clips.read(which, example), strict=True
+        ):
             split = self.clips.splits[component]
-            here = np.flatnonzero(which == component)
-            for place, record in zip(here, split.read(example[here]), strict=True):
-                name = record["id"] or f"{split.name}@{split.split}#{example[place]}"
-                found[place] = component, example[place], record | {"id": name}
-        return found
+            name = record["id"] or f"{split.name}@{split.split}#{number}"
+            yield component, number, record | {"id": name}
 
     def _classes(self, component: int, record: dict) -> np.ndarray:
         """Returns the clip's classes in this numbering; raises DataError for an unknown number."""

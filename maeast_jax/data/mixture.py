@@ -60,6 +60,17 @@ class Clips:
         which = np.searchsorted(ends, index, side="right")
         return which, index - np.concatenate([[0], ends])[which]
 
+    def read(self, which: np.ndarray, example: np.ndarray) -> list[dict]:
+        """Returns the records of clips by data set and example, in order, as `Split.read` does."""
+        records: list[dict] = [{}] * len(which)
+        for component in np.unique(which):
+            places = np.flatnonzero(which == component)
+            # One call per data set, so that neighbours are read together.
+            found = self.splits[component].read(example[places])
+            for place, record in zip(places, found, strict=True):
+                records[place] = record
+        return records
+
     def describe(self) -> str:
         """Returns the names, sizes and shares of the data sets in one line."""
         terms = [f"{split.name}@{split.split}: {len(split):,} clips" for split in self.splits]

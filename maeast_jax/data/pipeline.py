@@ -199,13 +199,11 @@ def read(
 ) -> np.ndarray:
     """Returns int16 [b, num_samples]: clips by data set and example, each with its own crop."""
     audio_BxS = np.empty((len(which), num_samples), np.int16)
-    for component in np.unique(which):
-        split = clips.splits[component]
-        places = np.flatnonzero(which == component)
-        for place, record in zip(places, split.read(example[places]), strict=True):
-            samples = samples_of(split, record["audio"], example[place])
-            key = (seed, component, epoch[place], example[place])
-            audio_BxS[place] = _crop(samples, num_samples, key)
+    records = clips.read(which, example)
+    for row, record, *key in zip(audio_BxS, records, which, epoch, example, strict=True):
+        component, _, number = key
+        samples = samples_of(clips.splits[component], record["audio"], number)
+        row[:] = _crop(samples, num_samples, (seed, *key))
     return audio_BxS
 
 
