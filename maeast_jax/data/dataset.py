@@ -93,11 +93,9 @@ class Split:
       name: the data set's name with config and version, as TFDS writes it.
       split: the split as the caller named it, e.g. "train[:90%]".
       records: its records, encoded.
-      decode: decodes a record to a dict by feature.
-      audio_feature: the audio's name in a record.
+      decode: decodes a record to the dict that `read` returns.
       sample_rate_hz: rate of all its audio.
       label_names: the classes in the order of their numbers, None without labels.
-      has_id: whether records have a text id.
       is_multi_label: whether a clip may have several classes, or none.
       files: the paths of its shards.
     """
@@ -106,10 +104,8 @@ class Split:
     split: str
     records: Records
     decode: Callable[[bytes], dict]
-    audio_feature: str
     sample_rate_hz: int
     label_names: tuple[str, ...] | None
-    has_id: bool
     is_multi_label: bool
     files: tuple[str, ...]
 
@@ -122,21 +118,7 @@ class Split:
         `audio` is the array as it is stored, of any type and rate. `label` is the number of the
         clip's class, in multi-label sets int64 [its classes], or None. `id` is str or None.
         """
-        return [
-            {
-                "audio": np.asarray(record[self.audio_feature]),
-                "label": self._label(record),
-                "id": record["id"].decode() if self.has_id else None,
-            }
-            for record in map(self.decode, self.records.read(indices))
-        ]
-
-    def _label(self, record: dict) -> int | np.ndarray | None:
-        if self.label_names is None:
-            return None
-        if self.is_multi_label:
-            return np.asarray(record["labels"], np.int64)
-        return int(record["label"])
+        return [self.decode(record) for record in self.records.read(indices)]
 
 
 def prepare_tensorflow() -> None:
@@ -193,16 +175,28 @@ def open_split(
     # Features that nobody reads, such as the pictures of a video set, are not decoded.
     wanted = dict.fromkeys(features.keys() & {audio_feature, "label", "labels", "id"}, True)
     decoded = tfds.decode.PartialDecoding(wanted).extract_features(info.features)
+    has_id = isinstance(features.get("id"), tfds.features.Text)
+
+    def decode(encoded: bytes) -> dict:
+        record = decoded.deserialize_example_np(encoded)
+        if is_multi_label:
+            label = np.asarray(record["labels"], np.int64)
+        else:
+            label = None if label_names is None else int(record["label"])
+        return {
+            "audio": np.asarray(record[audio_feature]),
+            "label": label,
+            "id": record["id"].decode() if has_id else None,
+        }
+
     files = info.splits[split].file_instructions
     return Split(
         name=info.full_name,
         split=split,
         records=Records(files),
-        decode=decoded.deserialize_example_np,
-        audio_feature=audio_feature,
+        decode=decode,
         sample_rate_hz=_sample_rate_hz(info, audio_feature, sample_rate_hz),
         label_names=label_names,
-        has_id=isinstance(features.get("id"), tfds.features.Text),
         is_multi_label=is_multi_label,
         files=tuple(file.filename for file in files),
     )

@@ -89,15 +89,6 @@ def test_clips_of_large_sets_come_with_neighbours_that_change():
     assert any(len(np.intersect1d(parted, others)) > 0.8 * len(parted) for others in together[1:])
 
 
-def test_a_weighted_mixture_keeps_neighbours_together_too():
-    weighted = clips(FEW_CLIPS, 7, 2 * FEW_CLIPS, weights=(1.0, 1.0, 2.0))
-    for step in range(50):
-        which, _, example = address(step * 128 + np.arange(128), weighted, 0)
-        for number in (0, 2):
-            mine = example[which == number]
-            assert runs(mine) <= len(mine) / NEIGHBOURS + 2
-
-
 def test_any_start_gives_the_same_addresses():
     union = clips(1000)
     whole = rows(np.arange(3000), union)
@@ -151,10 +142,6 @@ def test_mixtures_that_do_not_parse_are_one_line(text):
     with pytest.raises(ValueError, match=r"must read NAME_OR|give all or none") as error:
         parse_mixture(text, "train")
     assert "\n" not in str(error.value)
-
-
-def test_a_description_has_sizes_and_shares():
-    assert "sized@train: 7 clips x 75.0%" in clips(7, 5, weights=(3.0, 1.0)).describe()
 
 
 def test_orders_are_drawn_once_per_epoch_however_many_sets_are_mixed(monkeypatch):

@@ -149,16 +149,6 @@ def test_host_fbank_is_the_devices(folder):
     assert [set(batch) for batch in held_out] == [{"fbank", "mask"}] * 2
 
 
-def test_mixtures_read_from_several_sets(folder):
-    settings = data_config(dir=str(folder), train="ramps@train*0.5,ramps@valid*0.5")
-    clips = pipeline.open_train(settings)
-    batches = pipeline.train_batches(
-        settings, clips, seed=0, batch_size=100, num_frames=FRAMES, start_step=0, total_steps=4
-    )
-    held_out = np.mean([origin >= 13 for batch in batches for origin in origins(batch)])
-    assert 0.4 < held_out < 0.6
-
-
 def test_synthetic_noise_is_a_function_of_seed_and_position():
     settings = data_config(source="synthetic")
 
