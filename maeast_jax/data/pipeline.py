@@ -200,10 +200,10 @@ def read(
     """Returns int16 [b, num_samples]: clips by data set and example, each with its own crop."""
     audio_BxS = np.empty((len(which), num_samples), np.int16)
     records = clips.read(which, example)
-    for row, record, *key in zip(audio_BxS, records, which, epoch, example, strict=True):
-        component, _, number = key
+    for row, record, *place in zip(audio_BxS, records, which, epoch, example, strict=True):
+        component, _, number = place
         samples = samples_of(clips.splits[component], record["audio"], number)
-        row[:] = _crop(samples, num_samples, (seed, *key))
+        row[:] = _crop(samples, num_samples, (seed, *place))
     return audio_BxS
 
 
