@@ -1,7 +1,8 @@
-"""Every configuration field, its default (the paper's) and what it means.
+"""Every configuration field with its default and meaning, for pretraining and for fine-tuning.
 
-Files in configs/ start from `pretrain()` and state only what differs. From the shell any field is
-set as `--config.section.field=value`.
+A file in configs/ starts from one of these functions and states only what differs. The command line
+sets any field as `--config.section.field=value`. Only programs see a ConfigDict; the code below
+them takes typed configurations, which have no defaults of their own.
 """
 
 from collections.abc import Callable
@@ -11,25 +12,25 @@ from ml_collections import ConfigDict
 
 
 def pretrain() -> ConfigDict:
-    """The paper's pretraining: patches, chunk masks, 12 + 2 layers of 768."""
+    """Returns the paper's pretraining: patches, chunk masks, 12 + 2 layers of 768."""
     config = ConfigDict()
     config.seed = 0
     config.total_steps = 600_000
-    config.batch_size = 32  # clips a step over all devices
-    config.accumulation_steps = 1  # parts a batch is computed in, to save memory
-    config.num_frames = 1024  # 10 ms each; shorter clips are looped, longer ones cropped
-    # A checkpoint to start the weights from, of which the model's architecture is then taken: a
-    # run's workdir, one checkpoint in it, or a .pt or .safetensors file of the authors' layout.
+    config.batch_size = 32  # clips per step over all devices
+    config.accumulation_steps = 1  # parts that a batch is computed in, to save memory
+    config.num_frames = 1024  # of 10 ms; shorter clips are looped, longer ones cropped
+    # The checkpoint whose weights the run starts from: a run's workdir, one checkpoint in it, or a
+    # .pt or .safetensors file of the authors' layout. Its architecture replaces the one in `model`.
     config.init_from = ""
 
-    # All in steps.
+    # Intervals in steps.
     config.log_every = 100
     config.eval_every = 5_000
     config.checkpoint_every = 5_000
-    config.keep = 3  # checkpoints, the newest
+    config.keep = 3  # newest checkpoints that stay on disk
 
     model = config.model = ConfigDict()
-    # mae_ast | ssast, the baseline: all tokens through the encoder, no decoder
+    # mae_ast | ssast: the baseline, all tokens through the encoder and no decoder
     model.architecture = "mae_ast"
     model.tokens = "patch"  # patch (16 x 16) | frame (2 frames of 128 bands) | 8x32 and the like
     model.encoder_layers = 12
@@ -38,17 +39,17 @@ def pretrain() -> ConfigDict:
     model.heads = 12
     model.mlp_width = 3072
     model.decoder_width = 768
-    model.decoder_projection = False  # between equal widths too; unequal ones always have it
+    model.decoder_projection = False  # also between equal widths; unequal widths always have it
     model.mask = "chunk"  # random | chunk | span
     model.mask_ratio = 0.75
-    model.passes = 1  # 2: each loss draws a mask of its own and runs the network on it
+    model.passes = 1  # 2: each objective draws its own mask and runs the network on it
     model.input_dropout = 0.1  # after the token projection
     model.dropout = 0.1
     model.attention_dropout = 0.1
-    model.layer_drop = 0.05  # of encoder layers
+    model.layer_drop = 0.05  # probability that an encoder layer is skipped
     model.pre_norm = False
     model.dtype = "bfloat16"  # compute type: float32 | bfloat16
-    model.unroll = True  # layers one after another; False: a scan, faster to compile
+    model.unroll = True  # False runs the layers in a scan, which compiles faster
     model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     loss = config.loss = ConfigDict()
@@ -60,32 +61,147 @@ def pretrain() -> ConfigDict:
     optimizer.b1 = 0.9
     optimizer.b2 = 0.98
     optimizer.eps = 1e-6
-    optimizer.weight_decay = 0.01  # of every parameter
+    optimizer.weight_decay = 0.01  # applied to every parameter
     optimizer.clip_norm = 10.0
     optimizer.warmup_steps = 32_000
 
     data = config.data = ConfigDict()
-    data.source = "tfds"  # tfds | synthetic (random waveforms, for speed work)
-    data.dir = ""  # where data sets lie; "" is TFDS' default
+    data.source = "tfds"  # tfds | synthetic (random waveforms, to measure speed)
+    data.dir = ""  # folder of the data sets; "" is TFDS' default
     # NAME_OR_DIRECTORY[@SPLIT][*WEIGHT], several with commas between. Without weights, the union.
     data.train = ""  # "" trains on the embedded corpus
-    data.eval = ""  # "" evaluates on nothing (the embedded corpus on its own valid split)
+    data.eval = ""  # "" evaluates on nothing (on the embedded corpus, on its valid split)
     data.fbank = "device"  # where log-mel energies are computed: device | host
-    data.sample_rate_hz = 0  # of data sets that do not say; 0 makes those an error
-    data.threads = 0  # that read batches, each a whole one; 0 is one a core, 16 at most
+    data.sample_rate_hz = 0  # rate of data sets that do not state theirs; 0 refuses such sets
+    data.threads = 0  # threads that each read a whole batch; 0 takes one per core, at most 16
 
     evaluation = config.eval = ConfigDict()
-    evaluation.max_clips = 2_000  # spread evenly over data.eval; 0 takes all
-    evaluation.pictures = 4  # held-out clips drawn at each evaluation
-    # A labelled data set whose `valid` clips are told by their nearest neighbours in `train`; "" is
-    # none. Of each split so many clips, spread evenly; 0 takes all.
+    evaluation.max_clips = 2_000  # clips spread evenly over data.eval; 0 takes all
+    evaluation.pictures = 4  # held-out clips that each evaluation draws
+    # A labelled data set: its `valid` clips are classified by their nearest neighbours in `train`.
+    # "" skips this. `knn_clips` clips, spread evenly, are taken from each split; 0 takes all.
     evaluation.knn = ""
     evaluation.knn_clips = 1_000
 
-    # Devices along each axis; -1 takes what the others leave. data: share a batch. fsdp: share a
-    # batch and, while it is not in use, the state. tensor: share heads and the MLP's inner width.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = _mesh()
     return config.lock()
+
+
+def finetune() -> ConfigDict:
+    """Returns fine-tuning of a whole encoder on labelled clips with one class per clip."""
+    config = ConfigDict()
+    config.seed = 0
+    config.mode = "finetune"  # finetune: the whole model | linear, knn: on frozen features
+    # A checkpoint: a run's workdir, one checkpoint in it, a .pt or .safetensors file. "" starts
+    # from initial values, with the architecture in `model`.
+    config.init_from = ""
+    config.epochs = 30
+    config.total_steps = 0  # 0 trains for `epochs`
+    config.eval_every = 0  # steps between evaluations on data.valid; 0 is one epoch
+    config.batch_size = 32  # clips per step over all devices
+    config.accumulation_steps = 1  # parts that a batch is computed in, to save memory
+    # Frames of 10 ms: longer clips are cropped, shorter ones padded with silence. 0 keeps each
+    # clip's own length up to `max_frames` and masks the padding of a batch.
+    config.num_frames = 0
+    config.max_frames = 1024
+    config.log_every = 20  # steps
+    config.select = "best"  # weights that are tested: best on data.valid | last | average
+    config.average_from = 1  # first evaluation whose weights are in the average
+
+    config.model = pretrain().model.copy_and_resolve_references()
+    config.model.dtype = "float32"
+
+    head = config.head = ConfigDict()
+    head.kind = "ssast"  # ssast: layer norm and linear | superb: two linear layers
+    head.layer = "last"  # last | weighted (a learnt sum of all) | a layer's number from 0
+    head.pool = "time"  # mean: over all tokens | time: over time only, the bands side by side
+    head.projection = 256  # width of the superb head's first layer
+
+    loss = config.loss = ConfigDict()
+    loss.name = "cross_entropy"  # cross_entropy | binary_cross_entropy (always for several labels)
+    loss.label_smoothing = 0.0
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-4
+    optimizer.head_rate = 1.0  # the head's learning rate as a multiple of learning_rate
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 5e-7  # added to the gradient, as torch's Adam does
+    optimizer.clip_norm = 0.0  # 0 never clips
+
+    schedule = config.schedule = ConfigDict()
+    schedule.name = "cosine"  # constant | cosine (to 0) | step
+    schedule.warmup_steps = 0
+    schedule.factor = 0.85  # `step` multiplies the rate by this
+    schedule.every = 1  # epochs between two such steps
+    schedule.start = 5  # epochs before the first one
+
+    augment = config.augment = ConfigDict()
+    augment.mixup = 0.0  # share of clips that are mixed with another of the batch
+    augment.mixup_alpha = 10.0
+    augment.frequency_mask = 0  # masked bands at most
+    augment.time_mask = 0  # masked frames at most
+    augment.noise_and_roll = False
+
+    # Mean and deviation of log energies. 0 and 0 take the checkpoint's running statistics, or from
+    # initial values the statistics of the training clips.
+    config.normalize = ConfigDict({"mean": 0.0, "deviation": 0.0})
+
+    data = config.data = ConfigDict()
+    data.dir = ""  # folder of the data sets; "" is TFDS' default
+    # NAME_OR_DIRECTORY[@SPLIT], several with commas between.
+    data.train = ""
+    data.valid = ""  # "" holds out a share of the training clips of each class
+    data.valid_percent = 10.0
+    data.test = ""  # each term is a test set of its own; "" tests on data.valid
+    data.folds = ""  # splits of data.train, as `fold1+fold2`: each is tested once
+    data.train_percent = 100.0  # share of the training clips of each class, drawn by `seed`
+    data.balanced = False  # draws clips by the rarity of their classes
+    data.sample_rate_hz = 0  # rate of data sets that do not state theirs; 0 refuses such sets
+    data.threads = 0  # threads that each read a whole batch; 0 takes one per core, at most 16
+
+    # A clip's features in the modes linear and knn (see `python -m maeast_jax.embed --help`).
+    features = config.features = ConfigDict()
+    # encoder | fbank (mean and deviation of each mel band, which any model has to beat)
+    features.source = "encoder"
+    features.pool = "moments"  # mean | time | moments
+    features.layer = "last"  # last | a layer's number from 0
+    # Grids of tokens that a clip is seen on, each shifted by a part of a token; frame tokens allow
+    # at most 2. docs/downstream.md measures what this is worth.
+    features.phases = 4
+
+    config.mesh = _mesh()
+    return config.lock()
+
+
+def ssast() -> ConfigDict:
+    """Returns SSAST's recipe for AudioSet, ESC-50 and Speech Commands V2."""
+    config = finetune()
+    config.optimizer.update(b1=0.95, b2=0.999, weight_decay=5e-7)
+    config.head.pool = "mean"
+    config.model.layer_drop = 0.0
+    config.schedule.name = "step"
+    return config
+
+
+def superb() -> ConfigDict:
+    """Returns SUPERB's recipe of a whole model for Speech Commands V1, VoxCeleb1 and IEMOCAP."""
+    config = finetune()
+    config.optimizer.update(weight_decay=0.0, clip_norm=1.0)
+    config.schedule.name = "constant"
+    config.head.update(kind="superb", pool="mean", projection=256)
+    config.model.update(layer_drop=0.0, input_dropout=0.0)  # as s3prl fine-tunes
+    return config
+
+
+def _mesh() -> ConfigDict:
+    """Devices along each axis; -1 takes what the others leave.
+
+    data shares a batch. fsdp shares a batch and, between uses, the state. tensor shares the heads
+    and the MLP's inner width.
+    """
+    return ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
 
 def check(config: ConfigDict, reference: ConfigDict, prefix: str = "") -> None:
@@ -118,7 +234,7 @@ def typed(config: ConfigDict, sections: dict[str, Callable]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple]:
-    """Fields that differ between two configurations, by dotted name: (old value, new value)."""
+    """Returns (old value, new value) of the fields that differ, by dotted name."""
     found = {}
     for name in sorted(set(old) | set(new)):
         before, after = old.get(name), new.get(name)
@@ -130,12 +246,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
 
 
 def describe(changed: dict[str, tuple]) -> str:
-    """What `differences` found, in one line."""
+    """Returns in one line what `differences` found."""
     return ", ".join(f"{name} {was!r} -> {is_!r}" for name, (was, is_) in changed.items())
 
 
 def tell_resumed_with(changed: dict[str, tuple]) -> None:
-    """Prints which settings a run goes on with that `differences` found to be others."""
+    """Prints the settings that `differences` found to have changed, if there are any."""
     if changed:
         print(f"resuming with other settings than before: {describe(changed)}", flush=True)
 
@@ -144,111 +260,3 @@ def _is_of_type(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is kind
-
-
-def finetune() -> ConfigDict:
-    """Fine-tuning a whole encoder on labelled clips, one class a clip."""
-    config = ConfigDict()
-    config.seed = 0
-    config.mode = "finetune"  # finetune: the whole model | linear, knn: on frozen features
-    # A checkpoint: a run's workdir, one checkpoint in it, a .pt or .safetensors file. "" starts
-    # from initial values, of the architecture in `model`.
-    config.init_from = ""
-    config.epochs = 30
-    config.total_steps = 0  # 0 trains for `epochs`
-    config.eval_every = 0  # steps between evaluations on data.valid; 0: an epoch
-    config.batch_size = 32  # clips a step over all devices
-    config.accumulation_steps = 1  # parts a batch is computed in, to save memory
-    # 10 ms each: longer clips are cropped, shorter ones padded with silence. 0 keeps each clip's
-    # own length up to `max_frames` and masks the padding of a batch.
-    config.num_frames = 0
-    config.max_frames = 1024
-    config.log_every = 20  # steps
-    config.select = "best"  # which weights are tested: best on data.valid | last | average
-    config.average_from = 1  # first evaluation (epoch) whose weights are in the average
-
-    config.model = pretrain().model.copy_and_resolve_references()
-    config.model.dtype = "float32"
-
-    head = config.head = ConfigDict()
-    head.kind = "ssast"  # ssast: norm and linear | superb: two linear; both of what is pooled
-    head.layer = "last"  # last | weighted (a learnt sum of all) | a layer's number from 0
-    head.pool = "time"  # mean: over all tokens | time: over time alone, the bands side by side
-    head.projection = 256  # of superb
-
-    loss = config.loss = ConfigDict()
-    loss.name = "cross_entropy"  # cross_entropy | binary_cross_entropy (always for several labels)
-    loss.label_smoothing = 0.0
-
-    optimizer = config.optimizer = ConfigDict()
-    optimizer.learning_rate = 1e-4
-    optimizer.head_rate = 1.0  # times learning_rate, for the head
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 5e-7  # added to the gradient, as torch's Adam does
-    optimizer.clip_norm = 0.0  # 0: never
-
-    schedule = config.schedule = ConfigDict()
-    schedule.name = "cosine"  # constant | cosine (to 0) | step
-    schedule.warmup_steps = 0
-    schedule.factor = 0.85  # of step: the rate is multiplied by it
-    schedule.every = 1  # epochs
-    schedule.start = 5  # after so many epochs for the first time
-
-    augment = config.augment = ConfigDict()
-    augment.mixup = 0.0  # share of clips mixed with another of the batch
-    augment.mixup_alpha = 10.0
-    augment.frequency_mask = 0  # bands at most
-    augment.time_mask = 0  # frames at most
-    augment.noise_and_roll = False
-
-    # Of the log energies. 0 and 0 take the checkpoint's own running statistics, and from initial
-    # values those of the training clips.
-    config.normalize = ConfigDict({"mean": 0.0, "deviation": 0.0})
-
-    data = config.data = ConfigDict()
-    data.dir = ""  # where data sets lie; "" is TFDS' default
-    # NAME_OR_DIRECTORY[@SPLIT], several with commas between.
-    data.train = ""
-    data.valid = ""  # "" holds out a share of the training clips, of every class
-    data.valid_percent = 10.0
-    data.test = ""  # each term is a test set of its own; "" tests on data.valid
-    data.folds = ""  # splits of data.train, with + between: each is tested once, as `fold1+fold2`
-    data.train_percent = 100.0  # of the training clips, drawn by `seed` with every class
-    data.balanced = False  # draw clips by the rarity of their classes
-    data.sample_rate_hz = 0
-    data.threads = 0  # that read batches, each a whole one; 0 is one a core, 16 at most
-
-    # Of linear and knn: what a clip's features are (see `python -m maeast_jax.embed --help`).
-    features = config.features = ConfigDict()
-    # encoder | fbank (mean and deviation of each mel band: what any model has to beat)
-    features.source = "encoder"
-    features.pool = "moments"  # mean | time | moments
-    features.layer = "last"  # last | a layer's number from 0
-    # Grids of tokens that a clip is seen on, each begun a part of a token earlier; of frame tokens
-    # 2 at most. docs/downstream.md says what it is worth.
-    features.phases = 4
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    return config.lock()
-
-
-def ssast() -> ConfigDict:
-    """SSAST's recipe: AudioSet, ESC-50, Speech Commands V2."""
-    config = finetune()
-    config.optimizer.update(b1=0.95, b2=0.999, weight_decay=5e-7)
-    config.head.pool = "mean"
-    config.model.layer_drop = 0.0
-    config.schedule.name = "step"
-    return config
-
-
-def superb() -> ConfigDict:
-    """SUPERB's recipe with the whole model trained: Speech Commands V1, VoxCeleb1, IEMOCAP."""
-    config = finetune()
-    config.optimizer.update(weight_decay=0.0, clip_norm=1.0)
-    config.schedule.name = "constant"
-    config.head.update(kind="superb", pool="mean", projection=256)
-    # As s3prl fine-tunes it.
-    config.model.update(layer_drop=0.0, input_dropout=0.0)
-    return config

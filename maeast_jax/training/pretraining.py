@@ -187,7 +187,8 @@ class Pretraining:
             with distributed.others_alive():
                 if index == 0 and self._num_pictures:
                     shown = jax.device_get(self._reconstruct(state, placed))
-                    pictures[RECONSTRUCTIONS] = plots.reconstructions(*shown)
+                    if distributed.is_first():
+                        pictures[RECONSTRUCTIONS] = plots.reconstructions(*shown)
                 sums.append(self._eval_step(state, placed, np.int32(index)))
                 if len(sums) > loop.STEPS_IN_FLIGHT:
                     jax.block_until_ready(sums[-1 - loop.STEPS_IN_FLIGHT])

