@@ -233,14 +233,13 @@ class DecodePool:
         rest = iter(paths)
         under_way = collections.deque()
         while True:
-            for path in itertools.islice(rest, 4 * self._num_processes - len(under_way)):
-                under_way.append((path, self._submit(path)))
+            # After a death, files under way are decoded again, each alone, before any new file.
+            if not any(future.done() and _is_broken(future) for _, future in under_way):
+                for path in itertools.islice(rest, 4 * self._num_processes - len(under_way)):
+                    under_way.append((path, self._submit(path)))
             if not under_way:
                 return
-            # All files under way die with the first. No other file runs beside one tried again.
-            count = len(under_way) if _is_broken(under_way[0][1]) else 1
-            for _ in range(count):
-                yield self._result(*under_way.popleft())
+            yield self._result(*under_way.popleft())
 
     def _result(self, path: str, future: concurrent.futures.Future) -> np.ndarray | str:
         if _is_broken(future):
