@@ -77,9 +77,7 @@ def test_timestamps_are_the_middle_of_the_samples_of_a_step(model, tokens):
     bands = {"patch": 8, "frame": 1}[tokens]
 
     def steps(samples):
-        tokens_NxP = patches.patchify(
-            fbank.fbank(samples)[None], patches.patch_shape(tokens, fbank.NUM_MEL_BANDS)
-        )[0]
+        tokens_NxP = patches.patchify(fbank.fbank(samples)[None], patches.patch_shape(tokens))[0]
         return jnp.sum(tokens_NxP.reshape(-1, bands * 256), axis=1)
 
     influence = np.asarray(jax.jacobian(steps)(jnp.asarray(audio[0].numpy())))
