@@ -21,16 +21,7 @@ from flax import nnx
 
 from benchmarks import beside
 from maeast_jax import config as configuration
-from maeast_jax.model import (
-    EPSILON,
-    LayerNorm,
-    add_bias,
-    gelu,
-    hashed_bits,
-    masking,
-    product,
-    take_tokens,
-)
+from maeast_jax.model import masking, ops, take_tokens
 from maeast_jax.runtime import memory, processor
 from maeast_jax.training import optimizer
 
@@ -74,7 +65,7 @@ def dropout_masks(size: Size) -> list[Choice]:
 
     part = f"dropout's mask, {_shape(shape)}"
     return [
-        Choice(part, "a hash of (key, place)", lambda key: hashed_bits(key, shape) < threshold,
+        Choice(part, "a hash of (key, place)", lambda key: ops.hashed_bits(key, shape) < threshold,
                (jax.random.key(0),)),
         Choice(part, "jax.random, threefry", bernoulli, (jax.random.key(0, impl="threefry2x32"),)),
         Choice(part, "jax.random, rbg", bernoulli, (jax.random.key(0, impl="rbg"),)),
@@ -102,7 +93,7 @@ def bias_gradients(size: Size) -> list[Choice]:
     bias = jnp.ones(4 * size.width)
     part = f"bias, {_shape(x.shape)}"
     return [
-        Choice(part, "`ops.add_bias`", _with_gradients(add_bias), (x, bias)),
+        Choice(part, "`ops.add_bias`", _with_gradients(ops.add_bias), (x, bias)),
         Choice(part, "`x + bias`", _with_gradients(lambda x, bias: x + bias.astype(x.dtype)),
                (x, bias)),
     ]  # fmt: skip
@@ -112,7 +103,7 @@ def gelus(size: Size) -> list[Choice]:
     x = _noise((size.batch, size.tokens, 4 * size.width), size)
     part = f"GELU, {_shape(x.shape)}"
     return [
-        Choice(part, "`ops.gelu`", _with_gradients(gelu), (x,)),
+        Choice(part, "`ops.gelu`", _with_gradients(ops.gelu), (x,)),
         Choice(part, "`jax.nn.gelu`",
                _with_gradients(lambda x: jax.nn.gelu(x, approximate=False)), (x,)),
     ]  # fmt: skip
@@ -120,10 +111,9 @@ def gelus(size: Size) -> list[Choice]:
 
 def layer_norms(size: Size) -> list[Choice]:
     x = _noise((size.batch, size.tokens, size.width), size)
-    ours = LayerNorm(size.width, nnx.Rngs(0))
-    flaxs = nnx.LayerNorm(
-        size.width, epsilon=EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=nnx.Rngs(0)
-    )
+    ours = ops.LayerNorm(size.width, nnx.Rngs(0))
+    flaxs = nnx.LayerNorm(size.width, epsilon=ops.EPSILON, dtype=jnp.float32,
+                          use_fast_variance=False, rngs=nnx.Rngs(0))  # fmt: skip
 
     def call(norm):
         graph, state = nnx.split(norm)
@@ -177,7 +167,7 @@ def kept_tokens(size: Size) -> list[Choice]:
     def one_hot(x):
         return _product("bkn,bnd->bkd", jax.nn.one_hot(places_BxK, size.tokens, dtype=x.dtype), x)
 
-    part = f"{size.kept} of {size.tokens} tokens a clip"
+    part = f"{size.kept} of {size.tokens} tokens per clip"
     return [
         Choice(part, "a gather", _with_gradients(lambda x: take_tokens(x, places_BxK)), (x,)),
         Choice(part, "a product with one-hot rows", _with_gradients(one_hot), (x,)),
@@ -271,7 +261,7 @@ def _with_gradients(call: Callable) -> Callable:
 
 def _product(spec: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
     """The model's product, as this machine's CPU multiplies best."""
-    return product(spec, x, y, dtype, float32_factors=not processor.multiplies_bfloat16())
+    return ops.product(spec, x, y, dtype, float32_factors=not processor.multiplies_bfloat16())
 
 
 def _noise(shape: tuple[int, ...], size: Size) -> jax.Array:

@@ -18,12 +18,11 @@ import numpy as np
 
 from maeast_jax import config as configuration
 from maeast_jax import fbank
-from maeast_jax.data import Batch, DataConfig, Example, mixture, num_cores, pipeline, writer
+from maeast_jax.data import DataConfig, Example, mixture, num_cores, pipeline, writer
 
 _NAME = "ten_seconds_of_noise"
 _CLIPS = 400
 _STAGE_SECONDS = 2.0
-_TOTAL_STEPS = 1_000_000_000
 
 
 def noise(num_samples: int) -> Iterator[Example]:
@@ -32,17 +31,13 @@ def noise(num_samples: int) -> Iterator[Example]:
         yield str(index), random.integers(-9000, 9000, num_samples).astype(np.int16), None
 
 
-def batches(options: argparse.Namespace, place: str) -> Iterator[Batch]:
-    settings = _settings(options, place)
-    return pipeline.train_batches(
-        settings, pipeline.open_train(settings), seed=0, batch_size=options.batch,
-        num_frames=options.num_frames, start_step=0, total_steps=_TOTAL_STEPS,
-    )  # fmt: skip
-
-
 def throughput(options: argparse.Namespace, place: str) -> list[str]:
     """A row of the first table."""
-    stream = batches(options, place)
+    settings = _settings(options, place)
+    stream = pipeline.train_batches(
+        settings, pipeline.open_train(settings), seed=0, batch_size=options.batch,
+        num_frames=options.num_frames, start_step=0, total_steps=1_000_000_000,
+    )  # fmt: skip
     # Threads and queue hold fewer, so all clips that count are loaded while the clock runs.
     for _ in range(4 + 2 * (options.threads or num_cores())):
         next(stream)
@@ -75,12 +70,6 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
     def address(step: int) -> tuple[np.ndarray, ...]:
         return mixture.address(step * options.batch + np.arange(options.batch), clips, 0)
 
-    def examples(step: int) -> np.ndarray:
-        return address(step)[2]
-
-    def records(step: int) -> list[bytes]:
-        return split.records.read(examples(step))
-
     def crop(step: int) -> np.ndarray:
         return pipeline.read(clips, *address(step), 0, num_samples)
 
@@ -88,8 +77,10 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
     energies = same.map(fbank.fbank_tf).as_numpy_iterator()
     calls = {
         "addresses: mixture.address": address,
-        "records read and decompressed: Records.read": records,
-        "records decoded: Split.read": lambda step: split.read(examples(step)),
+        "records read and decompressed: Records.read": lambda step: split.records.read(
+            address(step)[2]
+        ),
+        "records decoded: Split.read": lambda step: split.read(address(step)[2]),
         "clips cropped: pipeline.read": crop,
         "log-mel energies alone: fbank_tf": lambda step: next(energies),
     }

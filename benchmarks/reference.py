@@ -108,12 +108,12 @@ def make_checkpoint(
     import torch
 
     from maeast_jax import fbank
-    from maeast_jax.model import tokens as patches
+    from maeast_jax.model import tokens as model_tokens
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = pretraining_model(
-            patches.patch_shape(tokens, fbank.NUM_MEL_BANDS),
+            model_tokens.patch_shape(tokens),
             fbank.NUM_MEL_BANDS,
             mask_type="chunk_mask" if tokens == "patch" else "random_mask",
             max_tokens=max_tokens,

@@ -6,7 +6,6 @@
 #       python -m maeast_jax.train --config=configs/pretrain_demo.py --workdir=runs/two_processes
 #
 # --processes=2            number of processes; each gets --coordinator, --num_processes and --process_id
-# --port=N                 port of the coordinator; default: a free port, chosen at each start
 # --devices_per_process=N  gives each process N CPU devices; default: jax chooses the devices
 # --restarts=3             restarts in a row; a run of ten minutes or more resets the count
 # --grace=60               seconds until the remaining processes are killed after one has failed; more
@@ -22,11 +21,10 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 
-processes=2 port='' devices='' restarts=3 grace=60 log_dir='' dry_run=''
+processes=2 devices='' restarts=3 grace=60 log_dir='' dry_run=''
 while (($#)); do
   case $1 in
     --processes=*) processes=${1#*=} ;;
-    --port=*) port=${1#*=} ;;
     --devices_per_process=*) devices=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
     --grace=*) grace=${1#*=} ;;
@@ -43,17 +41,16 @@ joins "$@"
 whole --processes "$processes" 1
 whole --restarts "$restarts" 0
 whole --grace "$grace" 0
-[[ -z $port ]] || whole --port "$port" 1
 command=("$@")
 if [[ -n $devices ]]; then
   whole --devices_per_process "$devices" 1
   command=(env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "$@")
 fi
 
-# Prints --port, or a free port below those that the system gives to outgoing connections, so that
-# none of them takes it before the coordinator does.
+# Prints a free port below those that the system gives to outgoing connections, so that none of them
+# takes it before the coordinator does.
 choose_port() {
-  local candidate=$port
+  local candidate=''
   while [[ -z $candidate ]]; do
     candidate=$((20000 + RANDOM % 12000))
     ! (: <>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null || candidate=''

@@ -54,18 +54,27 @@ def _define_flags() -> None:
         BuildOptions.valid_percent,
         "Share of files in split `valid`, by a hash of the path; splits of a manifest or layout"
         " win.",
+        lower_bound=0,
+        upper_bound=100,
     )
     flags.DEFINE_float(
         "piece_seconds",
         None,
         f"Longer files are cut into pieces; 0: never. Default: {PIECE_SECONDS:g}; for a layout 0.",
+        lower_bound=0,
     )
-    flags.DEFINE_float("min_seconds", BuildOptions.min_seconds, "Shorter clips are left out.")
-    flags.DEFINE_integer("num_processes", None, "Processes that decode. Default: one per core.")
+    flags.DEFINE_float(
+        "min_seconds", BuildOptions.min_seconds, "Shorter clips are left out.", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "Processes that decode. Default: one per core.", lower_bound=1
+    )
     flags.DEFINE_float(
         "max_skipped_percent",
         BuildOptions.max_skipped_percent,
         "The build fails past this share of bad files.",
+        lower_bound=0,
+        upper_bound=100,
     )
     flags.DEFINE_bool("overwrite", False, "Replace the data set of that name, once built.")
     flags.DEFINE_string(

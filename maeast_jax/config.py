@@ -87,6 +87,10 @@ def pretrain() -> ConfigDict:
     return config.lock()
 
 
+# So that this file can be named as --config, wherever a program is started.
+get_config = pretrain
+
+
 def finetune() -> ConfigDict:
     """Returns fine-tuning of a whole encoder on labelled clips with one class per clip."""
     config = ConfigDict()

@@ -22,7 +22,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax.data import DecodePool, audio, num_cores
+from maeast_jax import fbank
+from maeast_jax.data import DecodePool, num_cores
 from maeast_jax.ingest import sources
 from maeast_jax.runtime import cli, terminal
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # Each decoding process imports this file, and does not need 
 
 EXIT_INCOMPLETE = 4
 
-_SHORTEST_SECONDS = 0.025  # one frame
 _FRAMES_PER_SECOND = 100
 
 
@@ -78,8 +78,6 @@ def embed(
     output = Path(output).expanduser()
     embedding_file.check(output, overwrite)
     files = sources.list_named(paths)
-    if num_processes is not None and num_processes < 1:
-        raise ValueError(f"--num_processes={num_processes} must be at least 1")
     source = pretrained.read(checkpoint)
     patch_frames, _ = source.config.patch_shape
     embedder = Embedder(
@@ -115,17 +113,15 @@ def embed(
             writer.add(outcome.done[index], embedding)
             bar.update()
         settings["failed"] = outcome.failed
-    audio_seconds = outcome.num_samples / audio.SAMPLE_RATE_HZ
+    hours = outcome.num_samples / fbank.SAMPLE_RATE_HZ / 3600
     summary = {
-        "embedded": f"{len(outcome.done)} files, {audio_seconds / 3600:.3f} h of audio in "
+        "embedded": f"{len(outcome.done)} files, {hours:.3f} h of audio in "
         f"{time.monotonic() - start:.1f} s",
-        "failed": f"{len(outcome.failed)} file{'' if len(outcome.failed) == 1 else 's'}",
+        "failed": str(len(outcome.failed)),
+        "output": str(output) if outcome.done else "none: no file could be read",
     }
     if outcome.done:
-        how_to_read = embedding_file.how_to_read(output, embedder.axes)
-        summary |= {"output": str(output), "read it": how_to_read}
-    else:
-        summary["output"] = "none: no file could be read"
+        summary["read it"] = embedding_file.how_to_read(output, embedder.axes)
     print(terminal.announce(summary), flush=True)
     return outcome
 
@@ -139,7 +135,7 @@ def _decoded(
         name = file.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         if isinstance(samples, str):
             reason = samples
-        elif len(samples) < _SHORTEST_SECONDS * audio.SAMPLE_RATE_HZ:
+        elif len(samples) < fbank.FRAME_LENGTH:
             reason = f"{len(samples)} samples at 16 kHz, shorter than 25 ms"
         else:
             outcome.done.append(name)
@@ -155,15 +151,12 @@ def _whole_tokens(flag: str, seconds: float | None, patch_frames: int) -> int | 
     """Returns the frames in so many seconds, rounded down to whole tokens."""
     if seconds is None:
         return None
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"--{flag}={seconds:g} must be 0 or more")
-    tokens = int(seconds * _FRAMES_PER_SECOND + 1e-6) // patch_frames  # 10.24 * 100 < 1024
-    if seconds and not tokens:
+    token_seconds = patch_frames / _FRAMES_PER_SECOND
+    if seconds and not token_seconds <= seconds < math.inf:  # 0 stands for uncut files
         raise ValueError(
-            f"--{flag}={seconds:g} must be at least {patch_frames / _FRAMES_PER_SECOND:g}, "
-            "the length of a token"
+            f"--{flag}={seconds:g} must be at least {token_seconds:g}, the length of a token"
         )
-    return tokens * patch_frames
+    return int(seconds / token_seconds + 1e-6) * patch_frames  # 10.24 * 100 < 1024
 
 
 def _plan(
@@ -222,9 +215,14 @@ def _define_flags() -> None:
     )
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
     flags.DEFINE_integer(
-        "batch_tokens", None, "Tokens per batch. Default: 1024 on a CPU, 16384 elsewhere."
+        "batch_tokens",
+        None,
+        "Tokens per batch. Default: 1024 on a CPU, 16384 elsewhere.",
+        lower_bound=1,
     )
-    flags.DEFINE_integer("num_processes", None, "Processes that decode. Default: one per core.")
+    flags.DEFINE_integer(
+        "num_processes", None, "Processes that decode. Default: one per core.", lower_bound=1
+    )
     flags.DEFINE_bool("overwrite", False, "Replace the output when the new one is complete.")
     flags.FLAGS.set_gnu_getopt()  # flags may follow files
 

@@ -19,7 +19,7 @@ from maeast_jax.interop import fairseq
 from maeast_jax.runtime import cli, storage, terminal
 
 # Suffixes by which users mean a file. Any other name is a folder's.
-_OTHER_FILES = (".pth", ".ckpt", ".bin", ".npz", ".onnx", ".tar", ".h5", ".msgpack", ".gz", ".zip")
+_OTHER_FILES = (".pth", ".ckpt", ".bin", ".npz", ".onnx", ".h5")
 
 
 def export(
@@ -34,8 +34,8 @@ def export(
 
     Args:
       encoder_only: leave out the decoder and the heads.
-      max_token_length: rows of the position tables, the longest clip in tokens that PyTorch will
-        take. None: as in the authors' file that the checkpoint comes from, else 8192 (164 s).
+      max_token_length: rows of a file's position tables, the longest clip in tokens that PyTorch
+        will take. None: as in the authors' file that the checkpoint comes from, else 8192 (164 s).
       overwrite: replace a file of that name.
 
     Raises:
@@ -46,11 +46,6 @@ def export(
     output = Path(output).expanduser()
     is_file = output.suffix in fairseq.SUFFIXES
     _check_output(output, is_file, overwrite)
-    if max_token_length is not None and not (is_file and max_token_length > 0):
-        raise ValueError(
-            f"--max_token_length={max_token_length} is for {' and '.join(fairseq.SUFFIXES)} files, "
-            "at least 1"
-        )
     source = pretrained.read(source)
     if encoder_only:
         source = source.encoder_only()
@@ -121,6 +116,7 @@ def _define_flags() -> None:
         None,
         "Longest clip that PyTorch will take, in tokens. Default: that of the authors' file, else"
         " 8192.",
+        lower_bound=1,
     )
     flags.DEFINE_bool("overwrite", False, "Replace a file of that name.")
 

@@ -29,7 +29,7 @@ NUM_MEL_BANDS = 128
 LOWEST_HZ = 20.0  # lower edge of band 0
 
 # Kaldi's default window, "povey": a symmetric Hann window to this power.
-_WINDOW_POWER = 0.85
+_WINDOW = np.hanning(FRAME_LENGTH) ** 0.85
 # A frame is padded with zeros to this power of two (Kaldi's round_to_power_of_two).
 _FFT_LENGTH = 512
 _NUM_BINS = _FFT_LENGTH // 2  # Kaldi's mel bands leave out the bin at the Nyquist frequency
@@ -148,7 +148,7 @@ def _product(x: jax.Array, matrix: np.ndarray) -> jax.Array:
 
 
 def fbank_tf(waveform: tf.Tensor) -> tf.Tensor:
-    """`fbank` of tensors for a tf.data pipeline; the size of any dimension may be unknown.
+    """`fbank` of tensors [..., samples] for a tf.data pipeline; TensorFlow knows `samples`.
 
     It uses a fast Fourier transform in float64. On a CPU that costs less than half of one of the
     three products of `fbank`, and it is more accurate: 1e-6 from a computation all in float64. It
@@ -157,26 +157,16 @@ def fbank_tf(waveform: tf.Tensor) -> tf.Tensor:
 
     Raises:
       ValueError: as `fbank`.
-      tf.errors.InvalidArgumentError: fewer than 400 samples where that is unknown before running.
     """
     import tensorflow as tf
 
     bands = _band_groups(_constants().mel)
-    window = np.hanning(FRAME_LENGTH) ** _WINDOW_POWER
     waveform = tf.convert_to_tensor(waveform)
     if waveform.dtype != tf.int16 and not waveform.dtype.is_floating:
         raise ValueError(_type_message(waveform.dtype.name))
     full_scale = 32_768.0 if waveform.dtype == tf.int16 else 1.0
 
-    if waveform.shape[-1] is not None:
-        count = num_frames(waveform.shape[-1])
-    else:
-        size = tf.shape(waveform)[-1]
-        too_short = tf.debugging.assert_greater_equal(
-            size, FRAME_LENGTH, f"a waveform is shorter than one frame of {FRAME_LENGTH} samples"
-        )
-        with tf.control_dependencies([too_short] if too_short is not None else []):
-            count = frame_count(size)
+    count = num_frames(waveform.shape[-1])
     whole, rest = divmod(FRAME_LENGTH, FRAME_SHIFT)
     num_blocks = -(-count // _BLOCK_FRAMES)
     block = -(-count // num_blocks)  # frames per block; the last block may go past the end
@@ -196,7 +186,7 @@ def fbank_tf(waveform: tf.Tensor) -> tf.Tensor:
         emphasised = tf.pad(samples[1:] - _PRE_EMPHASIS * samples[:-1], [[1, 0]])
         sums = tf.add_n([tf.reduce_sum(piece, axis=1) for piece in pieces(samples)])
         offsets = (1.0 - _PRE_EMPHASIS) / FRAME_LENGTH * sums[:, None]
-        frames = (tf.concat(pieces(emphasised), axis=1) - offsets) * window
+        frames = (tf.concat(pieces(emphasised), axis=1) - offsets) * _WINDOW
         spectrum = tf.signal.rfft(frames, [_FFT_LENGTH])
         power = tf.square(tf.math.real(spectrum)) + tf.square(tf.math.imag(spectrum))
         power = tf.cast(power, tf.float32)
@@ -205,19 +195,17 @@ def fbank_tf(waveform: tf.Tensor) -> tf.Tensor:
 
     used = (count - 1) * FRAME_SHIFT + FRAME_LENGTH
     padding = (num_blocks * block + whole) * FRAME_SHIFT - used
-    clips = tf.reshape(waveform, [-1, tf.shape(waveform)[-1]])[:, :used]
+    clips = tf.reshape(waveform, [-1, waveform.shape[-1]])[:, :used]
     clips = tf.pad(clips, [[0, 0], [0, padding]])
-    known = isinstance(count, int)
     logs = tf.map_fn(
         energies,
         tf.range(tf.shape(clips)[0] * num_blocks),
         parallel_iterations=1,
-        fn_output_signature=tf.TensorSpec([block if known else None, NUM_MEL_BANDS], tf.float32),
+        fn_output_signature=tf.TensorSpec([block, NUM_MEL_BANDS], tf.float32),
     )
     logs = tf.reshape(logs, [-1, num_blocks * block, NUM_MEL_BANDS])[:, :count]
     logs = tf.reshape(logs, tf.concat([tf.shape(waveform)[:-1], [count, NUM_MEL_BANDS]], axis=0))
-    shape = [*waveform.shape[:-1], count if known else None, NUM_MEL_BANDS]
-    return tf.ensure_shape(logs, shape)
+    return tf.ensure_shape(logs, [*waveform.shape[:-1], count, NUM_MEL_BANDS])
 
 
 # --- both -------------------------------------------------------------------------------------
@@ -241,8 +229,7 @@ def _spectrum_matrix() -> np.ndarray:
     centred = impulses - np.mean(impulses, axis=1, keepdims=True)
     # In Kaldi the first sample is its own predecessor.
     previous = np.concatenate([centred[:, :1], centred[:, :-1]], axis=1)
-    window = np.hanning(FRAME_LENGTH) ** _WINDOW_POWER
-    spectra = np.fft.rfft((centred - _PRE_EMPHASIS * previous) * window, _FFT_LENGTH, axis=1)
+    spectra = np.fft.rfft((centred - _PRE_EMPHASIS * previous) * _WINDOW, _FFT_LENGTH, axis=1)
     return np.concatenate([spectra.real[:, :_NUM_BINS], spectra.imag[:, :_NUM_BINS]], axis=1)
 
 

@@ -3,10 +3,11 @@
 import hashlib
 
 import numpy as np
+import pytest
 import soundfile
 
 from maeast_jax.data import dataset
-from maeast_jax.ingest import BuildOptions, build_dataset
+from maeast_jax.ingest import BuildOptions, ManifestError, build_dataset
 
 
 def noise(seconds, seed):
@@ -42,6 +43,22 @@ def write_wav(path, seconds, seed=0):
     soundfile.write(path, noise(seconds, seed), 16_000)
 
 
+def touch(root, *names):
+    """Makes empty files below `root`."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def error_of(function, *args, **kwargs):
+    """Returns the message of the ManifestError that the call raises; it is one line."""
+    with pytest.raises(ManifestError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 def records(data_dir, split, name="farm"):
     opened = dataset.open_split(name, split, data_dir)
     return {
@@ -57,7 +74,7 @@ def digests(directory):
 
 
 def build(**options):
-    """Builds the data set `farm`, decoding in one process unless told otherwise."""
+    """Builds a data set (`farm`), decoding in one process, unless `options` say otherwise."""
     alone = {} if "beam_pipeline_options" in options else {"num_processes": 1}
     return build_dataset(BuildOptions(**{"name": "farm", **alone, **options}))
 

@@ -28,11 +28,7 @@ def command(*arguments):
     [
         (["--audio_dir=none", "--data_dir=data", "--name=farm"], "--audio_dir=none is not"),
         pytest.param(["--data_dir=data"], "--name is missing", marks=pytest.mark.slow),
-        pytest.param(
-            ["--data_dir=data", "--name=farm", "--layout=esc"],
-            "audioset|esc50|speech_commands_v1|",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(["--valid_percent=-1"], "-1.0 is not", marks=pytest.mark.slow),
         pytest.param(
             ["recordings", "--data_dir=data", "--name=farm"],
             "unexpected argument 'recordings'",

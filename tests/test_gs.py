@@ -20,7 +20,7 @@ from processes import ends, free_port
 
 import maeast_jax
 from maeast_jax import checkpoint
-from maeast_jax.data import dataset, open_demo
+from maeast_jax.data import dataset, mixture
 from maeast_jax.data import writer as shard_writer
 from maeast_jax.inference import pretrained
 from maeast_jax.runtime import storage
@@ -230,7 +230,7 @@ def test_data_sets_are_read_from_a_bucket(store, tmp_path):
     line = one_line(dataset.open_split, "others", "train", "gs://bucket/data")
     assert "no data set 'others' in gs://bucket/data, which holds sounds" in line
     assert "gs://bucket/none must be on this machine" in one_line(
-        open_demo, "train", "gs://bucket/none"
+        mixture.open_demo, "train", "gs://bucket/none"
     )
     (shard,) = (name for name in store.names("bucket") if "sounds-train" in name)
     (local_shard,) = tmp_path.rglob("sounds-train*")

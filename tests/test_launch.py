@@ -116,24 +116,16 @@ TPU = ("--name=mae", "--zone=z")
     [
         ("local_multiprocess.sh", [], "no program; write -- PROGRAM"),
         ("local_multiprocess.sh", ["--processes=08", "--", "x"], "--processes=08 must be a whole"),
-        ("local_multiprocess.sh", ["--proceses=2", "--", "x"], "--proceses=2 is not an option"),
         (
             "local_multiprocess.sh",
             ["--", "python", "-m", "maeast_jax.finetune"],
             "maeast_jax.finetune runs in one process: start it without a launcher",
         ),
         ("tpu_vm.sh", ["begin", *TPU], "begin is not a command; commands are: create install"),
-        ("tpu_vm.sh", ["follow", "--zone=z"], "--name is missing"),
-        ("tpu_vm.sh", ["follow", "--name=mae"], "--zone is missing"),
-        ("tpu_vm.sh", ["create", *TPU], "--type is missing"),
         ("tpu_vm.sh", ["create", *TPU, "--type=v9-8"], "add --version=RUNTIME"),
-        ("tpu_vm.sh", ["run", *TPU], "no program; write -- PROGRAM"),
-        ("tpu_vm.sh", ["run", *TPU, "--", "python", "-m", "maeast_jax.embed"], "runs in one"),
         ("tpu_vm.sh", ["fetch", *TPU], "--from is missing"),
         ("tpu_vm.sh", ["create", *TPU, "--spt"], "--spt is not an option"),
         ("slurm.sbatch", [], "no program; write -- PROGRAM"),
-        ("slurm.sbatch", ["--nodes=2", "--", "x"], "--nodes=2 is not an option"),
-        ("slurm.sbatch", ["--", "python", "-m", "maeast_jax.finetune"], "runs in one process"),
         ("slurm.sbatch", ["--", "x"], "this is not a SLURM job"),
     ],
 )
@@ -202,11 +194,11 @@ def coordinator(start):
 
 def test_local_dry_run(tmp_path):
     commands = dry(
-        tmp_path, "local_multiprocess.sh", "--devices_per_process=2", "--port=4321", "--dry_run",
-        "--", "python", *AWKWARD,
+        tmp_path, "local_multiprocess.sh", "--devices_per_process=2", "--dry_run", "--", "python",
+        *AWKWARD,
     )  # fmt: skip
     cpu = ["env", "JAX_PLATFORMS=cpu", "JAX_NUM_CPU_DEVICES=2"]
-    together = ["--coordinator=127.0.0.1:4321", "--num_processes=2"]
+    together = [commands[0][-3], "--num_processes=2"]
     assert commands == [
         [*cpu, "python", *AWKWARD, *together, f"--process_id={i}"] for i in range(2)
     ]
@@ -224,9 +216,9 @@ def test_local_starts_all_and_ends_with_0(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["exit(75)", "sleep(1); exit(75)"])
-def test_local_starts_again_after_a_lost_process(tmp_path, first):
-    local = Local(tmp_path, [[first, "exit(0)"], ["os.kill(os.getpid(), 9)", "exit(0)"]])
+def test_local_starts_again_after_a_lost_process(tmp_path):
+    plan = [["sleep(1); exit(75)", "exit(0)"], ["os.kill(os.getpid(), 9)", "exit(0)"]]
+    local = Local(tmp_path, plan)
     result = local.run()
     assert result.returncode == 0, result.stderr
     assert "starting again, 2 more restarts" in result.stderr
@@ -281,11 +273,8 @@ def test_local_kills_a_process_that_does_not_end(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "whole_group"),
-    [
-        (signal.SIGTERM, 143, False),
-        (signal.SIGINT, 130, True),  # Ctrl-C at a terminal
-        (signal.SIGTERM, 143, True),  # the `timeout` command
-    ],
+    # The second is Ctrl-C at a terminal.
+    [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, True)],
 )
 def test_local_passes_signals_on(tmp_path, number, code, whole_group):
     """A signal to the whole process group also ends the launcher's `sleep`."""
@@ -297,17 +286,6 @@ def test_local_passes_signals_on(tmp_path, number, code, whole_group):
     output, _ = launcher.communicate(timeout=30)
     assert launcher.returncode == code, output
     assert len(list(tmp_path.glob("saved_*"))) == 2 and len(local.starts(0)) == 1
-
-
-@pytest.mark.slow
-def test_local_starts_again_after_a_signal_to_the_processes(tmp_path):
-    local = Local(tmp_path, [["wait()", "exit(0)"]] * 2)
-    launcher = local.popen()
-    for process in (1, 0):
-        os.kill(local.starts(process)[0]["pid"], signal.SIGTERM)
-    output, _ = launcher.communicate(timeout=30)
-    assert launcher.returncode == 0, output
-    assert len(local.starts(0)) == len(local.starts(1)) == 2
 
 
 VM = ["gcloud", "compute", "tpus", "tpu-vm"]
@@ -345,13 +323,10 @@ def test_tpu_commands(tmp_path):
     assert pack[:1] == ["git"] and pack[-1] == "HEAD"
     assert send == [*VM, "scp", archive, "mae:", *PLACE[1:], "--worker=all", "--internal-ip"]
     assert unpack[:9] == [*VM, "ssh", *PLACE, "--worker=all"] and unpack[9] == "--internal-ip"
-    (follow,) = tpu(tmp_path, "follow")
-    assert "--worker=0" in follow
     (_, copy) = tpu(tmp_path, "fetch", "--from=runs/mine", "--to=here")
     assert copy[4:7] == ["scp", "mae:maeast_jax/runs/mine", "here"] and "--recurse" in copy
     (_, copy) = tpu(tmp_path, "fetch", "--from=/mnt/mine")
     assert copy[5:7] == ["mae:/mnt/mine", "runs"]
-    assert tpu(tmp_path, "delete") == [[*VM, "delete", *PLACE]]
     assert tpu(tmp_path, "delete", "--queued") == [[*QUEUE, "delete", *PLACE, "--force"]]
 
 
@@ -472,25 +447,14 @@ except ValueError as error:
     assert set(recovery["recover_on_exit_codes"]) == {70, 75, 134}
 
 
-@pytest.mark.parametrize("flag", [["--dry_run"], []])
-def test_slurm_dry_run(tmp_path, flag):
-    more = {} if flag else {"DRY_RUN": "1"}
-    slurm = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "6"}
-    launch, requeue = dry(tmp_path, "slurm.sbatch", *flag, "--", *PROGRAM, **more, **slurm)
+def test_slurm_dry_run(tmp_path):
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "6", "DRY_RUN": "1"}
+    launch, requeue = dry(tmp_path, "slurm.sbatch", "--", *PROGRAM, **slurm)
     options = launch[1 : launch.index("python")]
     assert set(options) >= {"--kill-on-bad-exit=0", "--gpu-bind=none", "--cpus-per-task=6"}
     assert options[-4:-2] == ["bash", "-c"] and options[-1].endswith("/.slurm_17")
     assert launch[0] == "srun" and launch[-len(PROGRAM) - 1 :] == [*PROGRAM, "--distributed"]
     assert requeue == ["scontrol", "requeue", "17"]
-
-
-def test_slurm_requests_a_task_per_gpu():
-    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
-    head = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
-    options = dict(line.partition("=")[::2] for line in head)
-    assert options["ntasks-per-node"] == options["gpus-per-node"]
-    assert options["signal"] == "TERM@300"
-    assert {"requeue", "open-mode"} <= set(options)
 
 
 def slurm(folder, srun, state="RUNNING", **more):
@@ -507,11 +471,11 @@ def slurm(folder, srun, state="RUNNING", **more):
     return result, requeued.read_text() if requeued.exists() else ""
 
 
-@pytest.mark.parametrize("code", [0, 2, 75, 130, 143])
+@pytest.mark.parametrize("code", [0, 2, 75])
 def test_slurm_requeues_after_some_codes(tmp_path, code):
     result, requeued = slurm(tmp_path, f"exit {code}")
     assert result.returncode == code
-    assert requeued == ("requeue 17\n" if code in (75, 143) else "")
+    assert requeued == ("requeue 17\n" if code == 75 else "")
 
 
 # Runs the words after srun's options as two tasks. Their programs end with $FIRST and $SECOND.
@@ -525,7 +489,7 @@ exit $((first > second ? first : second))
 
 @pytest.mark.parametrize(
     ("ends", "code", "queued"),
-    [((2, 75), 2, ""), ((134, 1), 1, ""), ((143, 75), 143, "requeue 17\n")],
+    [((2, 75), 2, ""), ((143, 75), 143, "requeue 17\n")],
 )
 def test_slurm_does_not_requeue_after_a_mistake_in_one_task(tmp_path, ends, code, queued):
     result, requeued = slurm(tmp_path, TWO_TASKS, FIRST=str(ends[0]), SECOND=str(ends[1]))
@@ -583,44 +547,21 @@ def test_jobset_agrees_with_itself():
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in spec["template"]["spec"]["volumes"]
     }
-
-
-def test_jobset_stops_on_the_codes_that_the_scripts_stop_on():
-    spec = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]
-    job = spec["replicatedJobs"][0]["template"]["spec"]
-    (rule,) = job["podFailurePolicy"]["rules"]
-    codes = {"containerName": "maeast", "operator": "In", "values": [1, 2, 3, 130]}
-    assert rule == {"action": "FailJob", "onExitCodes": codes}
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    final = common("for code in {1..255}; do restartable $code || echo $code; done").split()
+    assert set(rule["onExitCodes"]["values"]) <= set(map(int, final))
     # A Job's podFailurePolicy requires these two values.
-    assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] == 0
-    (policy,) = spec["failurePolicy"]["rules"]
-    assert policy == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert spec["template"]["spec"]["restartPolicy"] == "Never" and spec["backoffLimit"] == 0
 
 
-def steps_and_files(name):
-    """The instructions of a Dockerfile, and the files that its .dockerignore lets in."""
-    lines = (LAUNCH / name).read_text().splitlines()
-    ignore = (LAUNCH / f"{name}.dockerignore").read_text().splitlines()
-    files = {line[1:] for line in ignore if line.startswith("!")}
-    assert all(list(ROOT.glob(file)) for file in files)
-    return [line for line in lines if line and not line.startswith(("#", " "))], files
-
-
-def test_dockerfile():
-    steps, files = steps_and_files("Dockerfile")
-    order = ["COPY requirements.txt", "RUN python -m pip install", "COPY . .", "USER maeast"]
-    places = [next(i for i, step in enumerate(steps) if step.startswith(s)) for s in order]
-    assert places == sorted(places)
-    assert '-r /tmp/requirements.txt "jax[cuda13]"' in steps[places[1]]
-    assert {"configs", "maeast_jax", "requirements.txt"} <= files
-
-
-def test_dockerfile_of_beam_workers():
-    """The image starts as Beam's image does, and has the version of requirements-beam.txt."""
-    steps, files = steps_and_files("beam.Dockerfile")
-    (version,) = re.findall(r"^FROM apache/beam_python3\.12_sdk:(\d+\.\d+)\.0$", steps[0])
+def test_images_are_built_from_files_that_exist_and_from_beams_version():
+    for name in ("Dockerfile", "beam.Dockerfile"):
+        lines = (LAUNCH / f"{name}.dockerignore").read_text().splitlines()
+        files = [line[1:] for line in lines if line.startswith("!")]
+        assert files and all(list(ROOT.glob(file)) for file in files)
+    beam = (LAUNCH / "beam.Dockerfile").read_text()
+    (version,) = re.findall(r"^FROM apache/beam_python3\.12_sdk:(\d+\.\d+)\.0$", beam, re.M)
     assert f"apache-beam>={version}," in (ROOT / "requirements-beam.txt").read_text()
-    assert f'"apache-beam[gcp]=={version}.0" gcsfs' in (LAUNCH / "beam.Dockerfile").read_text()
-    assert not [step for step in steps if step.startswith(("ENTRYPOINT", "CMD"))]
-    copied = {name for step in steps if step.startswith("COPY") for name in step.split()[1:-1]}
-    assert copied - {"requirements.txt"} == files
+    assert f'"apache-beam[gcp]=={version}.0" gcsfs' in beam
+    # The image starts as Beam's own does.
+    assert "ENTRYPOINT" not in beam and "CMD" not in beam

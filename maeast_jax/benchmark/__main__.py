@@ -1,11 +1,12 @@
 """Speed of whole training steps: python -m maeast_jax.benchmark --model=mae_ast,ssast --batch=8,32
 
 The program measures one row per combination of the lists --model --tokens --encoder_layers --batch
---dtype --num_frames; all other settings are those of --config. A row is a training step (forward
-pass, backward pass and optimiser), compiled and placed as in training, on all devices that jax
-sees, on noise. The program prints a table in Markdown: clips per second (the median of samples),
-operations per clip on paper and their share of the rate of plain matrix products in that type, and
-the memory that XLA plans per device. Progress goes to standard error.
+--dtype --num_frames; all other settings are those of --config (default: the paper's pretraining). A
+row is a training step (forward pass, backward pass and optimiser), compiled and placed as in
+training, on all devices that jax sees, on noise. The program prints a table in Markdown: clips per
+second (the median of samples), operations per clip on paper and their share of the rate of plain
+matrix products in that type, and the memory that XLA plans per device. Progress goes to standard
+error.
 
 Exit codes: 0, also if a batch does not fit, which is a row; 1 if the system refused something; 2
 for a mistake in flags, configuration or data; 3 for a loss that is not finite; 130 after Ctrl-C.
@@ -13,36 +14,29 @@ for a mistake in flags, configuration or data; 3 for a loss that is not finite; 
 """
 
 import json
-import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from maeast_jax import config
 from maeast_jax.benchmark import cases, measure, table
 from maeast_jax.benchmark.cases import Case, Row
 from maeast_jax.data import prepare_tensorflow, writer
 from maeast_jax.evaluation import plots
-from maeast_jax.runtime import cli, memory, storage, terminal
-from maeast_jax.training import Pretraining
+from maeast_jax.runtime import cli, memory, sharding, storage, terminal
 
 # The temporary data set: clips of ten seconds, which training's crops of 10.24 s loop.
 _NOISE_CLIPS, _NOISE_SAMPLES = 256, 160_000
 # More steps than a measurement takes, so that the stream of batches does not end.
 _MANY_STEPS = 1_000_000
-# Fields that the program sets, and the flags to set them by.
-_OWN_FIELDS = {
-    "model.architecture": "model", "model.passes": "model", "model.tokens": "tokens",
-    "model.encoder_layers": "encoder_layers", "batch_size": "batch", "model.dtype": "dtype",
-    "num_frames": "num_frames", "data.source": "input", "data.fbank": "input",
-    "data.dir": "data_dir", "data.train": "data",
-}  # fmt: skip
 
 
 class _WholeNumbers(flags.ListParser):
@@ -78,13 +72,9 @@ def define() -> None:
         "none",
         ["none", "device", "host"],
         "none: only steps, on a batch that stays on the devices. device, host: also the clips per"
-        " second of reading a data set, with log-mel energies computed there, alone and together"
-        " with the steps.",
+        " second of reading --config.data.train (default: noise, written for the purpose), with"
+        " log-mel energies computed there, alone and together with the steps.",
     )
-    flags.DEFINE_string(
-        "data", None, "Name of a data set for --input. Default: noise, written for the purpose."
-    )
-    flags.DEFINE_string("data_dir", None, "Folder of --data. Default: that of TFDS.")
     flags.DEFINE_enum(
         "find",
         None,
@@ -96,7 +86,7 @@ def define() -> None:
     flags.DEFINE_float(
         "memory_gb",
         None,
-        "With --find: 1e9 bytes that XLA may plan per device. Default: the memory that jax may use"
+        "1e9 bytes that XLA may plan per device. Default with --find: the memory that jax may use"
         " (XLA_PYTHON_CLIENT_MEM_FRACTION on a GPU); on a CPU, four fifths of the free memory.",
     )
     flags.DEFINE_bool(
@@ -125,18 +115,18 @@ def main(base: ConfigDict) -> int | None:
         lists = {name: options[name].value for name in cases.LISTS}
         if options.find and options.batch is None:
             lists["batch"] = [cases.least_batch(base)]
-        opened = {case: cases.open_case(base, case) for case in cases.combinations(base, lists)}
-        return _run(base, opened, options)
+        chosen = cases.combinations(base, lists)
+        for case in chosen:
+            cases.open_case(base, case)  # a mistake shows before the first compilation
+        return _run(base, chosen, options)
 
 
-def _run(
-    base: ConfigDict, opened: Mapping[Case, Pretraining], options: flags.FlagValues
-) -> int | None:
-    mesh = next(iter(opened.values())).mesh
+def _run(base: ConfigDict, chosen: Sequence[Case], options: flags.FlagValues) -> int | None:
+    mesh = sharding.make_mesh(**base.mesh.to_dict())
     memory_bytes = options.memory_gb and round(1e9 * options.memory_gb)
     if options.find and not memory_bytes:
         memory_bytes = measure.memory_bytes(mesh)
-    _say(terminal.announce(_plan(opened, options, mesh, memory_bytes)))
+    _say(terminal.announce(_plan(chosen, options, mesh, memory_bytes)))
     rows: list[Row] = []
 
     def on_row(row: Row) -> None:
@@ -147,10 +137,7 @@ def _run(
         _say(_progress(row))
 
     try:
-        cases.measure_all(
-            opened, base, seconds=options.seconds, find=options.find,
-            memory_bytes=memory_bytes, on_row=on_row,
-        )  # fmt: skip
+        cases.measure_all(chosen, base, options.seconds, options.find, memory_bytes, on_row)
     except KeyboardInterrupt:
         _say(f"interrupted after {len(rows)} rows")
         return 128 + signal.SIGINT
@@ -166,32 +153,14 @@ def _run(
 
 
 def _check(options: flags.FlagValues) -> None:
-    """Raises ValueError for flags that contradict each other and for unusable output files."""
-    for field, flag in _OWN_FIELDS.items():
-        if f"config.{field}" in options:
-            raise ValueError(f"--config.{field} is set by --{flag}; use --{flag}")
+    """Raises ValueError for flags that cannot work, and makes the folders of the output files."""
     if empty := [name for name in cases.LISTS if options[name].value == []]:
         raise ValueError(f"--{empty[0]}= is empty; leave it out or name what to measure")
-    if options.memory_gb is not None and not (options.find and options.memory_gb > 0):
-        raise ValueError(f"--memory_gb={options.memory_gb:g} needs --find, and a number above 0")
-    if options.find and len(options.batch or ()) > 1:
-        raise ValueError("--find needs a single --batch, where the search begins")
-    if options.input == "none" and (options.data or options.data_dir):
-        raise ValueError("--data and --data_dir need --input=device or --input=host; add one")
-    if options.data_dir and not options.data:
-        raise ValueError(f"--data_dir={options.data_dir} needs --data=NAME; add it")
-    if options.picture and not options.picture.endswith(".png"):
-        raise ValueError(f"--picture={options.picture} must end in .png")
-    for name in ("json", "picture"):
-        if options[name].value:
-            _check_output(name, storage.path(options[name].value), options.overwrite)
-
-
-def _check_output(name: str, path: os.PathLike, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise ValueError(f"--{name}={path} exists; choose another name or pass --overwrite")
-    if not storage.is_remote(path) and not path.parent.is_dir():
-        raise ValueError(f"--{name}={path}: {path.parent} is not a folder; make it first")
+    for name in filter(None, (options.json, options.picture)):
+        path = storage.path(name)
+        if path.exists() and not options.overwrite:
+            raise ValueError(f"{name} exists; choose another name or pass --overwrite")
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -203,17 +172,13 @@ def _input(base: ConfigDict, options: flags.FlagValues) -> Iterator[None]:
         base.data.update(source="synthetic", train="", dir="", fbank="device")
         yield
         return
-    try:
-        prepare_tensorflow()
-    except ValueError as error:
-        raise ValueError(f"--input={options.input}: {error}, or pass --input=none") from None
+    prepare_tensorflow()
     base.data.update(source="tfds", fbank=options.input)
-    if options.data:
-        base.data.update(train=options.data, dir=options.data_dir or "")
+    if base.data.train:
         yield
         return
     with tempfile.TemporaryDirectory() as folder:
-        _say(f"no --data: writing {_NOISE_CLIPS} clips of 10 s of noise")
+        _say(f"no --config.data.train: writing {_NOISE_CLIPS} clips of 10 s of noise")
         writer.write("noise", folder, {"train": _noise})
         base.data.update(train="noise", dir=folder)
         yield
@@ -226,21 +191,22 @@ def _noise() -> Iterator[writer.Example]:
 
 
 def _plan(
-    opened: Mapping[Case, Pretraining], options: flags.FlagValues, mesh, memory_bytes: int | None
+    chosen: Sequence[Case], options: flags.FlagValues, mesh: Mesh, memory_bytes: int | None
 ) -> dict[str, str]:
-    """Lines that say what will be measured, before the first compilation."""
+    """Returns what will be measured in words, by the name of the line."""
+    device = mesh.devices.flat[0].device_kind
+    with_input = "" if options.input == "none" else ", as long for its input, and for both together"
     lines = {
-        "rows": "\n".join(map(str, opened)),
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
-        "time": f"compilation and {options.seconds:g} s per row"
-        + ("" if options.input == "none" else ", as long for its input, and for both together"),
+        "rows": "\n".join(map(str, chosen)),
+        "devices": f"{mesh.size} x {device}, jax {jax.__version__}",
+        "time": f"compilation and {options.seconds:g} s per row{with_input}",
+        "json": options.json,
+        "picture": options.picture,
     }
     if options.find:
         held = terminal.si(memory_bytes, "B")
         lines["find"] = f"the {options.find} batch in {held} per device, from these rows on"
-    return lines | {
-        name: options[name].value for name in ("json", "picture") if options[name].value
-    }
+    return {name: line for name, line in lines.items() if line}
 
 
 def _progress(row: Row) -> str:
@@ -258,4 +224,4 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     define()
-    cli.run(main, workdir=False, default_config="configs/pretrain.py")
+    cli.run(main, workdir=False, default_config=config.__file__)

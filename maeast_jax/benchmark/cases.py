@@ -25,7 +25,7 @@ FIELDS = (
     "flops_per_clip", "matrix_rate_share", "peak_memory_bytes", "compile_seconds", "device",
     "num_frames", "devices", "fits", "input", "input_clips_per_second", "together_clips_per_second",
     "clips_per_second_p10", "clips_per_second_p90", "samples", "steps", "recompiles",
-    "matrix_rate", "xla_flops_per_clip", "device_peak_bytes",
+    "matrix_rate", "device_peak_bytes",
 )  # fmt: skip
 
 
@@ -97,53 +97,41 @@ def least_batch(base: ConfigDict) -> int:
 
 
 def measure_all(
-    opened: Mapping[Case, Pretraining],
+    chosen: Sequence[Case],
     base: ConfigDict,
-    *,
     seconds: float,
-    find: str | None = None,
-    memory_bytes: int | None = None,
-    on_row: Callable[[Row], None] = lambda row: None,
-) -> list[Row]:
-    """Returns the rows, measured one after the other.
+    find: str | None,
+    memory_bytes: int | None,
+    on_row: Callable[[Row], None],
+) -> None:
+    """Measures the cases one after the other, and gives each row to `on_row` at once.
 
     If `base.data` names a data set, the input is measured too, alone and together with the steps.
 
     Args:
-      opened: The cases, each with the run that `open_case` made of it and `base`.
       seconds: Time per row, and as long again for its input alone and for both together.
       find: "largest" or "fastest" searches for a batch, and makes a row of each batch tried. The
         search begins at the batch of a case. "fastest" only doubles.
-      memory_bytes: Memory per device that a search may fill; `find` needs it.
-      on_row: Gets each row as soon as it is measured.
+      memory_bytes: Memory per device that a plan may fill; None sets no limit.
 
     Raises NonFiniteError.
     """
-    rows: list[Row] = []
 
-    def fits(case: Case, training: Pretraining) -> bool:
-        rows.append(measure(training, case, seconds, memory_bytes))
-        on_row(rows[-1])
-        return rows[-1]["fits"]
-
-    def batch_fits(case: Case, batch: int) -> bool:
+    def fits(case: Case, batch: int) -> bool:
         case = dataclasses.replace(case, batch=batch)
-        return fits(case, open_case(base, case))
+        row = measure(open_case(base, case), case, seconds, memory_bytes)
+        on_row(row)
+        return row["fits"]
 
-    for case, training in opened.items():
+    for case in chosen:
         if find is None:
-            fits(case, training)
+            fits(case, case.batch)
         else:
-            search(
-                functools.partial(batch_fits, case),
-                start=case.batch,
-                unit=least_batch(base),
-                is_exact=find == "largest",
-            )
-    return rows
+            of_batch = functools.partial(fits, case)
+            search(of_batch, case.batch, least_batch(base), is_exact=find == "largest")
 
 
-def search(fits: Callable[[int], bool], *, start: int, unit: int, is_exact: bool) -> int:
+def search(fits: Callable[[int], bool], start: int, unit: int, *, is_exact: bool) -> int:
     """Returns the largest batch that fits, or 0.
 
     Args:
@@ -164,9 +152,7 @@ def search(fits: Callable[[int], bool], *, start: int, unit: int, is_exact: bool
     return largest
 
 
-def measure(
-    training: Pretraining, case: Case, seconds: float, memory_bytes: int | None = None
-) -> Row:
+def measure(training: Pretraining, case: Case, seconds: float, memory_bytes: int | None) -> Row:
     """Returns the row of a case: its settings, and costs and times as in measure.py.
 
     A field that was not measured is None. `fits` is False if the devices have no room, or if the

@@ -9,7 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from maeast_jax.runtime import memory, processor, sharding
 from maeast_jax.runtime.cli import NonFiniteError
 from maeast_jax.training import Pretraining, loop
 
-Clock = Callable[[], float]
 # A row's time is divided into so many samples. The median needs so many at least.
 SAMPLES = 20
 LEAST_SAMPLES = 3
@@ -49,61 +48,37 @@ class Subject:
         return self.training.config.batch_size
 
     @property
-    def planned_bytes(self) -> int:
-        """Memory per device, as XLA plans it."""
-        return memory.planned_bytes(self.step)
+    def flops_per_clip(self) -> int:
+        """Operations on paper, three times those of the forward pass."""
+        config = self.training.config
+        return 3 * flops.pretrain_forward(config.model, config.num_frames)
 
 
-def compile_step(training: Pretraining, clock: Clock = time.perf_counter) -> Subject:
+def compile_step(training: Pretraining) -> Subject:
     """Compiles the step; raises memory.OutOfMemoryError if the compiler finds no room for it."""
-    start = clock()
+    start = time.perf_counter()
     with memory.out_of_memory():
         step = training.compile_step()
-    subject = Subject(training, step, clock() - start)
-    memory.keep_freed(jax.device_count() * subject.planned_bytes)  # as training does
-    return subject
+    seconds = time.perf_counter() - start
+    memory.keep_freed(jax.device_count() * memory.planned_bytes(step))  # as training does
+    return Subject(training, step, seconds)
 
 
 def costs(subject: Subject) -> dict[str, Any]:
     """Returns the costs of a step that are known before it runs.
 
-    flops_per_clip: Operations on paper, three times those of the forward pass.
-    xla_flops_per_clip: Operations that XLA counts in the compiled program, elementwise ones
-      included. XLA counts the body of a loop once, so it is None if the layers
-      (`model.unroll=False`) or the parts of a batch are a loop. It is also None on backends that
-      do not count.
+    flops_per_clip: Operations on paper.
     peak_memory_bytes: Memory per device, as XLA plans it.
     compile_seconds: Time of the compilation.
     """
-    config = subject.training.config
-    xla_flops = None
-    if config.model.unroll and config.accumulation_steps == 1:
-        xla_flops = _counted_flops(subject.step)
-    if xla_flops is not None:
-        xla_flops = round(xla_flops * subject.training.mesh.size / subject.batch_size)
     return {
-        "flops_per_clip": _flops_per_clip(subject),
-        "xla_flops_per_clip": xla_flops,
-        "peak_memory_bytes": subject.planned_bytes,
+        "flops_per_clip": subject.flops_per_clip,
+        "peak_memory_bytes": memory.planned_bytes(subject.step),
         "compile_seconds": subject.compile_seconds,
     }
 
 
-def _flops_per_clip(subject: Subject) -> int:
-    config = subject.training.config
-    return 3 * flops.pretrain_forward(config.model, config.num_frames)
-
-
-def _counted_flops(step: jax.stages.Compiled) -> float | None:
-    """Returns the operations per device that XLA counts, or None."""
-    try:
-        analysis = step.cost_analysis()
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
-        return None
-    return analysis.get("flops") if analysis else None
-
-
-def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) -> dict[str, Any]:
+def measure(subject: Subject, seconds: float) -> dict[str, Any]:
     """Returns the speed of a step on one batch that stays on the devices.
 
     clips_per_second, step_seconds: Of the median sample; _p10 and _p90 are percentiles of the
@@ -126,7 +101,7 @@ def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) 
     with memory.out_of_memory():
         steps = _Steps(subject)
         with counting_compiles() as compiled:
-            samples = time_steps(steps.advance, seconds, clock)
+            samples = time_steps(steps.advance, seconds)
         loss = steps.loss()
     if not math.isfinite(loss):
         raise NonFiniteError(f"the loss is {loss} after {steps.count} steps on one batch")
@@ -142,45 +117,40 @@ def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) 
         "samples": len(samples),
         "steps": steps.count,
         "matrix_rate": rate,
-        "matrix_rate_share": _flops_per_clip(subject) * clips_per_second / rate,
+        "matrix_rate_share": subject.flops_per_clip * clips_per_second / rate,
         "device_peak_bytes": after if after is not None and after > before else None,
         "recompiles": len(compiled),
     }
 
 
-def measure_input(
-    subject: Subject, seconds: float, clock: Clock = time.perf_counter
-) -> dict[str, Any]:
+def measure_input(subject: Subject, seconds: float) -> dict[str, Any]:
     """Returns clips per second of the run's input alone, and of input and steps together."""
-    with _batches(subject) as batches:
-        alone = _clips_per_second(
-            lambda: jax.block_until_ready(next(batches)), subject.batch_size, seconds, clock
-        )
+    with closing(subject.training.train_batches()) as batches:
+        alone = _turns_per_second(lambda: jax.block_until_ready(next(batches)), seconds)
     with memory.out_of_memory():
         # One step before the stream opens, or the stream could read ahead during a compilation.
         steps = _Steps(subject)
         steps.advance(1)
-    with _batches(subject) as batches, memory.out_of_memory():
-        together = _clips_per_second(
-            lambda: steps.feed(batches), subject.batch_size, seconds, clock, steps.wait
-        )
-    return {"input_clips_per_second": alone, "together_clips_per_second": together}
+    with closing(subject.training.train_batches()) as batches, memory.out_of_memory():
+        together = _turns_per_second(lambda: steps.feed(batches), seconds, steps.wait)
+    return {
+        "input_clips_per_second": alone * subject.batch_size,
+        "together_clips_per_second": together * subject.batch_size,
+    }
 
 
-def time_steps(
-    advance: Callable[[int], None], seconds: float, clock: Clock = time.perf_counter
-) -> list[float]:
+def time_steps(advance: Callable[[int], None], seconds: float) -> list[float]:
     """Returns seconds per step in each sample; the samples take `seconds` together.
 
-    There are LEAST_SAMPLES at least. A sample is as many steps as take a SAMPLES-th of the time,
-    and one step at least. The first WARM_STEPS do not count, nor does the first sample of several
-    steps, which only tells their number.
+    There are at least LEAST_SAMPLES. A sample has as many steps as take a SAMPLES-th of the time,
+    and at least one. The first WARM_STEPS do not count, nor does the first sample of several steps,
+    which only tells their number.
 
     Args:
       advance: Does so many steps, and waits for the last one.
       seconds: Time of all samples.
-      clock: Tells the time in seconds.
     """
+    clock = time.perf_counter
     for _ in range(WARM_STEPS - 1):
         advance(1)
     start = clock()
@@ -204,7 +174,7 @@ class _Steps:
     def __init__(self, subject: Subject):
         self._step = subject.step
         self._state = subject.training.initial_state()
-        with _batches(subject) as batches:
+        with closing(subject.training.train_batches()) as batches:
             self._batch = next(batches)
         self._in_flight: list[Any] = []
         self.count = 0
@@ -235,14 +205,11 @@ class _Steps:
         self.count += 1
 
 
-def _clips_per_second(
-    turn: Callable[[], Any],
-    batch_size: int,
-    seconds: float,
-    clock: Clock,
-    wait: Callable[[], None] = lambda: None,
+def _turns_per_second(
+    turn: Callable[[], Any], seconds: float, wait: Callable[[], None] = lambda: None
 ) -> float:
     """Returns the rate of turns, after four turns that use up the batches that were read ahead."""
+    clock = time.perf_counter
     for _ in range(4):
         turn()
     wait()
@@ -251,16 +218,7 @@ def _clips_per_second(
         turn()
         turns += 1
     wait()
-    return turns * batch_size / (clock() - start)
-
-
-@contextmanager
-def _batches(subject: Subject) -> Iterator[Iterator]:
-    batches = subject.training.train_batches()
-    try:
-        yield batches
-    finally:
-        batches.close()
+    return turns / (clock() - start)
 
 
 @functools.cache

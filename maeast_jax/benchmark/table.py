@@ -35,7 +35,7 @@ def table(rows: Sequence[Row]) -> str:
         "10 to 90 %": _spread,
         "step, s": lambda row: number(row["step_seconds"]),
         "GFLOP per clip": lambda row: number(row["flops_per_clip"], 1e-9),
-        "of the matrix rate": lambda row: _percent(row["matrix_rate_share"]),
+        "of the matrix rate": _share,
         "memory, GB": lambda row: number(row["peak_memory_bytes"], 1e-9),
         "compilation, s": lambda row: number(row["compile_seconds"]),
     }
@@ -84,10 +84,11 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
         own = ours.get(setting(other))
         if other["model"] == "mae_ast" or own is None:
             continue
-        speed = own["clips_per_second"] / other["clips_per_second"]
+        faster = own["clips_per_second"] / other["clips_per_second"]
+        speed = f"{faster:#.2g}".rstrip(".")  # two digits, 1.0 with its zero
         memory = own["peak_memory_bytes"] / other["peak_memory_bytes"]
         lines.append(
-            f"{_name(own, rows, own['batch'])}: {_ratio(speed)} x the clips/s of "
+            f"{_name(own, rows, own['batch'])}: {speed} x the clips/s of "
             f"{other['model']}, {memory:.2f} of its memory"
         )
     return lines
@@ -97,17 +98,12 @@ def chart(rows: Iterable[Row]) -> np.ndarray:
     """Draws the rows that fit as bars: clips per second, and the planned memory per device.
 
     Each model has its colour. A black line runs from the 10th to the 90th percentile of the speed.
-    Settings that all rows share are in the title.
+    Settings that all rows share are in the title. At least one row must fit.
 
     Returns:
       uint8 [H, W, 3].
-
-    Raises:
-      ValueError: no row fits.
     """
     rows = [row for row in rows if row["fits"]]
-    if not rows:
-        raise ValueError("no row to draw: none was measured; choose a smaller --batch")
     words = {name: [label(row) for row in rows] for name, label in _BAR_LABELS.items()}
     shared = [of_rows[0] for of_rows in words.values() if len(set(of_rows)) == 1]
     own = [of_rows for of_rows in words.values() if len(set(of_rows)) > 1]
@@ -188,10 +184,6 @@ def _spread(row: Row) -> str:
     return f"{number(row['clips_per_second_p10'])} to {number(row['clips_per_second_p90'])}"
 
 
-def _percent(share: float | None) -> str:
+def _share(row: Row) -> str:
+    share = row["matrix_rate_share"]
     return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def _ratio(value: float) -> str:
-    """Returns two digits, 1.0 with its zero."""
-    return f"{value:#.2g}".rstrip(".")

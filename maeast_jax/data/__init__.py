@@ -3,7 +3,6 @@
 from maeast_jax.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE_HZ, DecodePool, num_cores
 from maeast_jax.data.dataset import prepare_tensorflow
 from maeast_jax.data.labelled import Labelled
-from maeast_jax.data.mixture import Clips, open_demo
 from maeast_jax.data.pipeline import Batch, DataConfig
 from maeast_jax.data.writer import DataError, Example
 
@@ -11,13 +10,11 @@ __all__ = [
     "AUDIO_SUFFIXES",
     "SAMPLE_RATE_HZ",
     "Batch",
-    "Clips",
     "DataConfig",
     "DataError",
     "DecodePool",
     "Example",
     "Labelled",
     "num_cores",
-    "open_demo",
     "prepare_tensorflow",
 ]

@@ -16,7 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-SAMPLE_RATE_HZ = 16_000
+from maeast_jax.fbank import SAMPLE_RATE_HZ
+from maeast_jax.runtime import terminal
+
 # fmt: off
 AUDIO_SUFFIXES = frozenset({
     ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a",
@@ -30,30 +32,20 @@ _FULL_SCALE = 32_768
 # Samples this many times above full scale are not audio but integers stored as floats.
 _LOUDEST = 100.0
 _BLOCK_FRAMES = 1 << 18
-_DIED = "its decoder died (crashed, or out of memory)"
 # After this many deaths in a row the machine is out of memory; so many files are not broken.
 _MOST_DEATHS = 10
 
 
 class UndecodableError(ValueError):
-    """No decoder reads the file, or the file holds no audio.
-
-    Attributes:
-      path: the file.
-      reason: one line, without the path.
-    """
+    """No decoder reads the file, or it holds no audio; `reason` is one line without the path."""
 
     def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)  # pickle passes both to the constructor again
-        self.path = path
+        super().__init__(f"{path}: {reason}")
         self.reason = reason
-
-    def __str__(self):
-        return f"{self.path}: {self.reason}"
 
 
 class DecoderDiedError(OSError):
-    """Decoding processes die whichever file they decode, for example for lack of memory."""
+    """Decoding processes die on one file after another, for example for lack of memory."""
 
 
 # --- one file or array ------------------------------------------------------------------------
@@ -83,7 +75,9 @@ def decode(path: str | os.PathLike) -> np.ndarray:
         except (ImportError, MemoryError):
             raise  # The machine is at fault and not the file.
         except Exception as error:  # Broken files make decoders raise errors of any type.
-            reasons.append(f"{decoder}: {_one_line(error, path)}")
+            # libsndfile's own words come without the path, which UndecodableError adds.
+            reason = getattr(error, "error_string", None) or terminal.one_line(error)
+            reasons.append(f"{decoder}: {reason}")
     raise UndecodableError(path, "; ".join(reasons))
 
 
@@ -99,17 +93,24 @@ def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
       int16 [samples], 16 kHz.
 
     Raises:
-      ValueError: another shape or type, a value outside 16 bits, or floats that are not audio.
+      ValueError: no samples, another shape or type, a value outside 16 bits, or floats that are
+        not audio.
     """
     waveform = np.asarray(waveform)
-    if waveform.ndim not in (1, 2) or 0 in waveform.shape[1:]:
+    if waveform.ndim not in (1, 2) or not waveform.size:
         raise ValueError(
-            f"audio of shape {list(waveform.shape)}, expected [samples] or [samples, channels]"
+            f"audio of shape {list(waveform.shape)}, expected [samples] or [samples, channels] with"
+            " at least one sample"
         )
     if np.issubdtype(waveform.dtype, np.integer) and waveform.dtype.itemsize > 1:
-        waveform = _narrow(waveform)
+        least, greatest = waveform.min(), waveform.max()
+        if least < -_FULL_SCALE or greatest >= _FULL_SCALE:
+            raise ValueError(
+                f"{waveform.dtype} audio with values from {least} to {greatest}, expected 16-bit"
+                f" values ({-_FULL_SCALE} to {_FULL_SCALE - 1}); scale the audio to 16 bits"
+            )
         if waveform.ndim == 1 and sample_rate_hz == SAMPLE_RATE_HZ:
-            return waveform
+            return waveform.astype(np.int16, copy=False)
         waveform = waveform.astype(np.float32) / _FULL_SCALE
     elif not np.issubdtype(waveform.dtype, np.floating):
         raise ValueError(
@@ -126,18 +127,6 @@ def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
             mono, orig_sr=sample_rate_hz, target_sr=SAMPLE_RATE_HZ, res_type="soxr_hq", fix=False
         )
     return _quantise(mono)
-
-
-def _narrow(waveform: np.ndarray) -> np.ndarray:
-    """Integers as int16; raises ValueError where a value does not fit."""
-    if waveform.dtype != np.int16 and waveform.size:
-        for value in (waveform.min(), waveform.max()):
-            if not -_FULL_SCALE <= value < _FULL_SCALE:
-                raise ValueError(
-                    f"sample value {value} in {waveform.dtype} audio, expected 16-bit values"
-                    f" ({-_FULL_SCALE} to {_FULL_SCALE - 1}); scale the audio to 16 bits"
-                )
-    return waveform.astype(np.int16, copy=False)
 
 
 def _mono(block: np.ndarray) -> np.ndarray:
@@ -214,12 +203,6 @@ def _frame_samples(frame) -> np.ndarray:
     return block.astype(np.float32)
 
 
-def _one_line(error: Exception, path: str) -> str:
-    """The error's message without FFmpeg's number and without the path, which the caller adds."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.replace(f"Error opening {path!r}: ", "").split())
-
-
 # --- many files -------------------------------------------------------------------------------
 
 
@@ -228,7 +211,7 @@ class DecodePool:
 
     def __init__(self, num_processes: int):
         self._num_processes = num_processes
-        self._executor = self._start_executor()
+        self._start()
         self._deaths = 0  # in a row
 
     def __enter__(self) -> "DecodePool":
@@ -241,31 +224,24 @@ class DecodePool:
         """Yields for each path, in order, int16 [samples] at 16 kHz, or why it is undecodable.
 
         At most four files per process are under way, because results wait in memory. Where a
-        process dies, the files under way are decoded again, each alone. The file that kills its
-        process again is undecodable, and the others go on.
+        process dies, each file under way is decoded again alone. A file that kills its process
+        again is undecodable, and the others go on.
 
         Raises:
-          DecoderDiedError: a process dies without a file, or processes die on ten files in a row.
+          DecoderDiedError: processes die on ten files in a row.
         """
         rest = iter(paths)
         under_way = collections.deque()
         while True:
-            for path in itertools.islice(rest, 4 * self._num_processes - len(under_way)):
-                under_way.append((path, self._submit(path)))
+            # After a death, files under way are decoded again, each alone, before any new file.
+            if not any(future.done() and _is_broken(future) for _, future in under_way):
+                for path in itertools.islice(rest, 4 * self._num_processes - len(under_way)):
+                    under_way.append((path, self._submit(path)))
             if not under_way:
                 return
-            path, future = under_way.popleft()
-            if not _is_broken(future):
-                self._deaths = 0
-                yield future.result()
-                continue
-            self._restart(path)
-            yield self._decoded_alone(path, future)
-            while under_way:
-                yield self._decoded_alone(*under_way.popleft())
+            yield self._result(*under_way.popleft())
 
-    def _decoded_alone(self, path: str, future: concurrent.futures.Future) -> np.ndarray | str:
-        """The future's result or, where its process died beside others, that of another try."""
+    def _result(self, path: str, future: concurrent.futures.Future) -> np.ndarray | str:
         if _is_broken(future):
             future = self._submit(path)
         if not _is_broken(future):
@@ -275,35 +251,25 @@ class DecodePool:
         if self._deaths == _MOST_DEATHS:
             raise DecoderDiedError(
                 f"decoding processes died on {self._deaths} files in a row, the last of them"
-                f" {path}: take them out, or, if memory ran out, free some"
+                f" {path}: take them out, or, if memory ran out, free some, or pass a smaller"
+                " --num_processes"
             )
-        self._restart(path)
-        return _DIED
+        return "its decoder died (crashed, or out of memory)"
 
-    def _start_executor(self) -> concurrent.futures.Executor:
+    def _start(self) -> None:
         # A forked child could wait for ever for locks that TensorFlow's threads hold.
         context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(self._num_processes, context, _start)
+        self._executor = concurrent.futures.ProcessPoolExecutor(
+            self._num_processes, context, _follow_parent
+        )
 
     def _submit(self, path: str) -> concurrent.futures.Future:
         try:
             return self._executor.submit(_decode, path)
-        except BrokenProcessPool as error:  # A process died after the last result was taken.
-            future = concurrent.futures.Future()
-            future.set_exception(error)
-            return future
-
-    def _restart(self, path: str) -> None:
-        """Replaces the processes; raises DecoderDiedError where new ones die without a file."""
-        self._executor.shutdown()
-        self._executor = self._start_executor()
-        try:
-            self._executor.submit(int).result()
         except BrokenProcessPool:
-            raise DecoderDiedError(
-                f"a decoding process died at {path}, and so did a new one without a file: if"
-                " memory ran out, free some, or pass a smaller --num_processes"
-            ) from None
+            self._executor.shutdown()
+            self._start()
+            return self._executor.submit(_decode, path)
 
 
 def num_cores() -> int:
@@ -326,12 +292,12 @@ def _decode(path: str) -> np.ndarray | str:
         os._exit(1)  # As if killed: decoded alone, the file may fit into memory.
 
 
-def _start() -> None:
-    """What a decoding process runs first."""
+def _follow_parent() -> None:
+    """Runs first in a decoding process, which would outlive a killed parent and wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and ends this process.
 
-    def follow_parent():
+    def wait_and_exit():
         multiprocessing.parent_process().join()
-        os._exit(1)  # A killed parent cannot end its children, which would wait for ever.
+        os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+    threading.Thread(target=wait_and_exit, daemon=True).start()

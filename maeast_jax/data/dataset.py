@@ -14,14 +14,11 @@ import numpy as np
 from etils import epath
 
 from maeast_jax.data.writer import DataError, resolve_data_dir
-from maeast_jax.runtime import storage
-
-__all__ = ["DataError", "NotPreparedError", "Records", "Split", "open_split", "prepare_tensorflow"]
+from maeast_jax.runtime import storage, terminal
 
 _AUDIO_FEATURES = ("audio", "speech")  # the names in TFDS' catalogue
 _INFO_FILE = "dataset_info.json"
-_NAME = re.compile(r"(?P<path>[A-Za-z]\w*(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_VERSION = r"\d+\.\d+\.\d+"
 
 # Reads in flight per split. A network file system takes milliseconds per read, and the records of a
 # batch need not be neighbours.
@@ -96,11 +93,9 @@ class Split:
       name: the data set's name with config and version, as TFDS writes it.
       split: the split as the caller named it, e.g. "train[:90%]".
       records: its records, encoded.
-      decode: decodes a record to a dict by feature.
-      audio_feature: the audio's name in a record.
+      decode: decodes a record to the dict that `read` returns.
       sample_rate_hz: rate of all its audio.
       label_names: the classes in the order of their numbers, None without labels.
-      has_id: whether records have a text id.
       is_multi_label: whether a clip may have several classes, or none.
       files: the paths of its shards.
     """
@@ -109,10 +104,8 @@ class Split:
     split: str
     records: Records
     decode: Callable[[bytes], dict]
-    audio_feature: str
     sample_rate_hz: int
     label_names: tuple[str, ...] | None
-    has_id: bool
     is_multi_label: bool
     files: tuple[str, ...]
 
@@ -125,21 +118,7 @@ class Split:
         `audio` is the array as it is stored, of any type and rate. `label` is the number of the
         clip's class, in multi-label sets int64 [its classes], or None. `id` is str or None.
         """
-        return [
-            {
-                "audio": np.asarray(record[self.audio_feature]),
-                "label": self._label(record),
-                "id": record["id"].decode() if self.has_id else None,
-            }
-            for record in map(self.decode, self.records.read(indices))
-        ]
-
-    def _label(self, record: dict) -> int | np.ndarray | None:
-        if self.label_names is None:
-            return None
-        if self.is_multi_label:
-            return np.asarray(record["labels"], np.int64)
-        return int(record["label"])
+        return [self.decode(record) for record in self.records.read(indices)]
 
 
 def prepare_tensorflow() -> None:
@@ -182,28 +161,42 @@ def open_split(
     prepare_tensorflow()
     import tensorflow_datasets as tfds
 
-    data_dir = storage.path(data_dir or resolve_data_dir(None))
+    data_dir = resolve_data_dir(data_dir)
     with storage.reaching(data_dir):
         directory = _find(name_or_directory, data_dir)
         builder = tfds.builder_from_directory(str(directory))
         info = builder.info
-        _check_format(info, directory, tfds)
+        _check_format(info, directory)
+        info.set_file_format("array_record", override=True, override_if_initialized=True)
         _check_split(info, split)
     features = dict(info.features.items())
     audio_feature = _audio_feature(info.full_name, features, tfds)
     label_names, is_multi_label = _classes(features, tfds)
-    decoders = _skip_others(features, {audio_feature, "label", "labels", "id"}, tfds)
-    info.set_file_format("array_record", override=True, override_if_initialized=True)
+    # Features that nobody reads, such as the pictures of a video set, are not decoded.
+    wanted = dict.fromkeys(features.keys() & {audio_feature, "label", "labels", "id"}, True)
+    decoded = tfds.decode.PartialDecoding(wanted).extract_features(info.features)
+    has_id = isinstance(features.get("id"), tfds.features.Text)
+
+    def decode(encoded: bytes) -> dict:
+        record = decoded.deserialize_example_np(encoded)
+        if is_multi_label:
+            label = np.asarray(record["labels"], np.int64)
+        else:
+            label = None if label_names is None else int(record["label"])
+        return {
+            "audio": np.asarray(record[audio_feature]),
+            "label": label,
+            "id": record["id"].decode() if has_id else None,
+        }
+
     files = info.splits[split].file_instructions
     return Split(
         name=info.full_name,
         split=split,
         records=Records(files),
-        decode=lambda record: info.features.deserialize_example_np(record, decoders=decoders),
-        audio_feature=audio_feature,
+        decode=decode,
         sample_rate_hz=_sample_rate_hz(info, audio_feature, sample_rate_hz),
         label_names=label_names,
-        has_id=isinstance(features.get("id"), tfds.features.Text),
         is_multi_label=is_multi_label,
         files=tuple(file.filename for file in files),
     )
@@ -215,121 +208,72 @@ def open_split(
 def _find(name_or_directory: str | os.PathLike, data_dir: epath.Path) -> epath.Path:
     """Returns the version directory, which holds the data set's dataset_info.json."""
     text = os.fspath(name_or_directory)
-    if match := _NAME.fullmatch(text):
-        home = data_dir / match["path"]
+    name, version = re.fullmatch(rf"(.+?)(?::({_VERSION}))?", text).groups()
+    for home in (data_dir / name, storage.path(name)):
+        if (home / _INFO_FILE).is_file():
+            return home
         if versions := _versions(home):
-            return _pick(versions, match["version"], text)
-        configs = sorted(path.name for path in home.glob("*") if _versions(path))
-        if configs:
+            version = version or list(versions)[-1]
+            if version not in versions:
+                raise DataError(f"data set {text!r}: there are versions {', '.join(versions)} only")
+            return versions[version]
+        if configs := sorted(path.name for path in home.glob("*") if _versions(path)):
             raise DataError(
-                f"data set {text!r} in {data_dir} comes in the configs {', '.join(configs)}: name"
-                f" one, e.g. {match['path']}/{configs[0]}"
+                f"data set {text!r} in {home.parent} comes in the configs {', '.join(configs)}:"
+                f" name one, e.g. {name}/{configs[0]}"
             )
-    directory = storage.path(text)
-    if (directory / _INFO_FILE).is_file():
-        return directory
-    if versions := _versions(directory):
-        return _pick(versions, None, text)
-    name = text if match else "NAME"
+    infos = [*data_dir.glob(f"*/*/{_INFO_FILE}"), *data_dir.glob(f"*/*/*/{_INFO_FILE}")]
+    found = sorted({str(info.parent.parent.relative_to(data_dir)) for info in infos})
+    holds = f"holds {', '.join(found) or 'no data set'}" if data_dir.exists() else "does not exist"
     raise NotPreparedError(
-        f"no data set {text!r} in {data_dir}, which {_listing(data_dir)}: name one of them,"
-        f" set data.dir, build it from audio files (python -m maeast_jax.build_dataset"
-        f" --audio_dir=DIR --data_dir={data_dir} --name=NAME), or prepare it from TFDS' catalogue:"
-        f" {_prepare_command(name, data_dir)}"
+        f"no data set {text!r} in {data_dir}, which {holds}: name one of them, set data.dir,"
+        " build it from audio files (python -m maeast_jax.build_dataset --audio_dir=DIR"
+        f" --data_dir={data_dir} --name=NAME), or prepare it from TFDS' catalogue (python -c"
+        f" \"import tensorflow_datasets as tfds; tfds.builder('NAME', data_dir='{data_dir}',"
+        " file_format='array_record').download_and_prepare()\")"
     )
 
 
 def _versions(home: epath.Path) -> dict[str, epath.Path]:
     """Returns the version directories in `home` by version, oldest first."""
     found = [info.parent for info in home.glob(f"*/{_INFO_FILE}")]
-    found = [path for path in found if _VERSION.fullmatch(path.name)]
+    found = [path for path in found if re.fullmatch(_VERSION, path.name)]
     found.sort(key=lambda path: [int(number) for number in path.name.split(".")])
     return {path.name: path for path in found}
-
-
-def _pick(versions: dict[str, epath.Path], version: str | None, text: str) -> epath.Path:
-    version = version or list(versions)[-1]
-    if version not in versions:
-        raise DataError(f"data set {text!r}: there are versions {', '.join(versions)} only")
-    return versions[version]
-
-
-def _listing(data_dir: epath.Path) -> str:
-    homes = [path for path in data_dir.glob("*") if path.is_dir()]
-    names = [home.name for home in homes if _versions(home)]
-    names += [
-        f"{home.name}/{config.name}"
-        for home in homes
-        for config in home.glob("*")
-        if not _versions(home) and _versions(config)
-    ]
-    found = ", ".join(sorted(names)) or "no data set"
-    return f"holds {found}" if data_dir.exists() else "does not exist"
 
 
 # --- checking it --------------------------------------------------------------------------
 
 
-def _check_format(info, directory: epath.Path, tfds) -> None:
+def _check_format(info, directory: epath.Path) -> None:
     formats = sorted(file_format.value for file_format in info.available_file_formats())
-    if "array_record" in formats:
-        return
-    directory = storage.absolute(directory)
-    if info.name in tfds.list_builders(with_community_datasets=False):
-        root = directory.parents[2 if info.config_name else 1]
-        name = f"{info.name}/{info.config_name}" if info.config_name else info.name
-        command = _prepare_command(
-            f"{name}:{info.version}", root / "array_record", root / "downloads"
+    if "array_record" not in formats:
+        # This module of TFDS imports Beam. `tfds build` leaves an existing version as it is.
+        raise DataError(
+            f"data set {directory} is prepared as {', '.join(formats)}, but training needs"
+            " array_record (random access); convert it in place: pip install apache-beam &&"
+            ' python -c "from tensorflow_datasets.scripts.cli import convert_format_utils as c;'
+            f" c.convert_dataset(None, 'array_record', dataset_version_dir="
+            f"'{storage.absolute(directory)}')\""
         )
-        remedy = f"prepare it once more and set data.dir={root / 'array_record'}: {command}"
-    else:
-        remedy = f"convert it in place: {_convert_command(directory)}"
-    raise DataError(
-        f"data set {directory} is prepared as {', '.join(formats)}, but training needs array_record"
-        f" (random access); {remedy}"
-    )
-
-
-def _prepare_command(name: str, data_dir: epath.Path, downloads: epath.Path | None = None) -> str:
-    """Returns the command that prepares a set of TFDS' catalogue for random access.
-
-    `tfds build` does not serve: in TFDS 4.9 it needs apache_beam and mlcroissant, and it leaves an
-    existing TFRecord version as it is.
-    """
-    arguments = f"download_dir='{downloads}'" if downloads else ""
-    return (
-        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}',"
-        f" data_dir='{data_dir}', file_format='array_record').download_and_prepare({arguments})\""
-    )
-
-
-def _convert_command(directory: epath.Path) -> str:
-    """Returns the command that adds array_record shards to a set; TFDS' module imports Beam."""
-    return (
-        'pip install apache-beam && python -c "from etils.epath import Path; from'
-        " tensorflow_datasets.scripts.cli import convert_format_utils as convert;"
-        f" convert.convert_dataset(None, 'array_record', None, None, [Path('{directory}')])\""
-    )
 
 
 def _check_split(info, split: str) -> None:
     there = ", ".join(f"{name} ({part.num_examples})" for name, part in info.splits.items())
     try:
-        count = info.splits[split].num_examples
+        found = info.splits[split]
     except ValueError as error:
-        reason = (
-            str(error).splitlines()[0].split(". Should be")[0].rstrip(".")
-        )  # TFDS lists the splits too
         raise DataError(
-            f"split {split!r} of {info.full_name}: {reason}; its splits are {there or 'none'}"
+            f"split {split!r} of {info.full_name}: {terminal.one_line(error)}; its splits are"
+            f" {there}"
         ) from None
-    if not count:
+    if not found.num_examples:
         raise DataError(f"split {split!r} of {info.full_name} is empty; its splits are {there}")
-    for part in info.splits[split].file_instructions:
-        if not epath.Path(part.filename).exists():
+    for file in found.file_instructions:
+        if not epath.Path(file.filename).exists():
             raise DataError(
-                f"shard {part.filename} of {info.full_name} is missing: copy or build the data set"
-                " again"
+                f"shard {file.filename} of {info.full_name} is missing: copy or build the data"
+                " set again"
             )
 
 
@@ -360,16 +304,6 @@ def _classes(features: dict, tfds) -> tuple[tuple[str, ...] | None, bool]:
     ):
         return tuple(labels.feature.names), True
     return None, False
-
-
-def _skip_others(features: dict, wanted: set[str], tfds) -> dict:
-    """Returns decoders that skip features nobody reads, such as the pictures of a video set."""
-    nested = (tfds.features.FeaturesDict, tfds.features.Sequence, tfds.features.Dataset)
-    return {
-        name: tfds.decode.SkipDecoding()
-        for name, feature in features.items()
-        if name not in wanted and not isinstance(feature, nested)
-    }
 
 
 def _sample_rate_hz(info, audio_feature: str, given_hz: int | None) -> int:

@@ -60,36 +60,25 @@ class Labelled:
         """Returns the same with the clips at `places` only."""
         return dataclasses.replace(self, index=np.sort(self.index[places]))
 
-    def read(self, places: np.ndarray) -> list[Clip]:
-        """Returns the clips at `places`, in that order.
+    def read(self, places: np.ndarray) -> Iterator[Clip]:
+        """Yields the clips at `places`, in that order.
 
         Raises:
           DataError: a label that is not a class, or a clip that is not audio.
         """
-        return [
-            Clip(
-                record["id"],
-                pipeline.samples_of(self.clips.splits[component], record["audio"], example),
-                self._classes(component, record),
-            )
-            for component, example, record in self._records(places)
-        ]
+        for component, example, record in self._records(places):
+            samples = pipeline.samples_of(self.clips.splits[component], record["audio"], example)
+            yield Clip(record["id"], samples, self._classes(component, record))
 
-    def read_classes(self, places: np.ndarray) -> list[np.ndarray]:
-        """Returns the classes of the clips at `places` without converting their samples."""
-        return [self._classes(component, record) for component, _, record in self._records(places)]
-
-    def _records(self, places: np.ndarray) -> list[tuple[int, int, dict]]:
-        """Returns (data set, example, record with an id) of each clip, in order."""
-        which, example = self.clips.find(self.index[places])
-        found: list[tuple[int, int, dict] | None] = [None] * len(which)
-        for component in np.unique(which):
-            split = self.clips.splits[component]
-            here = np.flatnonzero(which == component)
-            for place, record in zip(here, split.read(example[here]), strict=True):
-                name = record["id"] or f"{split.name}@{split.split}#{example[place]}"
-                found[place] = component, example[place], record | {"id": name}
-        return found
+    def _records(self, places: np.ndarray) -> Iterator[tuple[int, int, dict]]:
+        """Yields (data set, example, record with an id) of each clip, in order."""
+        for start in range(0, len(places), _CLIPS_PER_READ):
+            which, example = self.clips.find(self.index[places[start : start + _CLIPS_PER_READ]])
+            records = self.clips.read(which, example)
+            for component, number, record in zip(which, example, records, strict=True):
+                split = self.clips.splits[component]
+                name = record["id"] or f"{split.name}@{split.split}#{number}"
+                yield component, number, record | {"id": name}
 
     def _classes(self, component: int, record: dict) -> np.ndarray:
         """Returns the clip's classes in this numbering; raises DataError for an unknown number."""
@@ -157,20 +146,10 @@ def _renumber(split, class_names: tuple[str, ...]) -> np.ndarray:
 # --- whole sets -------------------------------------------------------------------------------
 
 
-def each(labelled: Labelled) -> Iterator[Clip]:
-    """Yields every clip in order."""
-    for places in _reads(labelled):
-        yield from labelled.read(places)
-
-
 def read_classes(labelled: Labelled) -> list[np.ndarray]:
-    """Returns the classes of every clip in order; this reads the sets once."""
-    return [classes for places in _reads(labelled) for classes in labelled.read_classes(places)]
-
-
-def _reads(labelled: Labelled) -> list[np.ndarray]:
-    places = np.arange(len(labelled))
-    return np.array_split(places, math.ceil(len(labelled) / _CLIPS_PER_READ))
+    """Returns the classes of every clip in order, without converting the samples."""
+    records = labelled._records(np.arange(len(labelled)))
+    return [labelled._classes(component, record) for component, _, record in records]
 
 
 def embedded(
@@ -186,7 +165,7 @@ def embedded(
     classes: list[np.ndarray] = []
 
     def samples() -> Iterator[np.ndarray]:
-        for clip in each(labelled):
+        for clip in labelled.read(np.arange(len(labelled))):
             # Not the clip itself: the samples of the whole set would stay in memory.
             ids.append(clip.id)
             classes.append(clip.classes)
@@ -234,7 +213,7 @@ def draw_share(
     A clip counts for its first class. The number per class is rounded, at least 1, and leaves at
     least `leave` clips of the class undrawn, even if none is drawn then.
     """
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 5))))
+    random = mixture.generator(seed, 5)
     first = np.array([of_clip[0] if len(of_clip) else -1 for of_clip in classes])
     drawn = []
     for number in np.unique(first):
@@ -258,7 +237,7 @@ def train_index(
 
     @functools.lru_cache(maxsize=4)  # Threads load several batches, which may lie in two epochs.
     def order(epoch: int) -> np.ndarray:
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 3, epoch))))
+        random = mixture.generator(seed, 3, epoch)
         if chances is None:
             return mixture.permutation(random, size)
         return random.choice(size, size, p=chances)
@@ -302,8 +281,8 @@ def train_batches(
     limit = fbank.num_samples(num_frames or max_frames)
 
     def load(step: int) -> Batch:
-        clips = labelled.read(index(step))
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 4, step))))
+        clips = list(labelled.read(index(step)))
+        random = mixture.generator(seed, 4, step)
         cut = []
         for clip in clips:
             start = int(random.integers(max(len(clip.samples) - limit, 0) + 1))
@@ -328,7 +307,7 @@ def eval_batches(
 
     def load(step: int) -> Batch:
         first = step * batch_size
-        clips = labelled.read(np.arange(first, min(first + batch_size, len(labelled))))
+        clips = list(labelled.read(np.arange(first, min(first + batch_size, len(labelled)))))
         cut = []
         for clip in clips:
             start = max(len(clip.samples) - limit, 0) // 2

@@ -7,7 +7,6 @@ the first of an epoch, where the permutation is drawn.
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -24,6 +23,11 @@ MIXTURE_SLOTS = 10_000
 NEIGHBOURS = 8
 # Sets of fewer clips (5 GB) stay in a host's memory once read; their clips are shuffled singly.
 FEW_CLIPS = 2**14
+
+_TERM = re.compile(
+    r"\s*(?P<name>[^@*]+?)\s*(@(?P<split>[^*]+?))?\s*"
+    r"(\*\s*(?P<weight>(\d+\.?\d*|\.\d+)(e-?\d+)?))?\s*"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,17 @@ class Clips:
         which = np.searchsorted(ends, index, side="right")
         return which, index - np.concatenate([[0], ends])[which]
 
+    def read(self, which: np.ndarray, example: np.ndarray) -> list[dict]:
+        """Returns the records of clips by data set and example, in order, as `Split.read` does."""
+        records: list[dict] = [{}] * len(which)
+        for component in np.unique(which):
+            places = np.flatnonzero(which == component)
+            # One call per data set, so that neighbours are read together.
+            found = self.splits[component].read(example[places])
+            for place, record in zip(places, found, strict=True):
+                records[place] = record
+        return records
+
     def describe(self) -> str:
         """Returns the names, sizes and shares of the data sets in one line."""
         terms = [f"{split.name}@{split.split}: {len(split):,} clips" for split in self.splits]
@@ -74,14 +89,14 @@ def parse_mixture(text: str, default_split: str) -> list[Component]:
     components = []
     # Commas inside the brackets of a split's slice belong to it.
     for term in re.split(r",(?![^\[]*\])", text):
-        match = re.fullmatch(r"\s*([^@*]+?)\s*(?:@([^*]+?))?\s*(?:\*\s*(\S+))?\s*", term)
-        if match is None or not _is_weight(match[3]):
+        match = _TERM.fullmatch(term)
+        weight = float(match["weight"]) if match and match["weight"] else None
+        if match is None or weight == 0.0:
             raise ValueError(
                 f"{term.strip()!r} in {text!r} must read NAME_OR_DIRECTORY[@SPLIT][*WEIGHT], the "
                 "weight a number above 0"
             )
-        weight = float(match[3]) if match[3] else None
-        components.append(Component(match[1], match[2] or default_split, weight))
+        components.append(Component(match["name"], match["split"] or default_split, weight))
     if len({component.weight is None for component in components}) > 1:
         raise ValueError(f"{text!r} gives weights to some data sets only; give all or none")
     return components
@@ -106,9 +121,7 @@ def open_demo(split: str, data_dir: str | None) -> Clips:
         opened = dataset.open_split(demo_corpus.NAME, split, data_dir)
     except dataset.NotPreparedError:
         storage.check_local(data_dir or "")
-        print(
-            f"building the embedded corpus {demo_corpus.NAME}: some ten seconds, once", flush=True
-        )
+        print(f"building the embedded corpus {demo_corpus.NAME}: ten seconds, once", flush=True)
         writer.write(
             demo_corpus.NAME,
             data_dir,
@@ -146,6 +159,11 @@ def address(
     return which, epoch, _shuffle(place, seed, 2 + which, epoch, sizes[which])
 
 
+def generator(*key: int) -> np.random.Generator:
+    """Returns random numbers that are a function of the key alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
 def permutation(random: np.random.Generator, size: int) -> np.ndarray:
     """Returns a random order of range(size); neighbours stay together from FEW_CLIPS on."""
     if size < FEW_CLIPS:
@@ -159,7 +177,7 @@ def permutation(random: np.random.Generator, size: int) -> np.ndarray:
 @functools.lru_cache(maxsize=2)  # a batch may lie across two patterns
 def _pattern(seed: int, number: int, *slots: int) -> tuple[np.ndarray, np.ndarray]:
     """For each slot of a pattern (its data set, how many slots of that set come before)."""
-    which = _random(seed, 1, number).permutation(np.repeat(np.arange(len(slots)), slots))
+    which = generator(seed, 1, number).permutation(np.repeat(np.arange(len(slots)), slots))
     before = np.empty_like(which)
     for component, count in enumerate(slots):
         before[which == component] = np.arange(count)
@@ -187,20 +205,9 @@ def _orders(seed: int, stream: int, size: int) -> Callable[[int], np.ndarray]:
 
     @functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
     def order(epoch: int) -> np.ndarray:
-        return permutation(_random(seed, stream, epoch), size)
+        return permutation(generator(seed, stream, epoch), size)
 
     return order
-
-
-def _random(seed: int, stream: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, number))))
-
-
-def _is_weight(text: str | None) -> bool:
-    try:
-        return text is None or 0.0 < float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def _apportion(weights: Sequence[float]) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from maeast_jax import fbank
 from maeast_jax.data import audio, dataset
-from maeast_jax.data.mixture import Clips, address, open_clips, open_demo
+from maeast_jax.data.mixture import Clips, address, generator, open_clips, open_demo
 
 Batch = dict[str, np.ndarray]
 SOURCES = ("tfds", "synthetic")
@@ -199,32 +199,27 @@ def read(
 ) -> np.ndarray:
     """Returns int16 [b, num_samples]: clips by data set and example, each with its own crop."""
     audio_BxS = np.empty((len(which), num_samples), np.int16)
-    for component in np.unique(which):
-        split = clips.splits[component]
-        places = np.flatnonzero(which == component)
-        for place, record in zip(places, split.read(example[places]), strict=True):
-            samples = samples_of(split, record["audio"], example[place])
-            key = (seed, component, epoch[place], example[place])
-            audio_BxS[place] = _crop(samples, num_samples, key)
+    records = clips.read(which, example)
+    for row, record, *place in zip(audio_BxS, records, which, epoch, example, strict=True):
+        component, _, number = place
+        samples = samples_of(clips.splits[component], record["audio"], number)
+        row[:] = _crop(samples, num_samples, (seed, *place))
     return audio_BxS
 
 
 def samples_of(split: dataset.Split, stored: np.ndarray, example: int) -> np.ndarray:
     """Returns int16 [samples] at 16 kHz; raises DataError, naming the clip, if it is not audio."""
     try:
-        samples = audio.to_int16(stored, split.sample_rate_hz)
-        if not len(samples):
-            raise ValueError("it holds no samples")
+        return audio.to_int16(stored, split.sample_rate_hz)
     except ValueError as error:
         raise dataset.DataError(
             f"{split.name}@{split.split} example {example}: {error}; prepare the set without it"
         ) from error
-    return samples
 
 
 def _crop(samples: np.ndarray, num_samples: int, key: Sequence[int]) -> np.ndarray:
     """A window at a random place; a shorter clip goes round from a random place."""
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([int(k) for k in key])))
+    random = generator(*key)
     if len(samples) >= num_samples:
         start = random.integers(len(samples) - num_samples + 1)
         return samples[start : start + num_samples]
@@ -242,8 +237,7 @@ def _stream(
 
 
 def _host_fbank(batch: dict[str, Any]) -> dict[str, Any]:
-    others = {name: tensor for name, tensor in batch.items() if name != "audio"}
-    return {"fbank": fbank.fbank_tf(batch["audio"])} | others
+    return {"fbank": fbank.fbank_tf(batch.pop("audio")), **batch}
 
 
 # --- prefetching ------------------------------------------------------------------------------

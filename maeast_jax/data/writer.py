@@ -4,13 +4,13 @@ TensorFlow Datasets is imported inside the functions that need it.
 """
 
 import contextlib
+import dataclasses
 import fcntl
-import itertools
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,30 +44,26 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> epath.Path:
 def write(
     name: str,
     data_dir: str | os.PathLike | None,
-    splits: Mapping[str, Callable[[], Iterator[Example]]],
+    splits: Mapping[str, Callable[[], Iterable[Example]]],
     label_names: Sequence[str] | None = None,
     multi_label: bool = False,
     description: str = "",
     finish: Callable[[Path], None] | None = None,
     overwrite: bool = False,
     wait: bool = False,
-    may_be_empty: Collection[str] = (),
 ) -> epath.Path:
     """Writes the TFDS data set `data_dir/name/1.0.0` and returns that folder.
 
     Its features are `id`, `audio` and, in sets with labels, `label` (a ClassLabel) or, in
     multi-label sets, `labels` (a Sequence of it).
 
-    TFDS writes into a folder that nothing opens and that is renamed at the end. A build that is
-    killed therefore leaves the data set that was there before, and the next build removes the
-    remains. The content and order of the shards depend on the examples alone, not on their order:
-    TFDS sorts by a hash of the id.
+    A build that fails or is killed leaves the data set that was there before. The content and order
+    of the shards do not depend on the order of the examples: TFDS sorts by a hash of the id.
 
     Args:
       name: lower snake case.
       data_dir: is made where it is missing; None is TFDS' default.
-      splits: split name -> function that returns an iterator over its examples; ids are unique over
-        all splits.
+      splits: split name -> function that returns its examples.
       label_names: the classes in the order of their numbers; None for a set without labels.
       multi_label: an example's label is a collection of names, empty where no class holds. They
         are stored in the order of their numbers.
@@ -77,12 +73,12 @@ def write(
       overwrite: replace an existing set, once the new one is complete.
       wait: where another process builds the set, wait for it; where the set exists, return it
         unchanged (unless `overwrite`).
-      may_be_empty: splits that are left out where they have no examples.
 
     Raises:
-      DataError: a bad name, an existing set, another process that builds the same set, a split
-        without examples, an id that is used twice, audio or a label that does not fit.
-      ValueError: `data_dir` cannot be written.
+      DataError: a bad name, an existing set, another process that builds the same set, a label
+        that is no class.
+      ValueError: `data_dir` cannot be written, or TFDS rejects an example.
+      AssertionError: TFDS rejects a split without examples, or with two of the same id.
     """
     data_dir = resolve_data_dir(data_dir)
     check_writable(name, data_dir, list(splits), overwrite or wait)
@@ -94,10 +90,9 @@ def write(
             classes = Classes(label_names, multi_label)
 
             def generators() -> dict:
-                ids: set[str] = set()
                 return {
-                    split: _checked(split, examples, classes, ids)
-                    for split, examples in _opened(splits, may_be_empty).items()
+                    split: ((example[0], classes.encode(example)) for example in examples())
+                    for split, examples in splits.items()
                 }
 
             prepare(name, folder, classes, description, generators)
@@ -125,14 +120,12 @@ def check_writable(
 
 def _check_free(target: epath.Path, overwrite: bool) -> None:
     home = target.parent
-    if home.exists() and not home.is_dir():
-        raise DataError(f"{home} is a file: choose another name, or move it away")
     others = sorted(
         path.name
         for path in home.glob("*")
         if path.is_dir() and path.name != VERSION and not path.name.startswith(_STAGING_PREFIX)
     )
-    if others:
+    if others:  # a data set that TFDS prepared, for example
         raise DataError(f"{home} holds another data set ({', '.join(others)}): choose another name")
     if target.exists() and not overwrite:
         raise DataError(
@@ -212,40 +205,39 @@ def _publish_objects(built: epath.Path, target: epath.Path) -> None:
 # --- what TFDS is given ----------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class Classes:
-    """The classes of a data set: their TFDS feature, and the encoding of an example's label."""
+    """The names of a data set's classes, None for a set without labels; how labels are stored."""
 
-    def __init__(self, names: Sequence[str] | None, multi_label: bool):
-        if names is None and multi_label:
-            raise DataError("multi_label needs label_names: name the classes")
-        self._names = None if names is None else list(names)
-        self._numbers = {name: number for number, name in enumerate(names or ())}
-        self._multi_label = multi_label
+    names: Sequence[str] | None
+    is_multi_label: bool
 
     def features(self) -> dict:
-        """Returns the features that a set has beside `id` and `audio`."""
+        """Returns the TFDS features that a set has beside `id` and `audio`."""
         import tensorflow_datasets as tfds
 
-        if self._names is None:
+        if self.names is None:
             return {}
-        label = tfds.features.ClassLabel(names=self._names)
-        return {"labels": tfds.features.Sequence(label)} if self._multi_label else {"label": label}
+        label = tfds.features.ClassLabel(names=list(self.names))
+        if self.is_multi_label:
+            return {"labels": tfds.features.Sequence(label)}
+        return {"label": label}
 
     def encode(self, example: Example) -> dict:
         """Returns the example as a dict of TFDS features; DataError for an unknown class."""
         example_id, audio, label = example
         encoded = {"id": example_id, "audio": audio}
-        if self._names is None:
+        if self.names is None:
             return encoded
-        for name in label if self._multi_label else [label]:
-            if name not in self._numbers:
-                raise DataError(
-                    f"label {name!r} of {example_id!r} is none of the {len(self._names)} label"
-                    " names"
-                )
-        if self._multi_label:
-            return encoded | {"labels": sorted({self._numbers[name] for name in label})}
-        return encoded | {"label": self._numbers[label]}
+        labels = set(label) if self.is_multi_label else {label}
+        if unknown := labels.difference(self.names):
+            raise DataError(
+                f"label {unknown.pop()!r} of {example_id!r} is none of the {len(self.names)} label"
+                " names"
+            )
+        if self.is_multi_label:
+            return encoded | {"labels": sorted(labels, key=self.names.index)}
+        return encoded | {"label": label}
 
 
 def prepare(
@@ -320,44 +312,3 @@ def prepare(
     builder = builder_class(data_dir=folder)
     config = tfds.download.DownloadConfig(**(beam or {}))
     builder.download_and_prepare(file_format="array_record", download_config=config)
-
-
-def _opened(splits, may_be_empty: Collection[str]) -> dict[str, Iterator[Example]]:
-    """Returns the examples of each split, without the splits that may be empty and are.
-
-    TFDS asks for the splits before it takes any example, so the first example of a split that may
-    be empty is made here. These splits come first, because TFDS writes the splits in this order:
-    otherwise files that their sources decode ahead would stay in memory while others are written.
-    """
-    opened = {}
-    for split in sorted(splits, key=lambda split: split not in may_be_empty):
-        examples = iter(splits[split]())
-        if split in may_be_empty:
-            first = list(itertools.islice(examples, 1))
-            if not first:
-                continue
-            examples = itertools.chain(first, examples)
-        opened[split] = examples
-    if not opened:
-        raise DataError(f"no split of {', '.join(splits)} has examples: put clips into one")
-    return opened
-
-
-def _checked(split, examples, classes: Classes, ids: set[str]) -> Iterator[tuple[str, dict]]:
-    """Yields a split's examples in TFDS' form; `ids` collects the ids of all splits."""
-    empty = True
-    for example in examples:
-        example_id, audio, _ = example
-        if example_id in ids:
-            raise DataError(f"id {example_id!r} is used twice: ids must be unique over all splits")
-        if audio.dtype != np.int16 or audio.ndim != 1 or not len(audio):
-            raise DataError(
-                f"audio of {example_id!r} is {audio.dtype} {list(audio.shape)}, expected int16"
-                " [samples] with at least one sample"
-            )
-        encoded = classes.encode(example)
-        ids.add(example_id)
-        empty = False
-        yield example_id, encoded
-    if empty:
-        raise DataError(f"split {split!r} has no examples: leave it out, or put clips into it")

@@ -7,7 +7,7 @@ has any number of classes.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ CONFIDENCE = 0.95
 ACCURACY_RESAMPLES = 2_000
 # Another seed moves the ends by 5 % of the width; AudioSet's 20,000 x 527 take 20 s of one core.
 MAP_RESAMPLES = 200
-_BATCH_DRAWS = 1 << 22  # examples drawn at a time, which bounds the memory of resampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +49,7 @@ class Evaluation:
         return [row["name"] for row in self.classes if not row["count"]]
 
 
-def evaluate(
-    scores: np.ndarray,
-    targets: np.ndarray,
-    class_names: Sequence[str],
-    *,
-    resamples: int | None = None,
-    seed: int = 0,
-) -> Evaluation:
+def evaluate(scores: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> Evaluation:
     """Returns all metrics of a test set; equal arguments give equal results.
 
     The interval holds the percentiles of a bootstrap over examples. A resample holds some examples
@@ -69,17 +61,14 @@ def evaluate(
       scores: float [n, C].
       targets: int [n], or [n, C] of 0 and 1.
       class_names: [C].
-      resamples: None takes 2,000 for accuracy and 200 for mAP.
-      seed: seed of the resampling.
 
     Raises:
-      ValueError: shapes that do not fit, no examples, a score that is NaN, a label that is no
-        class, targets without a positive.
+      ValueError: no examples, a score that is NaN, targets without a positive.
     """
-    scores, targets = checked(scores, targets)
+    targets = _checked(scores, targets)
     if targets.ndim == 1:
-        return _single_label(scores, targets, class_names, resamples or ACCURACY_RESAMPLES, seed)
-    return _multi_label(scores, targets, class_names, resamples or MAP_RESAMPLES, seed)
+        return _single_label(scores, targets, class_names)
+    return _multi_label(scores, targets, class_names)
 
 
 def main_metric(scores: np.ndarray, targets: np.ndarray) -> tuple[str, float]:
@@ -90,7 +79,7 @@ def main_metric(scores: np.ndarray, targets: np.ndarray) -> tuple[str, float]:
     Raises:
       ValueError: as `evaluate`.
     """
-    scores, targets = checked(scores, targets)
+    targets = _checked(scores, targets)
     if targets.ndim == 1:
         return "accuracy", float(np.mean(np.argmax(scores, axis=1) == targets))
     return "map", float(np.nanmean(average_precision(scores, targets)))
@@ -158,60 +147,28 @@ def d_prime(mean_auc: float) -> float:
     return float(math.sqrt(2) * ndtri(mean_auc))
 
 
-def checked(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores as float32 or float64, and targets as int64 [n] or bool [n, C].
-
-    Raises:
-      ValueError: as `evaluate`.
-    """
-    scores = np.asarray(scores)
-    if scores.ndim != 2 or 0 in scores.shape or len(scores) != len(targets):
-        raise ValueError(
-            f"scores have shape {list(scores.shape)}; they must be [examples, classes] of the "
-            f"{len(targets)} examples that have targets: leave out a set without examples"
-        )
-    if scores.dtype not in (np.float32, np.float64):
-        scores = scores.astype(np.float32)  # numpy cannot sort bfloat16
+def _checked(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Returns targets as integers [n] or bool [n, C]; raises ValueError as `evaluate` does."""
+    if not len(scores):
+        raise ValueError("there are no examples to score: leave out a set without examples")
     if len(bad := np.flatnonzero(np.isnan(scores).any(axis=1))):
         raise ValueError(f"scores of example {bad[0]} hold NaN ({len(bad)} such): mend the model")
-    targets = checked_targets(targets, scores.shape[1])
-    if targets.ndim == 2 and not targets.any():
-        raise ValueError("no example has a positive target, so there is no mAP: check the labels")
-    return scores, targets
+    if targets.ndim == 2:
+        targets = targets.astype(bool)
+        if not targets.any():
+            raise ValueError(
+                "no example has a positive target, so there is no mAP: check the labels"
+            )
+    return targets
 
 
-def checked_targets(targets: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns int64 [n] for labels, bool [n, C] for targets of 0 and 1.
-
-    Raises:
-      ValueError: another shape or type, or a label that is no class; the message names the example.
-    """
-    targets = np.asarray(targets)
-    if targets.ndim == 2 and targets.shape[1] == num_classes:
-        return targets.astype(bool)
-    if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
-        raise ValueError(
-            f"targets are {targets.dtype} {list(targets.shape)}; they must be integer labels [n] "
-            f"or 0 and 1 in [n, {num_classes}]"
-        )
-    if len(bad := np.flatnonzero((targets < 0) | (targets >= num_classes))):
-        raise ValueError(
-            f"the label of example {bad[0]} is {targets[bad[0]]}; it must be 0 to "
-            f"{num_classes - 1} ({len(bad)} are not): check the list of classes"
-        )
-    return targets.astype(np.int64)
-
-
-def _single_label(
-    scores: np.ndarray, labels: np.ndarray, names: Sequence[str], resamples: int, seed: int
-) -> Evaluation:
+def _single_label(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Evaluation:
     from sklearn import metrics
 
+    n, rng = len(scores), np.random.default_rng(0)
     predictions = np.argmax(scores, axis=1)
     is_right = predictions == labels
-    resampled = _resampled(
-        lambda draws: np.mean(is_right[draws], axis=1), len(scores), resamples, seed
-    )
+    resampled = [np.mean(is_right[rng.integers(n, size=n)]) for _ in range(ACCURACY_RESAMPLES)]
     numbers = np.arange(scores.shape[1])
     precision, recall, f1, counts = metrics.precision_recall_fscore_support(
         labels, predictions, labels=numbers, zero_division=np.nan
@@ -219,33 +176,28 @@ def _single_label(
     return Evaluation(
         metric="accuracy",
         value=float(np.mean(is_right)),
-        interval=_interval(resampled),
-        num_examples=len(scores),
+        interval=_interval(np.array(resampled)),
+        num_examples=n,
         others={"balanced_accuracy": float(np.nanmean(recall)), "f1": float(np.nanmean(f1))},
         classes=_rows(names, counts, precision=precision, recall=recall, f1=f1),
         confusion=metrics.confusion_matrix(labels, predictions, labels=numbers),
     )
 
 
-def _multi_label(
-    scores: np.ndarray, targets: np.ndarray, names: Sequence[str], resamples: int, seed: int
-) -> Evaluation:
+def _multi_label(scores: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> Evaluation:
+    n, rng = len(scores), np.random.default_rng(0)
     counts = np.count_nonzero(targets, axis=0)
     precisions, areas = average_precision(scores, targets), auc(scores, targets)
     value = float(np.nanmean(precisions))
     mean_auc = float(np.nanmean(areas)) if np.isfinite(areas).any() else math.nan
     filled = counts > 0
-    resampled = _resampled(
-        lambda draws: _mean_average_precisions(scores[:, filled], targets[:, filled], draws),
-        len(scores),
-        resamples,
-        seed,
-    )
+    draws = rng.integers(n, size=(MAP_RESAMPLES, n))
+    resampled = _mean_average_precisions(scores[:, filled], targets[:, filled], draws)
     return Evaluation(
         metric="map",
         value=value,
         interval=_interval(resampled + value - np.nanmean(resampled)),
-        num_examples=len(scores),
+        num_examples=n,
         others={"auc": mean_auc, "d_prime": d_prime(mean_auc)},
         classes=_rows(names, counts, average_precision=precisions, auc=areas),
         confusion=None,
@@ -261,20 +213,6 @@ def _mean_average_precisions(
     # A class without positives in a resample is not part of that resample's mean.
     with np.errstate(invalid="ignore"):
         return np.nansum(precisions, axis=0) / np.sum(~np.isnan(precisions), axis=0)
-
-
-def _resampled(
-    statistic: Callable[[np.ndarray], np.ndarray], num_examples: int, resamples: int, seed: int
-) -> np.ndarray:
-    """Returns [resamples]: the statistic of n examples drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, _BATCH_DRAWS // num_examples)
-    return np.concatenate(
-        [
-            statistic(rng.integers(num_examples, size=(min(rows, resamples - row), num_examples)))
-            for row in range(0, resamples, rows)
-        ]
-    )
 
 
 def _interval(resampled: np.ndarray) -> tuple[float, float]:

@@ -18,8 +18,7 @@ _SPLIT_STYLES = {
     "train": {"color": "#4c78a8", "linewidth": 1.2},
     "eval": {"color": "#e45756", "linewidth": 1.8, "marker": "o", "markersize": 3.5},
 }
-_CURVES = ("loss", "mse", "info_nce")
-_OPTIONAL_CURVES = ("knn_accuracy", "knn_map")
+_CURVES = ("loss", "mse", "info_nce", "accuracy", "map", "knn_accuracy", "knn_map")
 _FREQUENCY_TICKS_HZ = (250, 500, 1000, 2000, 4000, 7000)
 _MOST_CLASSES = 50  # more names than these cannot be read in a confusion matrix
 _MOST_NUMBERED_CLASSES = 25  # with more classes the cells are too small for their counts
@@ -45,7 +44,10 @@ def reconstructions(
       uint8 [H, W, 3].
     """
     import librosa
+    from matplotlib import colormaps
 
+    grey = tuple(level / 255 for level in MASKED_GREY)
+    palette = colormaps["magma"].with_extremes(bad=grey)
     rows, frames, bands = original.shape
     panel_inches = min(max(frames / 85, 2.4), 8.0)  # at least a pixel per frame, up to 8 seconds
     picture = figure(3 * panel_inches + 1.1, 1.55 * rows + 0.6)
@@ -61,7 +63,7 @@ def reconstructions(
                 sr=fbank.SAMPLE_RATE_HZ,
                 hop_length=fbank.FRAME_SHIFT,
                 x_axis="time",
-                cmap=_palette(),
+                cmap=palette,
                 vmin=low,
                 vmax=max(high, low + 1e-6),  # a silent clip has one value
             )
@@ -84,22 +86,20 @@ def reconstructions(
 
 
 def curves(rows: Iterable[Mapping]) -> np.ndarray:
-    """Draws a run's losses over its steps, and the scores of nearest neighbours if there are any.
-
-    There is one panel per value and one line per split.
+    """Draws a run's losses and scores over its steps: a panel per value, a line per split.
 
     Args:
-      rows: rows of metrics.jsonl: `step`, `split` ("train" or "eval") and values. A row without a
-        value is not part of that value's panel. None, NaN and infinity interrupt the line.
+      rows: rows of metrics.jsonl: `step`, `split` ("train" or "eval") and values. A value that no
+        row holds has no panel. None, NaN and infinity interrupt the line.
 
     Returns:
       uint8 [H, W, 3].
     """
     rows = sorted(rows, key=lambda row: row["step"])
-    present = [key for key in _OPTIONAL_CURVES if any(key in row for row in rows)]
-    shown = (*_CURVES, *present)
+    shown = [key for key in _CURVES if any(key in row for row in rows)] or ["loss"]
     picture = figure(3.6 * len(shown), 2.8)
-    for axis, key in zip(picture.subplots(1, len(shown)), shown, strict=True):
+    axes = picture.subplots(1, len(shown), squeeze=False)[0]
+    for axis, key in zip(axes, shown, strict=True):
         for split, style in _SPLIT_STYLES.items():
             drawn = [row for row in rows if row["split"] == split and key in row]
             values = np.array([row[key] for row in drawn], float)  # None becomes NaN
@@ -144,15 +144,14 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
         layout="compressed",  # keeps the colour bar beside a matrix of square cells
     )
     axis = picture.subplots()
-    # On a linear scale a share of a few per cent would look white.
-    scale = PowerNorm(0.5, vmin=0, vmax=1)
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     display.plot(
         ax=axis,
         include_values=is_numbered,
         xticks_rotation="vertical",
         colorbar=False,
-        im_kw={"cmap": "Blues", "norm": scale},
+        # On a linear scale a share of a few per cent would look white.
+        im_kw={"cmap": "Blues", "norm": PowerNorm(0.5, vmin=0, vmax=1)},
         text_kw={"fontsize": 7},
     )
     if is_numbered:
@@ -161,8 +160,8 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     axis.tick_params(labelsize=7, length=0)
     axis.set_xlabel("predicted", fontsize=8)
     axis.set_ylabel("true", fontsize=8)
-    right = np.trace(matrix) / max(matrix.sum(), 1)
-    title = f"{matrix.sum():,} examples, {right:.1%} right"
+    count = matrix.sum()
+    title = f"{count:,} examples, {np.trace(matrix) / count:.1%} right"
     if len(chosen) < len(matrix):
         title += f"; the {len(chosen)} most confused of {len(matrix)} classes"
     axis.set_title(title, fontsize=9)
@@ -203,12 +202,6 @@ def pixels(picture) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _palette():
-    from matplotlib import colormaps
-
-    return colormaps["magma"].with_extremes(bad=tuple(level / 255 for level in MASKED_GREY))
-
-
 def _band_scale(num_bands: int):
     """Returns two functions of arrays: the centre in Hz of a band's number, and its inverse."""
     import librosa
@@ -226,7 +219,7 @@ def _band_scale(num_bands: int):
 
 
 def _most_confused(matrix: np.ndarray, count: int) -> np.ndarray:
-    """int [min(count, C)], ascending: the classes of the pairs that are confused most often."""
+    """Returns int [min(count, C)], ascending: the classes of the most often confused pairs."""
     errors = np.triu(matrix + matrix.T, k=1)  # how often either of a pair is taken for the other
     pairs = np.argsort(-errors, axis=None, kind="stable")
     classes = np.stack(np.unravel_index(pairs, errors.shape), axis=1).ravel()

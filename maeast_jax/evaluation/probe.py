@@ -41,15 +41,14 @@ class Probe:
       grid: one dict per setting tried: its values and, under the metric's name, the validation
         score.
       chosen: the best row of `grid`; of equally good rows the smoothest classifier.
-      absent: classes without a training example; their scores are 0.
       scores: maps features [m, D] to float32 [m, C] in [0, 1]; for labels each row sums to 1.
-        Raises ValueError for features of another shape, or that are not finite.
+        A class without a training example scores 0. Raises ValueError for features that are not
+        finite.
     """
 
     metric: str
     grid: list[dict[str, float]]
     chosen: dict[str, float]
-    absent: tuple[int, ...]
     scores: Callable[[np.ndarray], np.ndarray]
 
 
@@ -78,25 +77,23 @@ def linear(
       strengths: weights of the squared coefficients, above 0.
 
     Raises:
-      ValueError: shapes that do not fit, features that are not finite (the message names the row),
-        a label that is no class, an empty set.
+      ValueError: features that are not finite (the message names the row), or an empty set.
     """
-    train_x, train_y = _checked("train", train_x, train_y, num_classes)
-    valid_x, valid_y = _checked("valid", valid_x, valid_y, num_classes, train_x.shape[1])
+    train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
     is_single = train_y.ndim == 1
-    is_present = _is_present(train_y, num_classes)
     if is_single:
-        fit_y = (np.cumsum(is_present) - 1)[train_y].astype(np.int32)
+        is_present = np.bincount(train_y, minlength=num_classes) > 0
+        fit_y = jnp.asarray((np.cumsum(is_present) - 1)[train_y], jnp.int32)
     else:
-        fit_y = train_y[:, is_present].astype(np.float32)
+        is_present = train_y.any(axis=0)
+        fit_y = jnp.asarray(train_y[:, is_present], jnp.float32)
     scaler = _fit_scaler(train_x)
-    fit_x, fit_y = jnp.asarray(scaler.transform(train_x)), jnp.asarray(fit_y)
-    num_features, num_present = train_x.shape[1], np.count_nonzero(is_present)
+    fit_x = jnp.asarray(scaler.transform(train_x))
 
     def scores(params: tuple, x: np.ndarray) -> np.ndarray:
         from scipy import special
 
-        logits = scaler.transform(_checked_features("x", x, num_features)) @ params[0] + params[1]
+        logits = scaler.transform(_finite("x", x)) @ params[0] + params[1]
         result = np.zeros((len(x), num_classes), np.float32)
         result[:, is_present] = (
             special.softmax(logits, axis=1) if is_single else special.expit(logits)
@@ -104,15 +101,15 @@ def linear(
         return result
 
     grid, fitted = [], []
-    params = (jnp.zeros((num_features, num_present)), jnp.zeros(num_present))
+    num_present = np.count_nonzero(is_present)
+    params = (jnp.zeros((fit_x.shape[1], num_present)), jnp.zeros(num_present))
     for strength in sorted(strengths, reverse=True):
         params = fit_logistic(fit_x, fit_y, strength, params)
         fitted.append(jax.tree.map(np.asarray, params))
         metric, value = metrics.main_metric(scores(fitted[-1], valid_x), valid_y)
         grid.append({"strength": float(strength), metric: value})
     best = max(range(len(grid)), key=lambda i: grid[i][metric])
-    absent = tuple(np.flatnonzero(~is_present).tolist())
-    return Probe(metric, grid, grid[best], absent, functools.partial(scores, fitted[best]))
+    return Probe(metric, grid, grid[best], functools.partial(scores, fitted[best]))
 
 
 def knn(
@@ -139,15 +136,18 @@ def knn(
     Raises:
       ValueError: as `linear`.
     """
+    from scipy.sparse import csr_array
     from sklearn.neighbors import NearestNeighbors
 
-    train_x, train_y = _checked("train", train_x, train_y, num_classes)
-    valid_x, valid_y = _checked("valid", valid_x, valid_y, num_classes, train_x.shape[1])
-    num_features = train_x.shape[1]
-    neighbours = sorted({k for k in neighbours if 0 < k <= len(train_x)}, reverse=True)
-    most = min(len(train_x) - 1, num_features)
-    components = sorted({count for count in components if 0 <= count <= most})
-    targets = _sparse_targets(train_y, num_classes)
+    train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
+    neighbours = sorted((k for k in neighbours if k <= len(train_x)), reverse=True)
+    most = min(len(train_x) - 1, train_x.shape[1])
+    components = sorted(count for count in components if count <= most)
+    if train_y.ndim == 1:
+        ones, rows = np.ones(len(train_y), np.float32), np.arange(len(train_y))
+        targets = csr_array((ones, (rows, train_y)), shape=(len(train_y), num_classes))
+    else:
+        targets = csr_array(train_y, dtype=np.float32)
     scaler = _fit_scaler(train_x)
     whitening = _fit_whitening(scaler.transform(train_x), components[-1])
 
@@ -159,8 +159,7 @@ def knn(
         return NearestNeighbors(metric="cosine").fit(embed(count, train_x))
 
     def scores(count: int, nearest: NearestNeighbors, k: int, x: np.ndarray) -> np.ndarray:
-        x = embed(count, _checked_features("x", x, num_features))
-        return _shares(*nearest.kneighbors(x, k), targets)
+        return _shares(*nearest.kneighbors(embed(count, _finite("x", x)), k), targets)
 
     grid = []
     for count in components:
@@ -171,8 +170,7 @@ def knn(
             grid.append({"components": count, "neighbours": k, metric: value})
     best = max(grid, key=lambda row: row[metric])
     count, k = best["components"], best["neighbours"]
-    absent = tuple(np.flatnonzero(~_is_present(train_y, num_classes)).tolist())
-    return Probe(metric, grid, best, absent, functools.partial(scores, count, fit(count), k))
+    return Probe(metric, grid, best, functools.partial(scores, count, fit(count), k))
 
 
 def fit_logistic(
@@ -256,16 +254,6 @@ def _fit_whitening(x: np.ndarray, count: int):
     return pca
 
 
-def _sparse_targets(targets: np.ndarray, num_classes: int):
-    """Returns labels or targets of 0 and 1 as a sparse array [n, C]."""
-    from scipy.sparse import csr_array
-
-    if targets.ndim == 2:
-        return csr_array(targets, dtype=np.float32)
-    ones, starts = np.ones(len(targets), np.float32), np.arange(len(targets) + 1)
-    return csr_array((ones, targets, starts), shape=(len(targets), num_classes))
-
-
 def _shares(distances: np.ndarray, index: np.ndarray, targets) -> np.ndarray:
     """Returns float32 [m, C]: the share of the neighbours' votes that each class gets.
 
@@ -284,34 +272,9 @@ def _shares(distances: np.ndarray, index: np.ndarray, targets) -> np.ndarray:
     return np.minimum((votes @ targets).toarray(), 1.0)  # a sum may round past 1
 
 
-def _is_present(targets: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns bool [C]: whether any example has the class."""
-    if targets.ndim == 2:
-        return targets.any(axis=0)
-    return np.bincount(targets, minlength=num_classes) > 0
-
-
-def _checked(
-    name: str, x: np.ndarray, y: np.ndarray, num_classes: int, num_features: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    x = _checked_features(f"{name}_x", x, num_features)
-    y = metrics.checked_targets(y, num_classes)
-    if len(x) != len(y):
-        raise ValueError(
-            f"{name}_x has {len(x)} rows and {name}_y {len(y)}: pass those of the same examples"
-        )
-    return x, y
-
-
-def _checked_features(name: str, x: np.ndarray, num_features: int | None) -> np.ndarray:
-    """Returns `x` as float32 [n, D], finite."""
-    x = np.asarray(x)
-    if x.ndim != 2 or 0 in x.shape or num_features not in (None, x.shape[1]):
-        columns = num_features or "features"
-        raise ValueError(
-            f"{name} has shape {list(x.shape)}; it must be [examples, {columns}], none of them 0"
-        )
-    x = x.astype(np.float32, copy=False)
+def _finite(name: str, x: np.ndarray) -> np.ndarray:
+    """Returns `x` as float32; raises ValueError where it holds NaN or infinity."""
+    x = np.asarray(x, np.float32)
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if len(bad):
         raise ValueError(

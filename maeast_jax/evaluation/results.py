@@ -25,13 +25,9 @@ from maeast_jax.evaluation import metrics, plots
 from maeast_jax.evaluation.metrics import Evaluation
 from maeast_jax.runtime import storage
 
-PREDICTIONS_FILE = "predictions.tsv"
-RESULTS_FILE = "results.json"
-CONFUSION_FILE = "confusion.png"
-
-_SEPARATOR = ";"
 _TOP_LABELS = 5
-_CONFUSIONS = 20
+_CONFUSIONS = 20  # pairs of classes in results.json
+_SHOWN = 5  # rows of each table in the terminal
 
 
 def write(
@@ -40,7 +36,7 @@ def write(
     ids: Sequence[str],
     probabilities: np.ndarray,
     targets: np.ndarray,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any],
 ) -> None:
     """Writes the files of an evaluation into `folder`, and makes the folder where it is missing.
 
@@ -60,13 +56,11 @@ def write(
     names = [row["name"] for row in evaluation.classes]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_FILE).unlink(missing_ok=True)
+    (folder / "results.json").unlink(missing_ok=True)
     predictions = _predictions(ids, probabilities, targets, names)
-    storage.write_whole(folder / PREDICTIONS_FILE, predictions.encode())
-    if evaluation.confusion is None:
-        (folder / CONFUSION_FILE).unlink(missing_ok=True)
-    else:
-        plots.write_png(folder / CONFUSION_FILE, plots.confusion(evaluation.confusion, names))
+    storage.write_whole(folder / "predictions.tsv", predictions.encode())
+    if evaluation.confusion is not None:
+        plots.write_png(folder / "confusion.png", plots.confusion(evaluation.confusion, names))
     content = {
         "metric": evaluation.metric,
         "value": evaluation.value,
@@ -80,22 +74,16 @@ def write(
             for label, prediction, count in _confusions(evaluation, _CONFUSIONS)
         ],
         "classes": evaluation.classes,
-        "settings": dict(settings or {}),
+        "settings": settings,
     }
     text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
-    storage.write_whole(folder / RESULTS_FILE, f"{text}\n".encode())
+    storage.write_whole(folder / "results.json", f"{text}\n".encode())
 
 
-def read(folder: str | os.PathLike) -> dict[str, Any]:
-    """Returns the content of a folder's results.json. Raises FileNotFoundError without one."""
-    return json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
-
-
-def report(evaluation: Evaluation, num_shown: int = 5) -> str:
+def report(evaluation: Evaluation) -> str:
     """Returns metrics, worst and best classes and the commonest confusions for the terminal.
 
-    Classes are ordered by f1 or average precision. If there are at most 2 `num_shown`, all are
-    shown.
+    Classes are ordered by f1 or average precision. Up to ten classes are all shown.
     """
     low, high = evaluation.interval
     size = f"{evaluation.num_examples:,} examples of {len(evaluation.classes)} classes"
@@ -105,17 +93,18 @@ def report(evaluation: Evaluation, num_shown: int = 5) -> str:
         f"[{100 * low:.1f}, {100 * high:.1f}], {size}\n" + ", ".join(others)
     ]
     if empty := evaluation.empty:
-        more = ", …" if len(empty) > 5 else ""
-        parts.append(f"classes without an example: {len(empty)} ({', '.join(empty[:5])}{more})")
+        more = ", …" if len(empty) > _SHOWN else ""
+        shown = ", ".join(empty[:_SHOWN])
+        parts.append(f"classes without an example: {len(empty)} ({shown}{more})")
     key = "average_precision" if evaluation.confusion is None else "f1"
     ranked = [row for row in evaluation.classes if row["count"]]
     ranked.sort(key=lambda row: row[key])
-    if len(ranked) <= 2 * num_shown:
+    if len(ranked) <= 2 * _SHOWN:
         parts.append(_class_table("classes, worst first", ranked))
     else:
-        parts.append(_class_table("worst classes", ranked[:num_shown]))
-        parts.append(_class_table("best classes", ranked[-num_shown:]))
-    if pairs := _confusions(evaluation, num_shown):
+        parts.append(_class_table("worst classes", ranked[:_SHOWN]))
+        parts.append(_class_table("best classes", ranked[-_SHOWN:]))
+    if pairs := _confusions(evaluation, _SHOWN):
         rows = [[label, prediction, str(count)] for label, prediction, count in pairs]
         parts.append(_aligned([["most confused", "taken for", "count"], *rows], left=2))
     return "\n\n".join(parts)
@@ -153,9 +142,9 @@ def _predictions(
         writer.writerow(
             [
                 name,
-                _SEPARATOR.join(names[i] for i in own),
-                _SEPARATOR.join(names[i] for i in likeliest),
-                _SEPARATOR.join(f"{row[i]:.6g}" for i in likeliest),
+                ";".join(names[i] for i in own),
+                ";".join(names[i] for i in likeliest),
+                ";".join(f"{row[i]:.6g}" for i in likeliest),
             ]
         )
     return text.getvalue()

@@ -109,7 +109,7 @@ def init_state(
     if weights is not None:
         classifier.load_backbone(*weights)
     if normalize is not None:
-        classifier.set_input_statistics(*normalize)
+        classifier.backbone.input_norm.set_statistics(*normalize)
     _, params, statistics = split_model(classifier)
     return FinetuneState(
         step=jnp.zeros((), jnp.int32),

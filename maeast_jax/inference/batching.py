@@ -31,11 +31,6 @@ class Window:
     own_stop: int
 
 
-def num_steps(num_frames: int, patch_frames: int) -> int:
-    """Returns the whole time steps in `num_frames`, at least 1: a shorter clip is padded."""
-    return max(1, num_frames // patch_frames)
-
-
 def cut(num_steps: int, window_steps: int, stride_steps: int) -> list[Window]:
     """Returns windows of `window_steps` over a clip; one window where that is 0 or more than it.
 
@@ -63,11 +58,10 @@ def cut(num_steps: int, window_steps: int, stride_steps: int) -> list[Window]:
 
 
 class Bucket(NamedTuple):
-    """A shape of batches: `num_rows` rows of `num_samples` samples of type `dtype`."""
+    """A shape of batches: `num_rows` rows of `num_samples` samples."""
 
     num_samples: int
     num_rows: int
-    dtype: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +70,7 @@ class Row:
 
     Attributes:
       bucket: the smallest bucket that holds the window.
-      samples: [samples], at most `bucket.num_samples`.
+      samples: int16 or float32 [samples], at most `bucket.num_samples`.
       num_frames: the frames in `samples`.
       own: the first time step to take from the window, and the step past the last.
     """
@@ -91,7 +85,7 @@ class Batch(NamedTuple):
     """The rows that are computed at once. An empty row is one frame of silence and owns no step.
 
     Attributes:
-      audio: [num_rows, num_samples], padded with zeros.
+      audio: float32 [num_rows, num_samples] in [-1, 1], padded with zeros.
       num_frames: int32 [num_rows].
       own: int32 [num_rows, 2].
     """
@@ -103,11 +97,12 @@ class Batch(NamedTuple):
 
 def pack(rows: list[Row], bucket: Bucket) -> Batch:
     """Returns a batch of the bucket's shape with these rows."""
-    audio = np.zeros((bucket.num_rows, bucket.num_samples), bucket.dtype)
+    audio = np.zeros((bucket.num_rows, bucket.num_samples), np.float32)
     num_frames = np.ones(bucket.num_rows, np.int32)
     own = np.zeros((bucket.num_rows, 2), np.int32)
     for index, row in enumerate(rows):
-        audio[index, : len(row.samples)] = row.samples
+        scale = 32_768 if row.samples.dtype == np.int16 else 1
+        audio[index, : len(row.samples)] = row.samples / np.float32(scale)
         num_frames[index] = row.num_frames
         own[index] = row.own
     return Batch(audio, num_frames, own)
@@ -117,7 +112,6 @@ def pack(rows: list[Row], bucket: Bucket) -> Batch:
 class _Clip:
     """A clip under way. `parts` holds the result of each row, None until it is computed."""
 
-    number: int
     num_steps: int
     num_bytes: int
     parts: list[np.ndarray | None]
@@ -140,7 +134,6 @@ class Stream:
         self._compute = compute
         self._most_steps = most_steps
         self._most_bytes = most_bytes
-        self._numbers = itertools.count()
         self._clips: collections.deque[_Clip] = collections.deque()  # not yet given out
         self._queues: dict[Bucket, collections.deque[tuple[_Clip, int, Row]]] = {}
         self._in_flight: collections.deque[tuple[list[tuple[_Clip, int, Row]], np.ndarray]] = (
@@ -155,7 +148,7 @@ class Stream:
           rows: the clip's windows.
           num_steps, num_bytes: what the clip and its result take until they are given out.
         """
-        clip = _Clip(next(self._numbers), num_steps, num_bytes, [None] * len(rows), len(rows))
+        clip = _Clip(num_steps, num_bytes, [None] * len(rows), len(rows))
         self._clips.append(clip)
         self._num_steps += num_steps
         self._num_bytes += num_bytes
@@ -179,18 +172,18 @@ class Stream:
             yield from self._complete()
 
     def _advance(self) -> None:
-        """Brings the first clip nearer its end: starts its first row, or waits for results."""
-        oldest = min(self._queues, key=lambda b: self._queues[b][0][0].number, default=None)
-        if oldest is not None and self._queues[oldest][0][0] is self._clips[0]:
-            self._start(oldest)
-        else:
-            self._collect()
+        """Brings the first clip nearer its end: starts a row of it, or waits for results."""
+        for bucket, queue in self._queues.items():
+            if queue[0][0] is self._clips[0]:
+                self._start(bucket)
+                return
+        self._collect()
 
     def _start(self, bucket: Bucket) -> None:
         entries = self._take(bucket, bucket.num_rows)
         # A batch costs the same however full it is, and one batch fewer may save a compilation.
         for shorter in sorted(self._queues, reverse=True):
-            if shorter.num_samples < bucket.num_samples and shorter.dtype == bucket.dtype:
+            if shorter.num_samples < bucket.num_samples:
                 entries += self._take(shorter, bucket.num_rows - len(entries))
         batch = pack([row for _, _, row in entries], bucket)
         self._in_flight.append((entries, self._compute(batch)))

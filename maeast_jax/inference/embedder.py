@@ -22,12 +22,11 @@ from maeast_jax.model import SpectrogramEncoder, parse_layer
 
 POOLS = ("mean", "time", "moments", "none")
 ALL_LAYERS = "all"
-# The paper's clip, 10.24 s.
-DEFAULT_WINDOW_FRAMES = 1024
+_DEFAULT_WINDOW_FRAMES = 1024  # the paper's clip, 10.24 s
 # On two CPU cores the paper's model computes 1,520 tokens/s in batches of 1,024 tokens, 1,340 in
 # single rows of 512, and 1,180 in batches of 4,096, which no longer fit the cache.
-CPU_BATCH_TOKENS = 1_024
-ACCELERATOR_BATCH_TOKENS = 16_384
+_CPU_BATCH_TOKENS = 1_024
+_ACCELERATOR_BATCH_TOKENS = 16_384
 
 # Rows wait for others of their length until a batch that is not full costs little in comparison.
 _WAITING_BATCHES = 16
@@ -38,9 +37,9 @@ class Embedder:
     """Embeds any number of clips of any length with one model.
 
     A clip longer than a window is cut as `batching.cut` says. An embedding counts each time step of
-    the clip once, so means are weighted by length. Frames past the last whole time step are left
-    out, and a clip shorter than one step is padded to it. No result depends on other clips. Windows
-    are padded to one of nine lengths, and each length is compiled once per type of samples.
+    the clip once. Frames past the last whole time step are left out, and a clip shorter than one
+    step is padded to it. No result depends on other clips. Windows are padded to one of nine
+    lengths, and each length is compiled once.
 
     Args:
       model: the encoder.
@@ -48,10 +47,9 @@ class Embedder:
         side, lowest first, [R * D]; "moments", the mean over time and then the deviation over time,
         [2 * R * D]; "none", every time step, [steps, R * D]. R is 1 for frame tokens.
       phases: the number of token grids on which a clip is seen; the embedding pools over all of
-        them. Each grid starts a part of a token earlier than the one before, and the clip's own end
-        fills its front. Without it the model hears another sound when a clip starts half a token
-        later. The cost grows in proportion. At most the frames of a token count. pool="none" has
-        one phase.
+        them, so that it depends less on where in a token a sound starts. Each grid starts a part of
+        a token earlier than the one before, and the clip's own end fills its front. The cost grows
+        in proportion. At most the frames of a token count. pool="none" has one phase.
       layer: the layer whose output is embedded, as `parse_layer` takes it; "all" adds a leading
         axis.
       window_frames: frames of a window, a multiple of a token's. None: the clips that the model was
@@ -91,19 +89,19 @@ class Embedder:
         self.num_layers = config.encoder_layers
         self.layer = parse_layer("layer", layer, self.num_layers, (ALL_LAYERS,))
         self._patch_frames, patch_bands = config.patch_shape
+        self._default_steps = _DEFAULT_WINDOW_FRAMES // self._patch_frames
         phases = min(phases, self._patch_frames)
         self._early_frames = [self._patch_frames * phase // phases for phase in range(phases)]
         self._bands = fbank.NUM_MEL_BANDS // patch_bands
         if window_frames is None:
-            window_frames = model.window_frames or self._default_steps() * self._patch_frames
-        self.window_frames, self.stride_frames = _window_and_stride(
-            window_frames, stride_frames, self._patch_frames
-        )
+            window_frames = model.window_frames or self._default_steps * self._patch_frames
+        if stride_frames is None:
+            stride_frames = window_frames
+        _check_window(window_frames, stride_frames, self._patch_frames)
+        self.window_frames, self.stride_frames = window_frames, stride_frames
         if batch_tokens is None:
             is_cpu = jax.default_backend() == "cpu"
-            batch_tokens = CPU_BATCH_TOKENS if is_cpu else ACCELERATOR_BATCH_TOKENS
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
+            batch_tokens = _CPU_BATCH_TOKENS if is_cpu else _ACCELERATOR_BATCH_TOKENS
         self._batch_tokens = batch_tokens
         vectors = {"mean": 1, "moments": 2 * self._bands}.get(pool, self._bands)
         self.embedding_size = config.width * vectors
@@ -125,8 +123,11 @@ class Embedder:
         return (*layers, "steps", "size") if self.pool == "none" else (*layers, "size")
 
     def num_steps(self, num_samples: int) -> int:
-        """Returns the time steps of a clip. Raises ValueError for fewer than 400 samples."""
-        return batching.num_steps(fbank.num_frames(num_samples), self._patch_frames)
+        """Returns the whole time steps in a clip, at least 1.
+
+        Raises ValueError for fewer than 400 samples.
+        """
+        return max(1, fbank.num_frames(num_samples) // self._patch_frames)
 
     def __call__(self, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields each clip's embedding, float32 with `axes`, in order.
@@ -153,9 +154,6 @@ class Embedder:
         for parts in stream.flush():
             yield self._joined(parts, windows_of_clips.popleft())
 
-    def _default_steps(self) -> int:
-        return batching.num_steps(DEFAULT_WINDOW_FRAMES, self._patch_frames)
-
     def _on_grids(self, samples: np.ndarray) -> Iterator[np.ndarray]:
         """Yields, for each phase, the clip with some of its own end in front."""
         for frames in self._early_frames:
@@ -168,7 +166,7 @@ class Embedder:
         return batching.cut(num_steps, window_steps, self.stride_frames // self._patch_frames)
 
     def _rows(self, samples: np.ndarray, cut: list[Window]) -> list[Row]:
-        """Returns the windows with their samples. Only a clip shorter than a step lacks frames."""
+        """Only a clip shorter than a step lacks frames."""
         num_frames = fbank.num_frames(len(samples))
         rows = []
         for window in cut:
@@ -177,15 +175,14 @@ class Embedder:
             first = start * fbank.FRAME_SHIFT
             row_samples = samples[first : first + fbank.num_samples(row_frames)]
             own = (window.own_start - window.start, window.own_stop - window.start)
-            bucket = self._bucket(window.stop - window.start, samples.dtype.name)
-            rows.append(Row(bucket, row_samples, row_frames, own))
+            rows.append(Row(self._bucket(window.stop - window.start), row_samples, row_frames, own))
         return rows
 
-    def _bucket(self, num_steps: int, dtype: str) -> Bucket:
-        window_steps = self.window_frames // self._patch_frames or self._default_steps()
+    def _bucket(self, num_steps: int) -> Bucket:
+        window_steps = self.window_frames // self._patch_frames or self._default_steps
         steps = pipeline.bucket_steps(num_steps, window_steps)
         num_rows = max(1, self._batch_tokens // (steps * self._bands))
-        return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows, dtype)
+        return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows)
 
     def _compute(self, batch: Batch) -> jax.Array:
         results = _embed(self._plan, self._state, *batch)
@@ -220,7 +217,6 @@ class Embedder:
 
 
 def _num_own(cut: list[Window]) -> int:
-    """Returns the time steps that the embedding takes from these windows."""
     return sum(window.own_stop - window.own_start for window in cut)
 
 
@@ -232,46 +228,25 @@ def _checked(number: int, samples: np.ndarray) -> np.ndarray:
             f"clip {number} is {samples.dtype} {list(samples.shape)}, expected int16 or float "
             "[samples]; convert it (audio.to_int16)"
         )
-    if len(samples) < fbank.FRAME_LENGTH:
-        raise ValueError(
-            f"clip {number} of {len(samples)} samples is shorter than 25 ms "
-            f"({fbank.FRAME_LENGTH} samples); leave it out"
-        )
     return samples.astype(np.float32, copy=False) if is_float else samples
 
 
-def _window_and_stride(
-    window_frames: int, stride_frames: int | None, patch_frames: int
-) -> tuple[int, int]:
-    """Returns the frames of window and stride, 0 and 0 where clips are never cut.
-
-    Raises ValueError where they are not whole tokens or would leave frames out.
-    """
-    if not window_frames:
-        if stride_frames:
-            raise ValueError(
-                f"a stride of {_length(stride_frames)} is for windows, but the window is 0 (clips "
-                "are never cut); drop either"
-            )
-        return 0, 0
-    stride_frames = window_frames if stride_frames is None else stride_frames
-    for name, frames in (("window", window_frames), ("stride", stride_frames)):
-        if frames < 1 or frames % patch_frames:
-            raise ValueError(
-                f"a {name} of {_length(frames)} must be a multiple of {patch_frames} frames, the "
-                "length of a token"
-            )
-    if stride_frames > window_frames:
-        raise ValueError(
-            f"a stride of {_length(stride_frames)} is longer than the window, "
-            f"{_length(window_frames)}, and would leave frames out; shorten it"
+def _check_window(window_frames: int, stride_frames: int, patch_frames: int) -> None:
+    is_uncut = window_frames == stride_frames == 0
+    if not is_uncut and (
+        not 0 < stride_frames <= window_frames
+        or window_frames % patch_frames
+        or stride_frames % patch_frames
+    ):
+        window_s, stride_s = (
+            frames * fbank.FRAME_SHIFT / fbank.SAMPLE_RATE_HZ
+            for frames in (window_frames, stride_frames)
         )
-    return window_frames, stride_frames
-
-
-def _length(frames: int) -> str:
-    seconds = frames * fbank.FRAME_SHIFT / fbank.SAMPLE_RATE_HZ
-    return f"{frames} frames ({seconds:g} s)"
+        raise ValueError(
+            f"windows of {window_frames} frames ({window_s:g} s) every {stride_frames} frames "
+            f"({stride_s:g} s): both must be multiples of {patch_frames} frames, the length of a "
+            "token, and the stride at most the window; a window of 0 has no stride"
+        )
 
 
 def _first_layers(model: SpectrogramEncoder, count: int) -> SpectrogramEncoder:

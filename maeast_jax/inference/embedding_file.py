@@ -31,8 +31,6 @@ def check(path: str | os.PathLike, overwrite: bool = False) -> None:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--output={path} must end in {' or '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise ValueError(f"--output={path} is a folder: choose another name")
     if path.exists() and not overwrite:
         raise ValueError(f"--output={path} exists: choose another name, or pass --overwrite")
     if not path.parent.is_dir():
@@ -51,25 +49,16 @@ def check(path: str | os.PathLike, overwrite: bool = False) -> None:
 def open_writer(
     path: str | os.PathLike, axes: tuple[str, ...], settings: dict[str, Any]
 ) -> Iterator["_NpzWriter | _ParquetWriter"]:
-    """Opens a writer of the kind that the suffix of `path` names; `add` takes the embeddings.
+    """Yields a writer with `add(file, embedding)`, for float32 embeddings with these axes.
 
-    The file appears, or replaces another one, when the `with` statement ends. It does not where the
-    statement ends by an exception or nothing was added.
-
-    Args:
-      path: the file.
-      axes: names of the axes of each embedding.
-      settings: what the file says of itself. They are written last, so they may still grow.
+    The file appears, or replaces another one, when the `with` statement ends. No file appears after
+    an exception or if nothing was added. `settings` are written last, so they may still grow.
     """
     kind = _ParquetWriter if Path(path).suffix == ".parquet" else _NpzWriter
     with contextlib.suppress(_NothingAddedError), storage.whole(path) as partial:
         writer = kind(partial, axes)
-        try:
-            yield writer
-        except BaseException:
-            writer.discard()
-            raise
-        if not writer.num_files:
+        yield writer
+        if not writer.files:
             raise _NothingAddedError
         writer.finish(json.dumps(settings))
 
@@ -108,21 +97,15 @@ class _NpzWriter:
     def __init__(self, partial: Path, axes: tuple[str, ...]):
         self._partial = partial
         self._axes = axes
-        self._files: list[str] = []
+        self.files: list[str] = []
         self._embeddings: list[np.ndarray] = []
 
-    @property
-    def num_files(self) -> int:
-        return len(self._files)
-
     def add(self, file: str, embedding: np.ndarray) -> None:
-        """Takes in the embedding of a file, float32 with the writer's axes."""
-        self._files.append(file)
+        self.files.append(file)
         self._embeddings.append(embedding)
 
     def finish(self, settings: str) -> None:
-        """Writes the file."""
-        arrays = {"files": np.array(self._files), "settings": np.array(settings)}
+        arrays = {"files": np.array(self.files), "settings": np.array(settings)}
         if "steps" in self._axes:
             arrays["steps"] = np.array([e.shape[-2] for e in self._embeddings], np.int64)
             arrays["embeddings"] = np.concatenate(self._embeddings, axis=-2)
@@ -131,59 +114,48 @@ class _NpzWriter:
         with open(self._partial, "wb") as file:
             np.savez(file, **arrays)
 
-    def discard(self) -> None:
-        """Leaves the file unfinished."""
-
 
 class _ParquetWriter:
     """Writes a row group per 64 MiB of embeddings."""
 
     def __init__(self, partial: Path, axes: tuple[str, ...]):
-        self.num_files = 0
         self._partial = partial
         self._axes = axes
         self._writer = None
-        self._rows: list[tuple[str, np.ndarray]] = []
+        self.files: list[str] = []
+        self._embeddings: list[np.ndarray] = []  # of the last files, not yet written
         self._num_bytes = 0
 
     def add(self, file: str, embedding: np.ndarray) -> None:
-        """Takes in the embedding of a file, float32 with the writer's axes."""
-        self.num_files += 1
-        self._rows.append((file, embedding))
+        self.files.append(file)
+        self._embeddings.append(embedding)
         self._num_bytes += embedding.nbytes
         if self._num_bytes >= _ROW_GROUP_BYTES:
             self._write_group()
 
     def finish(self, settings: str) -> None:
-        """Writes the file to its end."""
-        if self._rows:
+        if self._embeddings:
             self._write_group()
         self._writer.add_key_value_metadata({"settings": settings})
         self._writer.close()
-
-    def discard(self) -> None:
-        """Leaves the file unfinished."""
-        if self._writer is not None:
-            self._writer.close()
 
     def _write_group(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        files, embeddings = zip(*self._rows, strict=True)
-        table = pa.table(
-            {"file": pa.array(files, pa.string()), "embedding": self._lists(embeddings)}
-        )
+        files = self.files[-len(self._embeddings) :]
+        table = pa.table({"file": pa.array(files, pa.string()), "embedding": self._lists()})
         if self._writer is None:
             # Embeddings hardly repeat, so a dictionary would be tried and given up in each group.
             self._writer = pq.ParquetWriter(self._partial, table.schema, use_dictionary=False)
         self._writer.write_table(table)
-        self._rows, self._num_bytes = [], 0
+        self._embeddings, self._num_bytes = [], 0
 
-    def _lists(self, embeddings: tuple[np.ndarray, ...]):
+    def _lists(self):
         """Returns a list array of the embeddings, of fixed length along all axes but "steps"."""
         import pyarrow as pa
 
+        embeddings = self._embeddings
         lists = pa.array(np.concatenate([embedding.ravel() for embedding in embeddings]))
         for axis in range(len(self._axes) - 1, -1, -1):
             if self._axes[axis] == "steps":

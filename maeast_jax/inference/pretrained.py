@@ -103,11 +103,7 @@ def read(path: str | os.PathLike) -> Pretrained:
     path = os.path.expanduser(os.fspath(path))
     if path.endswith(fairseq.SUFFIXES):
         storage.check_local(path)
-    if Path(path).is_file():
-        return _from_file(path)
-    if Path(path).suffix in fairseq.SUFFIXES and not Path(path).exists():
-        raise checkpoint.CheckpointError(f"{path} is not there; check the path")
-    return _from_run(path)
+    return _from_file(path) if Path(path).is_file() else _from_run(path)
 
 
 def write_workdir(workdir: str | os.PathLike, source: Pretrained) -> None:
@@ -131,16 +127,13 @@ def authors_file(source: Pretrained, max_token_length: int | None = None) -> Aut
       max_token_length: rows of the position tables. None: as in the authors' file that `source`
         comes from, else `fairseq.MAX_TOKEN_LENGTH`.
     """
-    extras = source.read_extras()
-    rows = max_token_length
-    if rows is None and source.cfg:
-        table = extras.get("enc_sine_pos_embed.pe")
-        rows = source.cfg["model"].get("max_token_length", table is not None and table.shape[1])
+    if max_token_length is None and source.cfg:
+        max_token_length = source.cfg["model"].get("max_token_length")
     built = fairseq.build(
         source.config,
         *source.read_weights(),
         num_frames=source.num_frames,
-        max_token_length=rows or fairseq.MAX_TOKEN_LENGTH,
+        max_token_length=max_token_length or fairseq.MAX_TOKEN_LENGTH,
     )
     if source.cfg is None:
         return built
@@ -150,7 +143,7 @@ def authors_file(source: Pretrained, max_token_length: int | None = None) -> Aut
             model[name] = built.cfg["model"][name]
     kept = {
         name: tensor.astype(np.float32)
-        for name, tensor in extras.items()
+        for name, tensor in source.read_extras().items()
         if name in built.tensors and tensor.shape == built.tensors[name].shape
     }
     return AuthorsFile(source.cfg | {"model": model}, built.tensors | kept)
@@ -193,7 +186,7 @@ def _from_file(path: str) -> Pretrained:
         config = fairseq.model_config(file)
         weights = fairseq.weights(file, config)
         num_frames = fairseq.num_frames(file) or _NUM_FRAMES
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a text where a number belongs
         raise fairseq.AuthorsFileError(f"{path}: {error}") from None
     return Pretrained(
         path=path,

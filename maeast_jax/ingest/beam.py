@@ -31,17 +31,17 @@ def write(
     listing: Listing,
     cut: examples.Cut,
     check_skipped: Callable[[report.Tally], None],
-    options,
     description: str,
     overwrite: bool,
+    options,
 ) -> report.Tally:
     """Builds the data set `data_dir/name` and returns the tally of its files.
 
     Args:
       check_skipped: raises DataError where the tally has too many unreadable files. It is called
         before the data set appears.
-      options: the result of `parse_options`.
       description, overwrite: as in `writer.write`.
+      options: the result of `parse_options`.
 
     Raises:
       DataError: as `writer.write`; or the pipeline failed.
@@ -60,11 +60,8 @@ def write(
             tally.merge(pickle.loads(file.read_bytes()))
         check_skipped(tally)
         for split in listing.by_split:
-            if tally.files[split] and not tally.clips[split]:
-                raise DataError(
-                    f"split {split!r} has no examples: leave it out, or put clips into it"
-                    " (--valid_percent=0 makes no split `valid`)"
-                )
+            if tally.files[split]:  # none are counted where the pipeline failed before
+                report.check_split(tally, split)
         if failure:
             raise DataError(f"Beam's pipeline failed: {failure}")
         report.write_skipped(folder / name / writer.VERSION / "skipped.tsv", tally, listing)
@@ -133,8 +130,8 @@ def _examples(pipeline, split: str, files: list[AudioFile], folder: epath.Path, 
     )
     # The clips wait for the counts: TFDS fails the pipeline for a split without clips, and the
     # counts say why it has none.
-    waited = beam.pvalue.AsSingleton(counted)
-    return decoded.clips | f"{split}: wait for the counts" >> beam.Map(_first, waited)
+    wait = beam.Map(lambda clip, _: clip, beam.pvalue.AsSingleton(counted))
+    return decoded.clips | f"{split}: wait for the counts" >> wait
 
 
 def _read_files(path: str) -> list[AudioFile]:
@@ -152,10 +149,6 @@ def _keep(tally: report.Tally, path: str) -> None:
     storage.write_whole(path, pickle.dumps(tally))
 
 
-def _first(clip, _):
-    return clip
-
-
 # --- options and runners ---------------------------------------------------------------------
 
 
@@ -170,8 +163,8 @@ def parse_options(text: str):
     told = io.StringIO()
     try:
         words = shlex.split(text) if len(text.split()) > 1 else text.split(",")
-        words = [word.strip(" ,") for word in words if word.strip(" ,") not in ("", "direct")]
-        words = [word if word.startswith("-") else f"--{word}" for word in words]
+        words = [word.strip(" ,-") for word in words]
+        words = [f"--{word}" for word in words if word not in ("", "direct")]
         with _quiet(), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             return _checked_options(words)
     except ImportError as error:
@@ -187,29 +180,19 @@ def parse_options(text: str):
 
 def _checked_options(words: list[str]):
     import apache_beam as beam
-    from apache_beam.options.pipeline_options import (
-        DirectOptions,
-        PipelineOptions,
-        StandardOptions,
-    )
+    from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 
+    words = [f"--runner={_DIRECT}", *words]  # later words win
     options = PipelineOptions(words)
-    standard = options.view_as(StandardOptions)
-    standard.runner = standard.runner or _DIRECT
     if _is_direct(options):
+        # 0 workers are one per core.
+        defaults = ["--direct_running_mode=multi_processing", "--direct_num_workers=0"]
+        options = PipelineOptions([*defaults, *words])
         known = options.get_all_options()
         unknown = options.get_all_options(retain_unknown_options=True).keys() - known.keys()
         if unknown:  # other runners have options that Beam does not know on this machine
             raise ValueError(f"{sorted(unknown)[0]!r} is no option of Beam or its {_DIRECT}")
-        standard.runner = _DIRECT
         direct = options.view_as(DirectOptions)
-        given = {word.partition("=")[0] for word in words}
-        if "--direct_running_mode" not in given:
-            direct.direct_running_mode = "multi_processing"
-        if "--direct_num_workers" not in given and direct.direct_running_mode != "in_memory":
-            direct.direct_num_workers = 0
-        if direct.direct_num_workers < 0:
-            raise ValueError(f"direct_num_workers={direct.direct_num_workers}, expected 0 or more")
         direct.direct_num_workers = direct.direct_num_workers or num_cores()
     beam.Pipeline(options=options)  # raises an error for options that exclude each other
     return options
@@ -226,11 +209,10 @@ def describe(options) -> str:
     """Returns the name of the Beam runner and its worker count, for the progress line."""
     from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
 
-    runner = f"Beam's {options.view_as(StandardOptions).runner.rpartition('.')[2]}"
     if not _is_direct(options):
-        return runner
+        return f"Beam's {options.view_as(StandardOptions).runner.rpartition('.')[2]}"
     direct = options.view_as(DirectOptions)
-    return f"{runner} ({direct.direct_running_mode}, {direct.direct_num_workers} workers)"
+    return f"Beam's {_DIRECT} ({direct.direct_running_mode}, {direct.direct_num_workers} workers)"
 
 
 def _direct_runner(options):

@@ -5,21 +5,22 @@ own order. A clip that the data set's own lists name and the folder lacks is in 
 `missing`.
 """
 
+import contextlib
 import csv
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from maeast_jax.ingest.sources import (
     AudioFile,
     Listing,
     ManifestError,
-    audio_paths,
+    audio_below,
     check_unique,
     printable,
-    read_lines,
 )
+from maeast_jax.runtime import storage
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
@@ -35,14 +36,11 @@ EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "s
 _NOISE = "_background_noise_"
 _VALID_NOISE = "running_tap.wav"
 
-_AUDIOSET_CLASSES = "class_labels_indices.csv"
 _AUDIOSET_SEGMENTS = {
     "train": "balanced_train_segments.csv",
     "unbalanced": "unbalanced_train_segments.csv",
     "test": "eval_segments.csv",
 }
-_AUDIOSET_OPTIONAL = ("unbalanced",)
-_AUDIOSET_COLUMNS = ("index", "mid", "display_name")
 # YouTube's ids have eleven characters. Copies name a clip ID, Y before the ID (as PANNs does), or
 # ID_START or ID_START_END, in seconds or milliseconds.
 _AUDIOSET_STEM = re.compile(r"Y?(?P<id>[\w-]{11})(_\d+(\.\d+)?([_-]\d+(\.\d+)?)?)?", re.ASCII)
@@ -55,10 +53,9 @@ def list_layout(layout: str, audio_dir: str | Path, test_dir: str | Path | None 
       test_dir: the folder of the separate test archive, which speech_commands_v1 alone has.
 
     Raises:
-      ManifestError: no such layout or folder, a list that is missing or broken, no clip at all.
+      ManifestError: no such folder, a list that is broken, no clip at all.
+      OSError: a list is missing.
     """
-    if layout not in LAYOUTS:
-        raise ManifestError(f"--layout={layout} is unknown; known: {', '.join(LAYOUTS)}")
     root = _folder("audio_dir", audio_dir)
     if layout == "speech_commands_v1":
         if not test_dir:
@@ -67,8 +64,6 @@ def list_layout(layout: str, audio_dir: str | Path, test_dir: str | Path | None 
                 " (speech_commands_test_set_v0.01.tar.gz, unpacked)"
             )
         listing = list_speech_commands_v1(root, _folder("test_dir", test_dir))
-    elif test_dir:
-        raise ManifestError("--test_dir goes with --layout=speech_commands_v1 alone: drop it")
     else:
         listing = LAYOUTS[layout](root)
     if not listing.files:
@@ -92,25 +87,25 @@ def list_audioset(root: Path) -> Listing:
 
     Splits: `train` is the balanced list (AudioSet-20K: 22,160 clips), `unbalanced` the other
     2,041,789 (AudioSet-2M is `train+unbalanced`), `test` the evaluation list (20,371).
-
-    Raises:
-      ManifestError: a csv file is missing or has another form, or a clip is listed twice.
     """
-    names = _audioset_class_names(root / _AUDIOSET_CLASSES)
-    paths = _audioset_clip_paths(root)
-    files, missing, seen = [], [], set()
+    with _reading(root / "class_labels_indices.csv") as file:
+        names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
+    paths = {}
+    for path in audio_below(root):
+        if match := _AUDIOSET_STEM.fullmatch(path.stem):
+            paths.setdefault(match["id"], str(path))
+    files, missing = [], []
     for split, name in _AUDIOSET_SEGMENTS.items():
-        if split in _AUDIOSET_OPTIONAL and not (root / name).exists():
+        if split == "unbalanced" and not (root / name).exists():
             continue
-        for clip, label in _audioset_segments(root / name, names):
-            if clip in seen:
-                raise ManifestError(f"{root / name} lists {clip} again: drop one of the lines")
-            seen.add(clip)
-            if clip in paths:
-                path = paths[clip]
-                files.append(AudioFile(str(root / path), printable(path), label, split))
-            else:
-                missing.append((clip, split))
+        with _reading(root / name) as file:
+            lines = (line for line in file if not line.startswith("#"))
+            for clip, _, _, mids in csv.reader(lines, skipinitialspace=True):
+                if clip in paths:
+                    label = tuple(names[mid] for mid in mids.split(","))
+                    files.append(_clip(root, paths[clip], label, split))
+                else:
+                    missing.append((clip, split))
     return Listing(files, tuple(names.values()), missing)
 
 
@@ -119,22 +114,12 @@ def list_esc50(root: Path) -> Listing:
 
     `root` holds `meta/esc50.csv` and `audio/`. Splits `fold1` to `fold5`.
     """
-    path = root / "meta" / "esc50.csv"
-    lines = read_lines(path, f"{path}, which --layout=esc50 needs")
-    columns = ("filename", "fold", "target", "category")
-    header = next(csv.reader([lines[0][1]]))
-    if not set(columns) <= set(header):
-        raise ManifestError(f"{path} lacks a column of {', '.join(columns)}: download it again")
-    names, wanted = {}, []
-    for number, line in lines[1:]:
-        row = dict(zip(header, next(csv.reader([line])), strict=False))
-        filename, fold, target, category = (row.get(column, "") for column in columns)
-        if not target.isdigit() or names.setdefault(int(target), category) != category:
-            raise ManifestError(
-                f"{path}, line {number}: target {target!r} of category {category!r} is no number,"
-                " or another category's: download it again"
-            )
-        wanted.append((f"audio/{filename}", category, f"fold{fold}"))
+    with _reading(root / "meta" / "esc50.csv") as file:
+        rows = list(csv.DictReader(file))
+        names = {int(row["target"]): row["category"] for row in rows}
+        wanted = [
+            (f"audio/{row['filename']}", row["category"], f"fold{row['fold']}") for row in rows
+        ]
     return _found(root, wanted, tuple(names[target] for target in sorted(names)))
 
 
@@ -172,17 +157,12 @@ def list_speech_commands_v1(root: Path, test_root: Path) -> Listing:
     wanted = [(path, label(path), "train") for path in _without(spoken, valid + test)]
     wanted += [(path, label(path), "valid") for path in valid]
     listing = _found(root, wanted, (*KEYWORDS, UNKNOWN, SILENCE))
-    noise = _wavs(root, _NOISE)
-    for path in noise:
+    for path in _wavs(root, _NOISE):
         split = "valid" if path == f"{_NOISE}/{_VALID_NOISE}" else "train"
-        listing.files.append(AudioFile(str(root / path), printable(path), SILENCE, split, 1.0))
-    if f"{_NOISE}/{_VALID_NOISE}" not in noise:
-        listing.missing.append((f"{_NOISE}/{_VALID_NOISE}", "valid"))
+        listing.files.append(AudioFile(str(root / path), path, SILENCE, split, piece_seconds=1.0))
     for name in listing.label_names:
-        listing.files.extend(
-            AudioFile(str(test_root / path), printable(f"test/{path}"), name, "test")
-            for path in _wavs(test_root, name)
-        )
+        for path in _wavs(test_root, name):
+            listing.files.append(AudioFile(str(test_root / path), f"test/{path}", name, "test"))
     return listing
 
 
@@ -210,22 +190,15 @@ def list_voxceleb1(root: Path) -> Listing:
     each with some of the speakers. The list names the splits: `train` (138,361 clips), `valid`
     (6,904) and `test` (8,251).
     """
-    path = root / "iden_split.txt"
-    lines = read_lines(path, f"{path}, which --layout=voxceleb1 needs")
-    bases = [base for base in (root / "wav", *sorted(root.glob("*/wav"))) if base.is_dir()]
-    if not bases:
-        raise ManifestError(f"no folder wav, dev/wav or test/wav in {root}: check --audio_dir")
+    bases = [root / "wav", *sorted(root.glob("*/wav"))]
     wanted = []
-    for number, line in lines:
-        match = re.fullmatch(r"([123])\s+(([^/\s]+)/\S+)", line.strip())
-        if not match:
-            raise ManifestError(
-                f"{path}, line {number}: {line.strip()[:80]!r}, expected 1, 2 or 3 and a path:"
-                " download it again"
-            )
-        clip, split = match[2], ("train", "valid", "test")[int(match[1]) - 1]
-        base = next((base for base in bases if (base / clip).is_file()), bases[0])
-        wanted.append(((base / clip).relative_to(root).as_posix(), match[3], split))
+    with _reading(root / "iden_split.txt") as file:
+        for line in file:
+            number, clip = line.split()
+            base = next((base for base in bases if (base / clip).is_file()), bases[0])
+            split = {"1": "train", "2": "valid", "3": "test"}[number]
+            speaker = clip.split("/")[0]
+            wanted.append(((base / clip).relative_to(root).as_posix(), speaker, split))
     return _found(root, wanted, tuple(sorted({speaker for _, speaker, _ in wanted})))
 
 
@@ -237,25 +210,18 @@ def list_iemocap(root: Path) -> Listing:
     `dialog/EmoEvaluation/*.txt` and `sentences/wav/DIALOG/SENTENCE.wav`. Splits: `session1` to
     `session5`.
     """
+    sessions = [f"Session{number}" for number in range(1, 6)]
+    _need_folders(root, [f"{session}/dialog/EmoEvaluation" for session in sessions], "--audio_dir")
     wanted = []
-    for session in (f"Session{number}" for number in range(1, 6)):
-        folder = root / session / "dialog" / "EmoEvaluation"
-        dialogs = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
-        if not dialogs:
-            raise ManifestError(f"no *.txt in {folder}: --layout=iemocap needs all five sessions")
-        for dialog in dialogs:
-            for number, line in read_lines(dialog, str(dialog), "latin-1"):
-                if not line.startswith("["):
-                    continue
-                cells = line.split("\t")
-                if len(cells) < 3:
-                    raise ManifestError(
-                        f"{dialog}, line {number}: {line.strip()[:80]!r}, expected [time], sentence"
-                        " and emotion with tabs between: unpack it again"
-                    )
-                if emotion := EMOTIONS.get(cells[2].strip()):
-                    clip = f"{session}/sentences/wav/{dialog.stem}/{cells[1].strip()}.wav"
-                    wanted.append((clip, emotion, session.lower()))
+    for session in sessions:
+        for dialog in sorted((root / session / "dialog" / "EmoEvaluation").glob("[!.]*.txt")):
+            with _reading(dialog, "latin-1") as file:
+                for line in file:
+                    if line.startswith("["):
+                        _, sentence, emotion, *_ = (cell.strip() for cell in line.split("\t"))
+                        if label := EMOTIONS.get(emotion):
+                            clip = f"{session}/sentences/wav/{dialog.stem}/{sentence}.wav"
+                            wanted.append((clip, label, session.lower()))
     return _found(root, wanted, tuple(dict.fromkeys(EMOTIONS.values())))
 
 
@@ -273,16 +239,33 @@ LAYOUTS: dict[str, Callable[..., Listing]] = {
 
 
 def _folder(flag: str, path: str | Path) -> Path:
-    folder = Path(os.path.expanduser(path))
+    storage.check_local(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ManifestError(f"--{flag}={path} is not a directory: check the path")
     return folder
 
 
-def _need_folders(root: Path, names: tuple[str, ...], flag: str) -> None:
+def _need_folders(root: Path, names: Sequence[str], flag: str) -> None:
     lacking = [name for name in names if not (root / name).is_dir()]
     if lacking:
         raise ManifestError(f"no folder {', '.join(lacking)} in {root}: check {flag}")
+
+
+@contextlib.contextmanager
+def _reading(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
+    """Opens a list of the data set; errors of parsing it become one ManifestError."""
+    with open(path, encoding=encoding, newline="") as file:
+        try:
+            yield file
+        except (LookupError, ValueError) as error:
+            raise ManifestError(
+                f"{path} is not as the data set's authors publish it ({error!r}): download it again"
+            ) from error
+
+
+def _clip(root: Path, path: str, label: str | tuple[str, ...], split: str) -> AudioFile:
+    return AudioFile(str(root / path), printable(path), label, split)
 
 
 def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...]) -> Listing:
@@ -290,7 +273,7 @@ def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...
     files, missing = [], []
     for path, label, split in wanted:
         if (root / path).is_file():
-            files.append(AudioFile(str(root / path), printable(path), label, split))
+            files.append(_clip(root, path, label, split))
         else:
             missing.append((path, split))
     return Listing(files, names, missing)
@@ -302,68 +285,9 @@ def _wavs(root: Path, folder: str) -> list[str]:
 
 
 def _word_list(root: Path, name: str) -> list[str]:
-    lines = read_lines(root / name, f"{root / name}, which --layout=speech_commands_* needs")
-    return [line.strip() for _, line in lines]
+    with _reading(root / name) as file:
+        return file.read().split()
 
 
 def _without(paths: list[str], listed: list[str]) -> list[str]:
     return sorted(set(paths) - set(listed))
-
-
-# --- the lists of AudioSet -----------------------------------------------------------------
-
-
-def _audioset_clip_paths(root: Path) -> dict[str, str]:
-    """Returns {YouTube id: path below `root`} of the files that are named like clips."""
-    found = {}
-    for path in sorted(path.relative_to(root).as_posix() for path in audio_paths(root)):
-        if match := _AUDIOSET_STEM.fullmatch(Path(path).stem):
-            found.setdefault(match["id"], path)
-    return found
-
-
-def _audioset_class_names(path: Path) -> dict[str, str]:
-    """Returns {machine id: name} of the classes, in the order of their numbers."""
-    rows = list(_audioset_rows(path))
-    if not rows or tuple(rows[0][1]) != _AUDIOSET_COLUMNS:
-        raise ManifestError(
-            f"{path} does not start with {','.join(_AUDIOSET_COLUMNS)}: download it again"
-        )
-    names = {}
-    for line, row in rows[1:]:
-        if (
-            len(row) != len(_AUDIOSET_COLUMNS)
-            or row[0] != str(len(names))
-            or row[2] in names.values()
-        ):
-            raise ManifestError(
-                f"{path}, line {line}: {','.join(row)!r} is not the class after the"
-                f" {len(names)} before it, with a name of its own: download the file again"
-            )
-        names[row[1]] = row[2]
-    return names
-
-
-def _audioset_segments(path: Path, names: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields (YouTube id, names of its classes) for each line."""
-    for line, row in _audioset_rows(path):
-        machine_ids = row[3].split(",") if len(row) == 4 else []
-        if not machine_ids or not set(machine_ids) <= names.keys():
-            raise ManifestError(
-                f"{path}, line {line}: {', '.join(row)[:80]!r}, expected a YouTube id, start, end"
-                f' and "ids" of classes that {_AUDIOSET_CLASSES} names: download both again'
-            )
-        yield row[0], tuple(names[machine_id] for machine_id in machine_ids)
-
-
-def _audioset_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line, cells) of a csv file without its comments; one file has two million lines."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip() and not line.startswith("#"):
-                    yield number, next(csv.reader([line.strip()], skipinitialspace=True))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(
-            f"cannot read {path}, which --layout=audioset needs in --audio_dir: {error}"
-        ) from None

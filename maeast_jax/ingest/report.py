@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,13 @@ from etils import epath
 from maeast_jax.data import SAMPLE_RATE_HZ, DataError, Example
 from maeast_jax.ingest.sources import AudioFile, Listing
 
-_HELD_OUT = {"valid": "@valid", "test": "@test"}
-_TRAIN_VALID_TEST = ("train", "valid", "test")
-# Layout -> its file in configs/, the splits that this file names, and the fields that name them.
-_FINETUNE = {
-    "audioset": (
-        "finetune_audioset20k.py",
-        ("train", "test"),
-        {"valid": "@test[:5%]", "test": "@test"},
-    ),
-    "esc50": ("finetune_esc50.py", tuple(f"fold{number}" for number in range(1, 6)), {}),
-    "speech_commands_v1": ("finetune_ks1.py", _TRAIN_VALID_TEST, _HELD_OUT),
-    "speech_commands_v2": ("finetune_ks2.py", _TRAIN_VALID_TEST, _HELD_OUT),
-    "voxceleb1": ("finetune_voxceleb1.py", _TRAIN_VALID_TEST, _HELD_OUT),
-    "iemocap": ("finetune_iemocap.py", tuple(f"session{number}" for number in range(1, 6)), {}),
+_FINETUNE_CONFIGS = {
+    "audioset": "finetune_audioset20k.py",
+    "esc50": "finetune_esc50.py",
+    "speech_commands_v1": "finetune_ks1.py",
+    "speech_commands_v2": "finetune_ks2.py",
+    "voxceleb1": "finetune_voxceleb1.py",
+    "iemocap": "finetune_iemocap.py",
 }
 
 
@@ -93,24 +86,24 @@ def check_skipped(
     )
 
 
+def check_split(tally: Tally, split: str) -> None:
+    """Raises DataError where none of the files of a split gave a clip."""
+    if not tally.clips[split]:
+        raise DataError(
+            f"split {split!r} has no examples: leave it out, or put clips into it"
+            " (--valid_percent=0 makes no split `valid`)"
+        )
+
+
 def summary(tally: Tally, listing: Listing, directory: Path | epath.Path) -> str:
     """Returns the table of splits, and the counts of what the set in `directory` lacks."""
-    listed = collections.Counter(file.split for file in listing.files)
     missing = collections.Counter(split for _, split in listing.missing)
-    splits = sorted({*listed, *missing})
     rows = [("split", "files", "clips", "hours", "missing")]
-    for split in splits:
-        if tally.clips[split]:
-            hours = f"{_hours(tally.samples[split]):.3f}"
-            rows.append((split, listed[split], tally.clips[split], hours, missing[split]))
+    for split in sorted({*tally.files, *missing}):
+        hours = f"{_hours(tally.samples[split]):.3f}"
+        rows.append((split, tally.files[split], tally.clips[split], hours, missing[split]))
     columns = len(rows[0]) if missing else len(rows[0]) - 1
     lines = ["".join(f"{cell!s:>12}" for cell in row[:columns]) for row in rows]
-    for split in splits:
-        if not tally.clips[split]:
-            also = f", and {missing[split]} are missing" if missing[split] else ""
-            lines.append(
-                f"split {split} is left out: none of its {listed[split]} files gave a clip{also}"
-            )
     skipped = directory / "skipped.tsv"
     if missing:
         num_clips = missing.total() + len(listing.files)
@@ -137,63 +130,41 @@ def next_steps(
     name: str, data_dir: Path, splits: list[str], listing: Listing, layout: str | None
 ) -> str:
     """Returns the next commands for the data set `name`, which has examples in `splits`."""
-    finetune = finetune_command(name, data_dir, splits, layout)
     if layout:  # folds and speakers are nothing to pretrain on
         lines = [f"its splits: {', '.join(splits)}"]
-        if finetune:
-            lines += ["next, to fine-tune a checkpoint CKPT on it:", f"  {finetune}"]
+        if name == layout:  # the configuration opens the data set by this name
+            command = _finetune(_FINETUNE_CONFIGS[layout], name, data_dir, {})
+            lines += ["next, to fine-tune a checkpoint CKPT on it:", f"  {command}"]
         return "\n".join(lines)
-    lines = ["next:", f"  {pretrain_command(name, data_dir, splits)}"]
+    # `NAME` alone is its split train or, for evaluation, valid.
+    train = "train" if "train" in splits else splits[0]
+    terms = {"train": name if train == "train" else f"{name}@{train}"}
+    for split, term in (("valid", name), ("test", f"{name}@test")):
+        if split in splits and split != train:
+            terms[split] = term
+    evaluation = terms.get("valid", terms.get("test"))
+    pretrain = {"train": terms["train"]} | ({"eval": evaluation} if evaluation else {})
+    lines = [
+        "next:",
+        f"  python -m maeast_jax.train --config=configs/pretrain_small.py --workdir=runs/{name}"
+        f" {_data_flags(data_dir, pretrain)}",
+    ]
     if len(listing.label_names or ()) > 1 or listing.is_multi_label:
-        lines += ["or, to fine-tune a checkpoint CKPT on its labels:", f"  {finetune}"]
+        command = _finetune("finetune_folder.py", name, data_dir, terms)
+        lines += ["or, to fine-tune a checkpoint CKPT on its labels:", f"  {command}"]
     return "\n".join(lines)
 
 
-def pretrain_command(name: str, data_dir: Path, splits: list[str]) -> str:
-    """Returns the command that pretrains on the data set `name` with these splits."""
+def _finetune(config: str, name: str, data_dir: Path, terms: Mapping[str, str]) -> str:
     return (
-        f"python -m maeast_jax.train --config=configs/pretrain_small.py --workdir=runs/{name}"
-        f" --config.data.dir={shlex.quote(str(data_dir))} {sources_of(name, splits)}"
+        f"python -m maeast_jax.finetune --config=configs/{config} --workdir=runs/{name}_labels"
+        f" --config.init_from=CKPT {_data_flags(data_dir, terms)}"
     )
 
 
-def finetune_command(
-    name: str, data_dir: Path, splits: list[str], layout: str | None = None
-) -> str | None:
-    """Returns the command that fine-tunes on a labelled data set.
-
-    None for a layout that lacks a split which its configuration names: the result would not be
-    the published benchmark's.
-    """
-    if layout:
-        config, needed, fields = _FINETUNE[layout]
-        if not set(needed) <= set(splits):
-            return None
-        terms = {field: f"{name}{split}" for field, split in fields.items()}
-        terms = {} if name == layout else {"train": name, **terms}
-    else:
-        config = "finetune_folder.py"
-        train = "train" if "train" in splits else splits[0]
-        terms = {"train": name if train == "train" else f"{name}@{train}"}
-        for field, term in (("valid", name), ("test", f"{name}@test")):
-            if field in splits and field != train:
-                terms[field] = term
-    words = [
-        f"python -m maeast_jax.finetune --config=configs/{config} --workdir=runs/{name}_labels",
-        f"--config.init_from=CKPT --config.data.dir={shlex.quote(str(data_dir))}",
-        *(shlex.quote(f"--config.data.{field}={term}") for field, term in terms.items()),
-    ]
-    return " ".join(words)
-
-
-def sources_of(name: str, splits: list[str]) -> str:
-    """Returns the training flags that name the data set's own splits."""
-    train = "train" if "train" in splits else splits[0]
-    flag = f"--config.data.train={name if train == 'train' else f'{name}@{train}'}"
-    for split, term in (("valid", name), ("test", f"{name}@test")):
-        if split in splits and split != train:
-            return f"{flag} --config.data.eval={term}"
-    return flag
+def _data_flags(data_dir: Path, terms: Mapping[str, str]) -> str:
+    values = {"dir": str(data_dir), **terms}
+    return " ".join(f"--config.data.{key}={shlex.quote(value)}" for key, value in values.items())
 
 
 def _hours(samples: int) -> float:

@@ -1,16 +1,16 @@
 """Which files go into a data set: a folder tree or a manifest, with ids, labels and splits."""
 
 import dataclasses
+import glob
 import hashlib
-import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from etils import epath
 
 from maeast_jax.data import AUDIO_SUFFIXES
-from maeast_jax.runtime import storage
+from maeast_jax.runtime import storage, terminal
 
 
 class ManifestError(ValueError):
@@ -86,14 +86,11 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
     with storage.reaching(root):
         if not root.is_dir():
             raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
-        if storage.is_remote(root):
-            found = sorted(_audio_objects(root))
-        else:
-            found = sorted(path.relative_to(root) for path in audio_paths(root))
+        found = audio_below(root)
     if not found:
         raise ManifestError(
-            f"no audio file below {audio_dir} (looked for {' '.join(sorted(AUDIO_SUFFIXES))}):"
-            " check the path, or list the files in a --manifest"
+            f"no audio file below {audio_dir}: check the path"
+            f" (looked for {' '.join(sorted(AUDIO_SUFFIXES))})"
         )
     bare = [path for path in found if not path.parent.name]
     if label_from_folder and bare:
@@ -104,7 +101,7 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
     return [
         AudioFile(
             str(root / path),
-            printable(path.as_posix()),
+            printable(str(path)),
             printable(path.parent.name) if label_from_folder else None,
         )
         for path in found
@@ -119,51 +116,26 @@ def list_named(paths: Sequence[str | os.PathLike]) -> list[str]:
     if not paths:
         raise ValueError("no FILE: name audio files, or folders of them")
     found: dict[str, str] = {}
-    for path in paths:
-        path = os.path.expanduser(os.fspath(path))
+    for path in map(os.path.expanduser, paths):
         if not os.path.exists(path):
             raise ValueError(f"{path} is not there; check the path")
-        listed = [path]
-        if os.path.isdir(path):
-            try:
-                listed = [file.path for file in list_folder(path)]
-            except ManifestError:
-                raise ValueError(
-                    f"no audio file below {path}: check the path, or name the files themselves"
-                ) from None
-        for file in listed:
+        is_folder = os.path.isdir(path)
+        for file in [file.path for file in list_folder(path)] if is_folder else [path]:
             found.setdefault(os.path.abspath(file), file)
     return list(found.values())
 
 
-def audio_paths(root: Path) -> Iterator[Path]:
-    """Yields every audio file below `root`, in no order, without hidden files and folders."""
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link leads back up the tree
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if not name.startswith(".") and _is_audio(name):
-                yield Path(folder, name)
+def audio_below(root: Path | epath.Path) -> list[PurePosixPath]:
+    """Returns the audio files below a folder, sorted, as paths below it, without hidden ones."""
+    if storage.is_remote(root):
+        import fsspec
 
-
-def _audio_objects(root: epath.Path) -> Iterator[PurePosixPath]:
-    """Yields the paths below `root`, a folder on gs://, that `audio_paths` would yield."""
-    import fsspec
-
-    filesystem, folder = fsspec.core.url_to_fs(str(root))
-    for name in filesystem.find(folder):
-        path = PurePosixPath(name).relative_to(folder)
-        if _is_audio(name) and not any(part.startswith(".") for part in path.parts):
-            yield path
-
-
-def _is_audio(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
+        filesystem, folder = fsspec.core.url_to_fs(str(root))
+        found = [PurePosixPath(name).relative_to(folder) for name in filesystem.find(folder)]
+        found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    else:
+        found = map(PurePosixPath, glob.iglob("**/*", root_dir=root, recursive=True))
+    return sorted(path for path in found if path.suffix.lower() in AUDIO_SUFFIXES)
 
 
 def read_manifest(
@@ -185,8 +157,8 @@ def read_manifest(
       ManifestError: unreadable, neither format, no rows, an empty cell, a path listed twice.
     """
     manifest = storage.path(manifest)
-    lines = read_lines(manifest, f"--manifest={manifest}")
-    header = lines[0][1].split("\t")
+    lines = _read_lines(manifest)
+    header = _cells(lines[0][1])
     if "path" in header:
         base, rows = manifest.parent, lines[1:]
     elif len(header) == 1 and len(lines) > 1 and _is_fairseq_row(lines[1][1]):
@@ -204,71 +176,52 @@ def read_manifest(
             raise ManifestError(
                 f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
             )
-    if {"label", "labels"} <= set(header):
-        raise ManifestError(f"{manifest} has a column `label` and a column `labels`: drop one")
-    files = [_row_file(manifest, number, line, header, base) for number, line in rows]
-    if "labels" in header and not any(file.label for file in files):
-        raise ManifestError(f"{manifest}: no class in its column `labels`; fill it in, or drop it")
+    files = []
+    for number, line in rows:
+        row = dict(zip(header, _cells(line), strict=False))
+        for column in ("path", "label", "split"):
+            if column in header and not row.get(column):
+                raise ManifestError(
+                    f"{manifest}, line {number}: no {column}; fill it in, or drop the line or"
+                    " column"
+                )
+        label = row.get("label")
+        if "labels" in header:
+            names = [name.strip() for name in row.get("labels", "").split(";")]
+            label = tuple(filter(None, names))
+        path = _join(base, row["path"])
+        name = path.relative_to(base) if path.is_relative_to(base) else path
+        files.append(AudioFile(str(path), printable(str(name)), label, row.get("split")))
     check_unique(manifest, files)
     return files
 
 
-def read_lines(
-    path: Path | epath.Path, name: str, encoding: str = "utf-8-sig"
-) -> list[tuple[int, str]]:
-    """Returns (number from 1, text) of the lines that are not blank.
-
-    Raises ManifestError, which calls the file `name`, where it is unreadable or empty.
-    """
+def _read_lines(manifest: epath.Path) -> list[tuple[int, str]]:
+    """Returns (number from 1, text) of the lines that are not blank."""
     try:
-        with storage.reaching(path):
-            data = path.read_bytes()
-        text = io.TextIOWrapper(io.BytesIO(data), encoding).read()
+        with storage.reaching(manifest):
+            text = manifest.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ManifestError(f"cannot read {name}: {reason}") from None
+        raise ManifestError(
+            f"cannot read --manifest={manifest}: {terminal.one_line(error)}"
+        ) from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise ManifestError(f"{path} is empty: list the audio files in it")
+        raise ManifestError(f"{manifest} is empty: list the audio files in it")
     return lines
 
 
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("\t")]
+
+
 def _is_fairseq_row(line: str) -> bool:
-    cells = line.split("\t")
-    return len(cells) == 2 and cells[1].strip().isdigit()
-
-
-def _row_file(
-    manifest: epath.Path, number: int, line: str, header: list[str], base: epath.Path
-) -> AudioFile:
-    row = dict(zip(header, (cell.strip() for cell in line.split("\t")), strict=False))
-    for column in ("path", "label", "split"):
-        if column in header and not row.get(column):
-            raise ManifestError(
-                f"{manifest}, line {number}: no {column}; fill it in, or drop the line or column"
-            )
-    label = row.get("label")
-    if "labels" in header:
-        label = _split_labels(row.get("labels"), f"{manifest}, line {number}")
-    path = _join(base, row["path"])
-    name = path.relative_to(base) if path.is_relative_to(base) else path
-    return AudioFile(str(path), printable(str(name)), label, row.get("split"))
+    cells = _cells(line)
+    return len(cells) == 2 and cells[1].isdigit()
 
 
 def _join(base: epath.Path, name: str) -> epath.Path:
     return storage.path(name) if storage.is_remote(name) else base / name
-
-
-def _split_labels(cell: str | None, place: str) -> tuple[str, ...]:
-    """Returns the names in a cell of the column `labels`; a ManifestError names `place`."""
-    if cell is None:
-        raise ManifestError(
-            f"{place}: no column `labels`; end the line with a tab where the clip has no class"
-        )
-    names = tuple(name.strip() for name in cell.split(";")) if cell else ()
-    if "" in names:
-        raise ManifestError(f"{place}: an empty name in labels {cell!r}; put one `;` between two")
-    return names
 
 
 def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
@@ -298,7 +251,7 @@ def assign_splits(files: list[AudioFile], valid_percent: float) -> list[AudioFil
 
 
 def _hash_percent(text: str) -> float:
-    """Returns a hash of the text, uniform in [0, 100) and the same on every machine."""
+    """Returns a hash of the text in [0, 100), the same on every machine."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 * 100
 

@@ -17,9 +17,11 @@
 The authors' encoder_mask_emb and layer_norm take no part in any result and have no counterpart.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 Tree = dict[str, Any]
@@ -137,14 +139,8 @@ def _transformer(tensors: Mapping[str, np.ndarray], name: str, heads: int) -> Tr
     prefix = f"{name}.layers."
     indices = {int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix)}
     layers = [_layer(tensors, f"{prefix}{index}", heads) for index in sorted(indices)]
-    return {"layers": _stack(layers), "norm": _norm(tensors, f"{name}.layer_norm")}
-
-
-def _stack(trees: list[Tree]) -> Tree:
-    first = trees[0]
-    if not isinstance(first, dict):
-        return np.stack(trees)
-    return {key: _stack([tree[key] for tree in trees]) for key in first}
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    return {"layers": stacked, "norm": _norm(tensors, f"{name}.layer_norm")}
 
 
 def _linear_tensors(name: str, linear: Tree) -> Tensors:
@@ -171,14 +167,11 @@ def _transformer_tensors(name: str, transformer: Tree) -> Tensors:
     tensors = {}
     layers = transformer["layers"]
     for index in range(layers["attention_norm"]["scale"].shape[0]):
-        layer, prefix = _at(layers, index), f"{name}.layers.{index}"
+        layer = jax.tree.map(operator.itemgetter(index), layers)
+        prefix = f"{name}.layers.{index}"
         tensors |= _attention_tensors(f"{prefix}.self_attn", layer["attention"])
         tensors |= _norm_tensors(f"{prefix}.self_attn_layer_norm", layer["attention_norm"])
         tensors |= _linear_tensors(f"{prefix}.fc1", layer["mlp"]["up"])
         tensors |= _linear_tensors(f"{prefix}.fc2", layer["mlp"]["down"])
         tensors |= _norm_tensors(f"{prefix}.final_layer_norm", layer["mlp_norm"])
     return tensors | _norm_tensors(f"{name}.layer_norm", transformer["norm"])
-
-
-def _at(tree: Tree, index: int) -> Tree:
-    return {k: _at(v, index) if isinstance(v, dict) else v[index] for k, v in tree.items()}

@@ -36,12 +36,11 @@ class TorchFileError(ValueError):
 
 
 def read(path: str | os.PathLike, keys: Collection[str]) -> dict[str, Any]:
-    """Returns the values of `keys` in the dict that `torch.save` was given, in this order.
+    """Returns the values of `keys` in the dict that `torch.save` was given.
 
-    Tensors and parameters are read-only numpy arrays, bfloat16 as that of ml_dtypes; tied weights
-    share memory. An OrderedDict, an argparse.Namespace and an omegaconf configuration are plain
-    dicts and lists; omegaconf's interpolations and missing values are strings as they were written.
-    Other keys of the dict may hold anything, and their tensors are not read.
+    Tensors and parameters become read-only numpy arrays, bfloat16 that of ml_dtypes; tied weights
+    share memory. An OrderedDict, an argparse.Namespace and an omegaconf configuration become plain
+    dicts and lists. Other keys of the dict may hold anything, and their tensors are not read.
 
     Raises:
       TorchFileError: the file is of another kind or damaged, lacks a key, or holds an object of
@@ -53,14 +52,13 @@ def read(path: str | os.PathLike, keys: Collection[str]) -> dict[str, Any]:
             with zipfile.ZipFile(file) as archive:
                 return _Archive(archive, os.fstat(file.fileno()).st_size).read(keys)
         except MemoryError:
-            raise  # It says something about the machine, not about the file.
+            raise  # the machine is at fault, not the file
         except TorchFileError as error:
             raise TorchFileError(f"{path}: {error}") from None
         except Exception as error:  # Damaged files raise errors of any type.
-            reason = ascii(f"{type(error).__name__}: {error}")[1:-1]
             raise TorchFileError(
                 f"{path}: torch.save of torch 1.6 or later did not write it, or it is damaged "
-                f"({reason:.200}); copy it again, or load it with torch and save it again"
+                f"({error!r:.200}); copy it again, or load it with torch and save it again"
             ) from error
 
 
@@ -76,11 +74,10 @@ class _Named:
         self.items[key] = value
 
     def __setstate__(self, state):
-        if isinstance(state, dict):
-            self.fields = state
+        self.fields = state
 
     def append(self, item):
-        """Ignores the item: no subclass of list is read."""
+        """Accepts the items of a list's subclass, which is not read."""
 
 
 class _Storage(NamedTuple):
@@ -103,7 +100,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Archive:
-    """Makes plain values of what an open archive of `file_bytes` holds."""
+    """An open archive in a file of `file_bytes`."""
 
     def __init__(self, archive: zipfile.ZipFile, file_bytes: int):
         self._archive = archive
@@ -118,7 +115,6 @@ class _Archive:
         self._folder = pickles[0].removesuffix("data.pkl")
 
     def read(self, keys: Collection[str]) -> dict[str, Any]:
-        """Returns the plain values of `keys`."""
         saved = _Unpickler(io.BytesIO(self._member("data.pkl"))).load()
         if type(saved).__name__ == "collections.OrderedDict":
             saved = saved.items
@@ -130,7 +126,6 @@ class _Archive:
         return {key: self._plain(saved[key]) for key in keys}
 
     def _member(self, name: str) -> bytes:
-        """Reads a member of the archive and checks it against its checksum."""
         info = self._archive.getinfo(self._folder + name)
         # Members that are compressed or overlap could be far larger than the file.
         self._bytes_left -= info.file_size
@@ -175,7 +170,6 @@ class _Archive:
         )
 
     def _tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
-        """Returns the view of a storage that a tensor is."""
         if storage.kind not in _DTYPES:
             raise TorchFileError(f"it holds a tensor of {storage.kind!r:.100}, which is not read")
         if storage not in self._storages:

@@ -1,7 +1,6 @@
 """The network, from log-mel energies to predictions."""
 
 from maeast_jax.model.classifier import (
-    LAST,
     Classifier,
     HeadConfig,
     abstract_classifier,
@@ -18,28 +17,22 @@ from maeast_jax.model.mae_ast import (
     split_model,
     stream_key,
 )
-from maeast_jax.model.ops import EPSILON, LayerNorm, add_bias, gelu, hashed_bits, product
+from maeast_jax.model.ops import product
 from maeast_jax.model.tokens import unpatchify
 from maeast_jax.model.transformer import put_tokens, split_key, take_tokens
 
 __all__ = [
     "COMPUTE_DTYPES",
-    "EPSILON",
-    "LAST",
     "Classifier",
     "HeadConfig",
-    "LayerNorm",
     "MaeAst",
     "ModelConfig",
     "SpectrogramEncoder",
     "abstract_classifier",
     "abstract_model",
-    "add_bias",
     "backbone_config",
     "build",
     "classifier_graph",
-    "gelu",
-    "hashed_bits",
     "model_graph",
     "parse_layer",
     "product",

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maeast_jax import fbank
-from maeast_jax.model import tokens as patches
+from maeast_jax.model import tokens
 from maeast_jax.model.config import ModelConfig, parse_layer
-from maeast_jax.model.mae_ast import MaeAst, split_model
+from maeast_jax.model.mae_ast import MaeAst
 from maeast_jax.model.ops import Compute, LayerNorm
 from maeast_jax.model.transformer import torch_linear
 from maeast_jax.runtime import processor
@@ -31,16 +30,15 @@ class HeadConfig:
 
     Attributes:
       kind: "ssast", a layer norm and a linear layer; "superb", two linear layers.
-      layer: which hidden states the head pools. "last" is the encoder's output, in a pre-norm model
-        after the last norm. A number, 0 to layers - 1 or from -1 backwards, is the output of an
-        encoder without the layers above. "weighted" is a learnt sum over the states after every
-        layer, with softmax weights that start equal, and without normalising the states (SUPERB).
+      layer: the hidden states that the head pools. "last" is the encoder's output, in a pre-norm
+        model after the last norm. A number, as `parse_layer` takes it, is the output of an encoder
+        without the layers above. "weighted" is a learnt sum over the states after every layer, with
+        softmax weights that start equal, and without normalising the states (SUPERB).
       pool: "time", the mean over time with the R bands side by side, lowest first; "mean", over all
         tokens, as in both recipes, which keeps less if tokens are patches.
       projection: width of the first layer of a superb head.
 
-    Raises ValueError, in one line, for an unknown kind or pool and a width below 1;
-    `backbone_config` checks the layer.
+    Raises ValueError for an unknown kind or pool; `backbone_config` checks the layer.
     """
 
     kind: str
@@ -53,8 +51,6 @@ class HeadConfig:
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"head.{field}={value!r} is unknown; known: {', '.join(known)}")
-        if self.projection < 1:
-            raise ValueError(f"head.projection={self.projection} must be at least 1")
 
 
 def backbone_config(config: ModelConfig, head: HeadConfig) -> ModelConfig:
@@ -74,12 +70,9 @@ class Head(nnx.Module):
 
     def __init__(self, config: HeadConfig, backbone: ModelConfig, num_classes: int, rngs: nnx.Rngs):
         self.config = config
-        self.bands = patches.grid_shape(1, fbank.NUM_MEL_BANDS, backbone.patch_shape)[1]
-        self.layer_weights = (
-            nnx.Param(jnp.zeros((backbone.encoder_layers,), jnp.float32))
-            if config.layer == WEIGHTED
-            else None
-        )
+        self.bands = backbone.band_tokens
+        is_weighted = config.layer == WEIGHTED
+        self.layer_weights = nnx.Param(jnp.zeros(backbone.encoder_layers)) if is_weighted else None
         width = backbone.width * (self.bands if config.pool == "time" else 1)
         if config.kind == "ssast":
             self.norm = LayerNorm(width, rngs)
@@ -93,8 +86,8 @@ class Head(nnx.Module):
 
         padding_BxN: bool, True where a token is padding.
         """
-        # SUPERB weighs the layers, projects every step and then takes the mean. All three are
-        # linear, so the mean can come first, which leaves less work to the other two.
+        # SUPERB takes the mean last. All its steps are linear, so that the mean can come first,
+        # which leaves them less work.
         pooled_LxBxW = self._pool(states_LxBxNxD, padding_BxN)
         if self.layer_weights is None:
             (pooled_BxW,) = pooled_LxBxW
@@ -107,16 +100,12 @@ class Head(nnx.Module):
 
     def _pool(self, states_LxBxNxD: jax.Array, padding_BxN: jax.Array) -> jax.Array:
         """Means over the real tokens of each clip, float32 [L, b, W]."""
-        layers, clips, tokens, width = states_LxBxNxD.shape
-        steps = tokens // self.bands
-        states = states_LxBxNxD.reshape(layers, clips, steps, self.bands * width)
+        layers, clips, _, width = states_LxBxNxD.shape
+        states = states_LxBxNxD.reshape(layers, clips, -1, self.bands * width)
         is_real_BxC = ~padding_BxN[:, :: self.bands]
         # A product with 0 and 1 would do the same, but a TPU would round its factors.
-        sums_LxBxW = jnp.sum(
-            jnp.where(is_real_BxC[None, :, :, None], states, jnp.zeros_like(states)),
-            axis=2,
-            dtype=jnp.float32,
-        )
+        states = jnp.where(is_real_BxC[None, :, :, None], states, jnp.zeros_like(states))
+        sums_LxBxW = jnp.sum(states, axis=2, dtype=jnp.float32)
         means_LxBxW = sums_LxBxW / jnp.sum(is_real_BxC, axis=1, dtype=jnp.float32)[None, :, None]
         if self.config.pool == "time":
             return means_LxBxW
@@ -132,16 +121,11 @@ class Classifier(nnx.Module):
         logits = classifier(normalized, lengths, key)        # after noise_and_roll
 
     The clips of a batch may have different lengths. The logits of a clip depend neither on the
-    other clips nor on padding: no token attends to padding, means are over real tokens, and the
-    statistics of the normalisation are fixed. As for embeddings, frames past a clip's last whole
-    patch are dropped, and a clip shorter than a patch is filled up to one with zeros (as log
-    energies).
+    other clips nor on padding. As for embeddings, frames past a clip's last whole patch are
+    dropped, and a clip shorter than a patch is filled up to one with zeros (as log energies).
 
-    The input statistics are the running ones of the pretrained encoder, or those of a data set.
-    Training never moves them. They are stored with the encoder, so that a checkpoint says how its
-    input is normalised.
-
-    Raises ValueError for fewer than one class and for errors of `backbone_config`.
+    The input statistics are the running ones of the pretrained encoder, or those of a data set
+    (`backbone.input_norm.set_statistics`). Training never moves them.
     """
 
     def __init__(
@@ -155,26 +139,20 @@ class Classifier(nnx.Module):
     ):
         """Draws initial values.
 
-        config: the model whose encoder this is, before `backbone_config`.
+        config: the model whose encoder this is, before `backbone_config`, which may raise.
         float32_factors: whether a CPU multiplies 16-bit factors as float32 (see `ops.product`).
         """
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} must be at least 1")
-        self.pretrained_layers = config.encoder_layers
         config = backbone_config(config, head)
         self.backbone = MaeAst(config, rngs, float32_factors=float32_factors)
         self.head = Head(head, config, num_classes, rngs)
 
     def normalize(self, fbank_BxTxF: jax.Array, lengths_frames_B: jax.Array) -> jax.Array:
-        """Log energies [b, T, F] to normalised ones.
+        """Log energies [b, T, F] to normalised ones; if T is less than one patch, to one patch.
 
-        Rows past a clip's length are set to 0 before. If T is less than the frames of one patch,
-        the result is filled up to one patch.
+        Rows past a clip's length are set to 0 before.
         """
-        num_frames = fbank_BxTxF.shape[1]
-        is_real_BxT = jnp.arange(num_frames)[None, :] < lengths_frames_B[:, None]
-        fbank_BxTxF = jnp.where(is_real_BxT[:, :, None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
-        missing = max(0, self.backbone.config.patch_shape[0] - num_frames)
+        fbank_BxTxF = tokens.zero_padding(fbank_BxTxF, lengths_frames_B)
+        missing = max(0, self.backbone.config.patch_shape[0] - fbank_BxTxF.shape[1])
         fbank_BxTxF = jnp.pad(fbank_BxTxF, ((0, 0), (0, missing), (0, 0)))
         return self.backbone.input_norm(fbank_BxTxF, training=False)
 
@@ -192,9 +170,9 @@ class Classifier(nnx.Module):
           key: draws the dropout and layer drop of the ModelConfig; None runs without.
         """
         patch_shape = self.backbone.config.patch_shape
-        patches_BxNxP = patches.patchify(normalized_BxTxF, patch_shape)
+        patches_BxNxP = tokens.patchify(normalized_BxTxF, patch_shape)
         whole_frames_B = jnp.maximum(lengths_frames_B // patch_shape[0], 1) * patch_shape[0]
-        padding_BxN = patches.token_padding(
+        padding_BxN = tokens.token_padding(
             whole_frames_B, patches_BxNxP.shape[1], patch_shape, self.head.bands
         )
         output_BxNxD, states_LxBxNxD = self.backbone.encode_patches(patches_BxNxP, padding_BxN, key)
@@ -202,61 +180,29 @@ class Classifier(nnx.Module):
             states_LxBxNxD = output_BxNxD[None]
         return self.head(states_LxBxNxD, padding_BxN)
 
-    def set_input_statistics(self, mean: float, deviation: float) -> None:
-        """Sets the statistics of the normalisation (`InputNorm.set_statistics`)."""
-        self.backbone.input_norm.set_statistics(mean, deviation)
-
     def load_backbone(self, params: Any, statistics: Any) -> None:
         """Replaces the encoder and its input statistics by pretrained ones; the head stays.
 
         params, statistics: nested dicts as `Pretrained.read_weights()` returns them, from a model
         of the ModelConfig that this classifier was built with. The decoder and the layers above
         `head.layer` are ignored.
-
-        Raises ValueError, in one line, for a model of another architecture.
         """
-        _, wanted, _ = split_model(self.backbone)
-        params = {name: params[name] for name in wanted}
-        layers = params["encoder"]["layers"]
-        found_layers = len(jax.tree.leaves(layers)[0])
-        if found_layers != self.pretrained_layers:
-            raise ValueError(
-                f"the pretrained encoder has {found_layers} layers, the configuration "
-                f"{self.pretrained_layers}; take the pretrained model's configuration"
-            )
         count = self.backbone.config.encoder_layers
-        layers = jax.tree.map(lambda leaf: leaf[:count], layers)
-        params["encoder"] = {**params["encoder"], "layers": layers}
-        for (path, old), new in zip(
-            jax.tree.leaves_with_path(wanted), jax.tree.leaves(params), strict=True
-        ):
-            if old.shape != new.shape:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise ValueError(
-                    f"the pretrained encoder's {name} is {list(new.shape)}, the configuration's "
-                    f"{list(old.shape)}; take the pretrained model's configuration"
-                )
+        layers = jax.tree.map(lambda leaf: leaf[:count], params["encoder"]["layers"])
+        encoder = {**params["encoder"], "layers": layers}
+        params = {"token_projection": params["token_projection"], "encoder": encoder}
         nnx.update(self.backbone, jax.tree.map(jnp.asarray, params))
         nnx.update(self.backbone, jax.tree.map(jnp.asarray, statistics))
 
 
-def abstract_classifier(
-    config: ModelConfig, head: HeadConfig, num_classes: int, *, float32_factors: bool = False
-) -> Classifier:
-    """A classifier whose arrays are only shapes and types."""
+def abstract_classifier(config: ModelConfig, head: HeadConfig, num_classes: int) -> Classifier:
+    """A classifier whose arrays are only shapes and types, with the products that suit this CPU."""
+    float32_factors = not processor.multiplies_bfloat16()
     return nnx.eval_shape(
         lambda: Classifier(config, head, num_classes, nnx.Rngs(0), float32_factors=float32_factors)
     )
 
 
-def classifier_graph(
-    config: ModelConfig, head: HeadConfig, num_classes: int, *, float32_factors: bool | None = None
-) -> nnx.GraphDef:
-    """The static half of a classifier; computes nothing.
-
-    float32_factors: as in `model_graph`.
-    """
-    if float32_factors is None:
-        float32_factors = not processor.multiplies_bfloat16()
-    classifier = abstract_classifier(config, head, num_classes, float32_factors=float32_factors)
-    return nnx.graphdef(classifier)
+def classifier_graph(config: ModelConfig, head: HeadConfig, num_classes: int) -> nnx.GraphDef:
+    """The static half of `abstract_classifier`; computes nothing."""
+    return nnx.graphdef(abstract_classifier(config, head, num_classes))

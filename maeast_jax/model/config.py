@@ -2,17 +2,22 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from maeast_jax import fbank
-from maeast_jax.model import masking
-from maeast_jax.model import tokens as patches
-from maeast_jax.model.transformer import REMAT_POLICIES
+from maeast_jax.model import masking, tokens
 
-COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ARCHITECTURES = ("mae_ast", "ssast")
-
+COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Which results of a layer the backward pass keeps; None keeps all that it needs.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 # Fields that decide which arrays a checkpoint holds and what they mean.
 _ENCODER_FIELDS = ("tokens", "encoder_layers", "width", "heads", "mlp_width", "pre_norm")
@@ -26,10 +31,8 @@ _RUN_FIELDS = ("input_dropout", "dropout", "attention_dropout", "layer_drop", "d
 class ModelConfig:
     """The architecture of a model, its masking and how it computes.
 
-    `maeast_jax.config.pretrain()` says what each field means and holds the defaults.
-
-    MAE-AST with `decoder_layers=0` is an encoder alone, without mask token and heads. SSAST has the
-    same fields and no decoder.
+    `maeast_jax.config.pretrain()` says what each field means and holds the defaults. MAE-AST with
+    `decoder_layers=0` is an encoder alone, without mask token and heads. SSAST has no decoder.
 
     Raises ValueError, in one line, for values that do not fit together.
     """
@@ -65,19 +68,10 @@ class ModelConfig:
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"model.{field}={value!r} is unknown; known: {', '.join(known)}")
-        try:
-            patches.patch_shape(self.tokens, fbank.NUM_MEL_BANDS)
-        except ValueError as error:
-            raise ValueError(f"model.{error}") from None
-        for field, least in (
-            ("encoder_layers", 1),
-            ("decoder_layers", 0),
-            ("width", 1),
-            ("heads", 1),
-            ("mlp_width", 1),
-        ):
-            if getattr(self, field) < least:
-                raise ValueError(f"model.{field}={getattr(self, field)} must be at least {least}")
+        tokens.patch_shape(self.tokens)
+        for field in ("encoder_layers", "width", "heads", "mlp_width"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
         for field in ("width", "decoder_width"):
             value = getattr(self, field)
             if value % self.heads or value % 2:
@@ -102,7 +96,12 @@ class ModelConfig:
     @property
     def patch_shape(self) -> tuple[int, int]:
         """(frames, bands) per token."""
-        return patches.patch_shape(self.tokens, fbank.NUM_MEL_BANDS)
+        return tokens.patch_shape(self.tokens)
+
+    @property
+    def band_tokens(self) -> int:
+        """The number of tokens along frequency."""
+        return fbank.NUM_MEL_BANDS // self.patch_shape[1]
 
     @property
     def projects_to_decoder(self) -> bool:
@@ -116,10 +115,7 @@ class ModelConfig:
 
     @property
     def architecture_fields(self) -> tuple[str, ...]:
-        """Names of the fields that this model's checkpoint decides for a run that starts from it.
-
-        A checkpoint of an encoder alone says nothing about the decoder.
-        """
+        """The fields that this model's checkpoint decides for a run that starts from it."""
         return _ENCODER_FIELDS if self.is_encoder_only else _ENCODER_FIELDS + _DECODER_FIELDS
 
     def with_run_fields_of(self, other: "ModelConfig") -> "ModelConfig":
@@ -141,12 +137,13 @@ class ModelConfig:
 
         Raises ValueError if the clip is not cut into whole tokens.
         """
-        if num_frames < self.patch_shape[0] or num_frames % self.patch_shape[0]:
+        frames, _ = self.patch_shape
+        if num_frames < frames or num_frames % frames:
             raise ValueError(
-                f"num_frames={num_frames} must be a multiple of {self.patch_shape[0]}, the frames "
-                f"of a {self.tokens} token"
+                f"num_frames={num_frames} must be a multiple of {frames}, the frames of a "
+                f"{self.tokens} token"
             )
-        return patches.grid_shape(num_frames, fbank.NUM_MEL_BANDS, self.patch_shape)
+        return num_frames // frames, self.band_tokens
 
 
 def parse_layer(
@@ -159,13 +156,9 @@ def parse_layer(
     """
     if layer in words:
         return layer
-    try:
-        number = int(str(layer))  # str: 1.5 is no layer
-    except ValueError:
-        number = num_layers  # no layer has this number
-    if not -num_layers <= number < num_layers:
+    if str(layer) not in map(str, range(-num_layers, num_layers)):
         known = ", ".join((*words, f"0 to {num_layers - 1}", f"-{num_layers} to -1"))
         raise ValueError(
             f"{field}={layer!r} is not one of the model's {num_layers}; known: {known}"
         )
-    return number % num_layers
+    return int(layer) % num_layers

@@ -1,5 +1,7 @@
 """Floating point operations counted on paper: two per multiply-add of each matrix product."""
 
+import math
+
 from maeast_jax.model import masking
 from maeast_jax.model.config import ModelConfig
 
@@ -9,11 +11,10 @@ def pretrain_forward(config: ModelConfig, num_frames: int) -> int:
 
     Elementwise work and the filter bank are not counted. A training step costs three times this.
     """
-    time_tokens, band_tokens = config.grid(num_frames)
-    num_tokens = time_tokens * band_tokens
+    num_tokens = math.prod(config.grid(num_frames))
     kept = masking.num_kept(num_tokens, config.mask_ratio)
     masked = num_tokens - kept
-    values = config.patch_shape[0] * config.patch_shape[1]
+    values = math.prod(config.patch_shape)
     width, decoder_width = config.width, config.decoder_width
 
     if config.architecture == "ssast":
@@ -40,10 +41,9 @@ def _product(rows: int, inner: int, columns: int) -> int:
 
 
 def _layers(count: int, tokens: int, queries: int, width: int, mlp_width: int) -> int:
-    """FLOPs of `count` layers, the last of which computes its output at `queries` tokens only."""
-    return (count - 1) * _layer(tokens, tokens, width, mlp_width) + _layer(
-        tokens, queries, width, mlp_width
-    )
+    """FLOPs of `count` layers; the last one computes its output at `queries` tokens only."""
+    whole = _layer(tokens, tokens, width, mlp_width)
+    return (count - 1) * whole + _layer(tokens, queries, width, mlp_width)
 
 
 def _layer(tokens: int, queries: int, width: int, mlp_width: int) -> int:

@@ -5,6 +5,7 @@ P values per token, D width of the encoder, E width of the heads' input, L layer
 """
 
 import functools
+import math
 import zlib
 from typing import Any, NamedTuple
 
@@ -63,10 +64,10 @@ class SpectrogramEncoder(nnx.Module):
         self.window_frames: int | None = None
         self.input_norm = tokens.InputNorm()
         self.token_projection = torch_linear(
-            self._values_per_token, config.width, self.compute, rngs
+            math.prod(config.patch_shape), config.width, self.compute, rngs
         )
-        self.encoder = self._transformer(
-            config.encoder_layers, config.width, config.layer_drop, rngs
+        self.encoder = Transformer(
+            config, config.encoder_layers, config.width, config.layer_drop, self.compute, rngs
         )
 
     def normalized_patches(self, fbank_BxTxF: jax.Array, training: bool) -> jax.Array:
@@ -79,13 +80,11 @@ class SpectrogramEncoder(nnx.Module):
         Each clip needs at least one frame. The rows past a clip's length change no result. Frames
         past the last whole patch of the batch are dropped.
         """
-        is_real_BxT = jnp.arange(fbank_BxTxF.shape[1])[None, :] < lengths_frames_B[:, None]
-        # The authors fill the last patch of a clip up with zeros.
-        fbank_BxTxF = jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
+        fbank_BxTxF = tokens.zero_padding(fbank_BxTxF, lengths_frames_B)
         patches_BxNxP = self.normalized_patches(fbank_BxTxF, training=False)
-        _, band_tokens = tokens.grid_shape(1, fbank_BxTxF.shape[2], self.config.patch_shape)
+        num_tokens, config = patches_BxNxP.shape[1], self.config
         padding_BxN = tokens.token_padding(
-            lengths_frames_B, patches_BxNxP.shape[1], self.config.patch_shape, band_tokens
+            lengths_frames_B, num_tokens, config.patch_shape, config.band_tokens
         )
         _, hidden_states = self.encode_patches(patches_BxNxP, padding_BxN)
         return Encoding(hidden_states.astype(jnp.float32), padding_BxN)
@@ -115,27 +114,23 @@ class SpectrogramEncoder(nnx.Module):
           lengths: each clip's samples [b]; None takes all clips as full. Samples past a clip's
             length change no result.
 
-        Raises:
-          ValueError: another shape, or a length under 400 samples (one frame) or past the waveform.
+        Raises ValueError for another shape, and for a length under 400 samples (one frame) or past
+        the waveform.
         """
         waveforms_BxS = jnp.asarray(waveforms)
         if waveforms_BxS.ndim != 2:
             raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
         num_clips, num_samples = waveforms_BxS.shape
         fbank.num_frames(num_samples)  # raises for fewer samples than one frame
-        lengths_B = np.full(num_clips, num_samples, np.int32) if lengths is None else lengths
-        if not isinstance(lengths_B, jax.core.Tracer):
-            lengths_B = np.asarray(lengths_B, np.int32)
-            if lengths_B.shape != (num_clips,):
+        lengths_B = np.asarray([num_samples] * num_clips if lengths is None else lengths, np.int32)
+        if lengths_B.shape != (num_clips,):
+            raise ValueError(f"lengths are {lengths_B.shape}, expected one per clip, {num_clips}")
+        for length in lengths_B:
+            if not fbank.FRAME_LENGTH <= length <= num_samples:
                 raise ValueError(
-                    f"lengths are {lengths_B.shape}, expected one per clip, {num_clips}"
+                    f"a length of {length} samples, expected {fbank.FRAME_LENGTH} (25 ms, one "
+                    f"frame) to {num_samples}, those of the waveforms; pad shorter clips"
                 )
-            for length in lengths_B:
-                if not fbank.FRAME_LENGTH <= length <= num_samples:
-                    raise ValueError(
-                        f"a length of {length} samples, expected {fbank.FRAME_LENGTH} (25 ms, one "
-                        f"frame) to {num_samples}, those of the waveforms; pad shorter clips"
-                    )
         graph, state = nnx.split(self)
         return _encode(graph, state, waveforms_BxS, jnp.asarray(lengths_B))
 
@@ -150,28 +145,13 @@ class SpectrogramEncoder(nnx.Module):
         )
 
     def _add_mask_token(self, width: int, rngs: nnx.Rngs) -> None:
-        # The vector that stands for a masked token, at first uniform in (0, 1) as the authors'.
+        # Uniform in (0, 1), as the authors'.
         self.mask_token = nnx.Param(jax.random.uniform(rngs.params(), (width,), jnp.float32))
 
     def _add_heads(self, width: int, rngs: nnx.Rngs) -> None:
-        self.reconstruction_head = torch_linear(width, self._values_per_token, self.compute, rngs)
-        self.classification_head = torch_linear(width, self._values_per_token, self.compute, rngs)
-
-    def _transformer(
-        self, layers: int, width: int, layer_drop: float, rngs: nnx.Rngs
-    ) -> Transformer:
-        config = self.config
-        return Transformer(
-            layers=layers, width=width, layer_drop=layer_drop, heads=config.heads,
-            mlp_width=config.mlp_width, dropout=config.dropout,
-            attention_dropout=config.attention_dropout, pre_norm=config.pre_norm,
-            compute=self.compute, unroll=config.unroll, remat=config.remat, rngs=rngs,
-        )  # fmt: skip
-
-    @property
-    def _values_per_token(self) -> int:
-        frames, bands = self.config.patch_shape
-        return frames * bands
+        values = math.prod(self.config.patch_shape)
+        self.reconstruction_head = torch_linear(width, values, self.compute, rngs)
+        self.classification_head = torch_linear(width, values, self.compute, rngs)
 
 
 class MaeAst(SpectrogramEncoder):
@@ -190,7 +170,9 @@ class MaeAst(SpectrogramEncoder):
             else None
         )
         self._add_mask_token(config.decoder_width, rngs)
-        self.decoder = self._transformer(config.decoder_layers, config.decoder_width, 0.0, rngs)
+        self.decoder = Transformer(
+            config, config.decoder_layers, config.decoder_width, 0.0, self.compute, rngs
+        )
         self._add_heads(config.decoder_width, rngs)
 
     def pretrain(
@@ -207,8 +189,7 @@ class MaeAst(SpectrogramEncoder):
           kept_BxK, masked_BxM: int32 indices of tokens, as `masking.mask_tokens` returns them.
           key: draws dropout and layer drop; None runs without (evaluation).
 
-        Raises:
-          ValueError: the model is an encoder alone.
+        Raises ValueError if the model is an encoder alone.
         """
         if self.config.is_encoder_only:
             raise ValueError("the model is an encoder alone (decoder_layers=0): no heads to train")
@@ -234,9 +215,9 @@ class MaeAst(SpectrogramEncoder):
 class Ssast(SpectrogramEncoder):
     """SSAST: every token passes every layer, and masked patches are replaced by the mask token.
 
-    The network of Gong, Lai, Chung, Glass 2022 ("SSAST: Self-Supervised Audio Spectrogram
-    Transformer", section 2) with the layers, positions, linear heads and losses of MAE-AST, so that
-    the two models differ only in which tokens pass which layers.
+    Gong, Lai, Chung, Glass 2022 ("SSAST: Self-Supervised Audio Spectrogram Transformer", section 2)
+    with the layers, positions, linear heads and losses of MAE-AST, so that the two models differ
+    only in which tokens pass which layers.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, float32_factors: bool = False):
@@ -263,28 +244,21 @@ class Ssast(SpectrogramEncoder):
         return self._predict(self.encoder.at_places(x_BxNxD, masked_BxM, encoder_key))
 
 
-_ARCHITECTURES = {"mae_ast": MaeAst, "ssast": Ssast}
-
-
 def build(config: ModelConfig, rngs: nnx.Rngs, *, float32_factors: bool = False) -> MaeAst | Ssast:
     """The model that `config` describes, with initial values."""
-    return _ARCHITECTURES[config.architecture](config, rngs, float32_factors=float32_factors)
+    model = Ssast if config.architecture == "ssast" else MaeAst
+    return model(config, rngs, float32_factors=float32_factors)
 
 
-def abstract_model(config: ModelConfig, *, float32_factors: bool = False) -> MaeAst | Ssast:
-    """A model whose arrays are only shapes and types."""
+def abstract_model(config: ModelConfig) -> MaeAst | Ssast:
+    """A model whose arrays are only shapes and types, with the products that suit this CPU."""
+    float32_factors = not processor.multiplies_bfloat16()
     return nnx.eval_shape(lambda: build(config, nnx.Rngs(0), float32_factors=float32_factors))
 
 
-def model_graph(config: ModelConfig, *, float32_factors: bool | None = None) -> nnx.GraphDef:
-    """The static half of a model; computes nothing.
-
-    float32_factors: whether a CPU multiplies 16-bit factors as float32 (see `ops.product`); None
-    takes what is faster on the CPU of this machine.
-    """
-    if float32_factors is None:
-        float32_factors = not processor.multiplies_bfloat16()
-    return nnx.graphdef(abstract_model(config, float32_factors=float32_factors))
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The static half of `abstract_model`; computes nothing."""
+    return nnx.graphdef(abstract_model(config))
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:

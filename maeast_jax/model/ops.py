@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -27,14 +26,6 @@ class Compute:
     float32_factors: bool
 
 
-def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """The precision that computes float32 in full: GPUs would round factors to 10 bits, TPUs to 8.
-
-    None, the device's own, for other types.
-    """
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
 def product(
     spec: str, x: jax.Array, y: jax.Array, dtype=None, *, float32_factors: bool = False
 ) -> jax.Array:
@@ -49,18 +40,18 @@ def product(
         CPU cannot multiply them (`processor.multiplies_bfloat16`) and the same to rounding. Other
         devices ignore it.
     """
-    dtype = jnp.dtype(dtype or x.dtype)
     if x.dtype == jnp.float32:
-        return jnp.einsum(spec, x, y, precision=matmul_precision(dtype))
-    return _of_16_bits(spec, dtype, float32_factors, x, y)
+        # By default GPUs would round the factors to 10 bits and TPUs to 8.
+        return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)
+    return _of_16_bits(spec, jnp.dtype(dtype or x.dtype), float32_factors, x, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _of_16_bits(spec: str, dtype, float32_factors: bool, x: jax.Array, y: jax.Array) -> jax.Array:
     """The product of 16-bit factors; the backward pass multiplies 16-bit gradients with them.
 
-    jax's own backward pass of a float32 result multiplies float32 gradients with 16-bit factors,
-    which is a float32 product: accelerators compute it at a fraction of the speed.
+    jax's own backward pass of a float32 result is a float32 product, which accelerators compute at
+    a fraction of the speed.
     """
     sums_in = dtype
     if _platform() == "cpu":
@@ -68,8 +59,7 @@ def _of_16_bits(spec: str, dtype, float32_factors: bool, x: jax.Array, y: jax.Ar
         sums_in = jnp.float32
         if float32_factors:
             x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    sums = jnp.einsum(spec, x, y, preferred_element_type=sums_in)
-    return sums.astype(dtype)
+    return jnp.einsum(spec, x, y, preferred_element_type=sums_in).astype(dtype)
 
 
 def _platform() -> str:
@@ -107,8 +97,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _add_bias_backward(bias, gradient):
-    missing = gradient.ndim - bias.ndim
-    shape = (1,) * missing + bias.shape
+    shape = (1,) * (gradient.ndim - bias.ndim) + bias.shape
     axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
     total = jnp.sum(gradient, axis=axes, dtype=jnp.float32)
     return gradient, total.reshape(bias.shape).astype(bias.dtype)
@@ -127,12 +116,9 @@ class Linear(nnx.Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., inputs] to [..., outputs] of the compute type, with up to three axes in front."""
         rows = "abc"[: x.ndim - 1]
-        x = product(
-            f"{rows}d,de->{rows}e",
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            float32_factors=self.float32_factors,
-        )
+        spec = f"{rows}d,de->{rows}e"
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        x = product(spec, x, kernel, float32_factors=self.float32_factors)
         return add_bias(x, self.bias[...])
 
 
@@ -169,11 +155,10 @@ class LayerNorm(nnx.LayerNorm):
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout of x [clips, ...]; `key=None` (evaluation) or a rate of 0 returns x itself.
 
-    The mask is a hash of key and place instead of a random stream. Threefry, jax's generator,
-    spends 20 rounds on each number: its masks would be an eighth of the base model's step on CPU
-    (docs/benchmarks.md). Dropout needs less than random numbers: the bit of one element must say
-    nothing about those of its neighbours, or of other keys. As with threefry, it depends on key and
-    place alone, so no mesh changes it.
+    The mask is a hash of key and place, so no mesh changes it. Masks of threefry, jax's generator,
+    would be an eighth of the base model's step on CPU (docs/benchmarks.md). Dropout needs less than
+    random numbers: the bit of one element must say nothing about those of its neighbours, or of
+    other keys.
     """
     if key is None or rate == 0.0:
         return x
@@ -190,12 +175,8 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Each clip has two words, both made from both words of the key. The first word moves the places
     within the clip before a first hash, the second moves the results before a second hash. Clips or
     keys whose places overlap after the first step have nothing in common after the second.
-
-    Raises ValueError for more than 2**32 places per clip.
     """
     clips, *within = shape
-    if math.prod(within) > 2**32:
-        raise ValueError(f"{shape} has more than 2**32 elements per clip, which would repeat")
     words = jax.random.key_data(key)
     first = _hash(words[0])
     second = _hash(first + words[1])

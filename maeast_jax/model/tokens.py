@@ -5,10 +5,14 @@ Tokens do not overlap. They are numbered time-major with frequency fastest.
 Names of shapes: B clips, T frames, F bands, N tokens, P values per token, D width.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from maeast_jax import fbank
 
 # (frames, mel bands) per token; both hold 256 values (paper, section 2.1).
 PATCH_SHAPES = {"patch": (16, 16), "frame": (2, 128)}
@@ -19,27 +23,20 @@ BATCH_NORM_EPSILON = 1e-5
 INPUT_SCALE = 0.5
 
 
-def patch_shape(tokens: str, num_bands: int) -> tuple[int, int]:
+def patch_shape(tokens: str) -> tuple[int, int]:
     """(frames, bands) per token for "patch", "frame" or "FRAMESxBANDS" such as "8x32".
 
-    Raises ValueError for another name, and for bands that do not divide `num_bands`.
+    Raises ValueError for another name, and for bands that do not divide the 128 mel bands.
     """
     if tokens in PATCH_SHAPES:
         return PATCH_SHAPES[tokens]
-    frames, separator, bands = tokens.partition("x")
-    if not (separator and frames.isdecimal() and bands.isdecimal() and int(frames) and int(bands)):
-        known = ", ".join(PATCH_SHAPES)
-        raise ValueError(f"tokens={tokens!r} is unknown; known: {known}, FRAMESxBANDS like 8x32")
-    if num_bands % int(bands):
+    found = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", tokens)
+    if not found or fbank.NUM_MEL_BANDS % int(found[2]):
         raise ValueError(
-            f"tokens={tokens!r}: its {bands} bands must divide the {num_bands} mel bands"
+            f"model.tokens={tokens!r} is unknown; known: {', '.join(PATCH_SHAPES)}, FRAMESxBANDS "
+            f"like 8x32, with bands that divide the {fbank.NUM_MEL_BANDS}"
         )
-    return int(frames), int(bands)
-
-
-def grid_shape(num_frames: int, num_bands: int, patch_shape: tuple[int, int]) -> tuple[int, int]:
-    """(tokens along time, tokens along frequency) of a spectrogram; a partial patch is dropped."""
-    return num_frames // patch_shape[0], num_bands // patch_shape[1]
+    return int(found[1]), int(found[2])
 
 
 def patchify(fbank_BxTxF: jax.Array, patch_shape: tuple[int, int]) -> jax.Array:
@@ -50,8 +47,8 @@ def patchify(fbank_BxTxF: jax.Array, patch_shape: tuple[int, int]) -> jax.Array:
     """
     num_clips, num_frames, num_bands = fbank_BxTxF.shape
     patch_frames, patch_bands = patch_shape
-    time_tokens, band_tokens = grid_shape(num_frames, num_bands, patch_shape)
-    whole = fbank_BxTxF[:, : time_tokens * patch_frames, : band_tokens * patch_bands]
+    time_tokens, band_tokens = num_frames // patch_frames, num_bands // patch_bands
+    whole = fbank_BxTxF[:, : time_tokens * patch_frames]
     blocks = whole.reshape(num_clips, time_tokens, patch_frames, band_tokens, patch_bands)
     return blocks.transpose(0, 1, 3, 2, 4).reshape(
         num_clips, time_tokens * band_tokens, patch_frames * patch_bands
@@ -66,6 +63,12 @@ def unpatchify(patches_BxNxP: jax.Array, patch_shape: tuple[int, int], num_bands
     time_tokens = num_tokens // band_tokens
     blocks = patches_BxNxP.reshape(num_clips, time_tokens, band_tokens, patch_frames, patch_bands)
     return blocks.transpose(0, 1, 3, 2, 4).reshape(num_clips, time_tokens * patch_frames, num_bands)
+
+
+def zero_padding(fbank_BxTxF: jax.Array, lengths_frames_B: jax.Array) -> jax.Array:
+    """Log energies [b, T, F] with zeros past each clip's length, as the authors fill patches up."""
+    is_real_BxT = jnp.arange(fbank_BxTxF.shape[1]) < lengths_frames_B[:, None]
+    return jnp.where(is_real_BxT[..., None], fbank_BxTxF, jnp.zeros_like(fbank_BxTxF))
 
 
 def token_padding(
@@ -86,10 +89,8 @@ def sinusoid(num_tokens: int, width: int) -> np.ndarray:
     table is theirs at position 1,000 too.
     """
     positions_Nx1 = np.arange(num_tokens, dtype=np.float32)[:, None]
-    rates_H = np.exp(
-        np.arange(0, width, 2, dtype=np.float32) * np.float32(-np.log(10_000.0) / width)
-    )
-    angles_NxH = positions_Nx1 * rates_H
+    even_H = np.arange(0, width, 2, dtype=np.float32)
+    angles_NxH = positions_Nx1 * np.exp(even_H * np.float32(-np.log(10_000.0) / width))
     return np.stack([np.sin(angles_NxH), np.cos(angles_NxH)], axis=-1).reshape(num_tokens, width)
 
 

@@ -5,7 +5,6 @@ Layers compute in `compute.dtype`; parameters, layer norms and the softmax are f
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +12,12 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax.model import ops
+from maeast_jax.model.config import REMAT_POLICIES, ModelConfig
 from maeast_jax.model.ops import Compute, LayerNorm, Linear, add_bias, dropout, gelu
 from maeast_jax.runtime import sharding
 
 # BERT's initial values; the authors use them in both transformers.
 normal_init = nnx.initializers.normal(0.02)
-
-# What `model.remat` names: which results of a layer the backward pass keeps.
-REMAT_POLICIES: dict[str, Any] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 # The indices of a mask are unique and in range, so XLA may skip both checks.
 _CHECKED_INDICES = {
@@ -37,10 +30,7 @@ _CHECKED_INDICES = {
 def torch_linear(inputs: int, outputs: int, compute: Compute, rngs: nnx.Rngs) -> Linear:
     """A linear layer whose kernel and bias start as torch's: uniform within 1/sqrt(inputs)."""
     bound = float(np.sqrt(1.0 / inputs))
-
-    def uniform(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+    uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
     return Linear(inputs, outputs, compute, kernel_init=uniform, bias_init=uniform, rngs=rngs)
 
 
@@ -55,17 +45,13 @@ class Attention(nnx.Module):
     def __init__(
         self, width: int, heads: int, dropout_rate: float, compute: Compute, rngs: nnx.Rngs
     ):
-        head_width = width // heads
         self.dropout_rate = dropout_rate
         self.compute = compute
-        self.qkv_kernel = nnx.Param(
-            normal_init(rngs.params(), (width, 3, heads, head_width), jnp.float32)
-        )
-        self.qkv_bias = nnx.Param(jnp.zeros((3, heads, head_width), jnp.float32))
-        self.out_kernel = nnx.Param(
-            normal_init(rngs.params(), (heads, head_width, width), jnp.float32)
-        )
-        self.out_bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        per_head = (heads, width // heads)
+        self.qkv_kernel = nnx.Param(normal_init(rngs.params(), (width, 3, *per_head)))
+        self.qkv_bias = nnx.Param(jnp.zeros((3, *per_head)))
+        self.out_kernel = nnx.Param(normal_init(rngs.params(), (*per_head, width)))
+        self.out_bias = nnx.Param(jnp.zeros(width))
 
     def __call__(
         self,
@@ -122,23 +108,12 @@ class Mlp(nnx.Module):
 class TransformerLayer(nnx.Module):
     """One layer, post-norm (the authors') or pre-norm."""
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        heads: int,
-        mlp_width: int,
-        dropout: float,
-        attention_dropout: float,
-        pre_norm: bool,
-        compute: Compute,
-        rngs: nnx.Rngs,
-    ):
-        self.dropout_rate = dropout
-        self.pre_norm = pre_norm
-        self.attention = Attention(width, heads, attention_dropout, compute, rngs)
+    def __init__(self, config: ModelConfig, width: int, compute: Compute, rngs: nnx.Rngs):
+        self.dropout_rate = config.dropout
+        self.pre_norm = config.pre_norm
+        self.attention = Attention(width, config.heads, config.attention_dropout, compute, rngs)
         self.attention_norm = LayerNorm(width, rngs)
-        self.mlp = Mlp(width, mlp_width, compute, rngs)
+        self.mlp = Mlp(width, config.mlp_width, compute, rngs)
         self.mlp_norm = LayerNorm(width, rngs)
 
     def __call__(
@@ -176,9 +151,8 @@ def take_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array | None) -> jax.Array:
     """
     if places_BxM is None:
         return x_BxNxD
-    return jax.vmap(lambda x_NxD, places_M: x_NxD.at[places_M].get(**_CHECKED_INDICES))(
-        x_BxNxD, places_BxM
-    )
+    take = jax.vmap(lambda x_NxD, places_M: x_NxD.at[places_M].get(**_CHECKED_INDICES))
+    return take(x_BxNxD, places_BxM)
 
 
 def put_tokens(x_BxNxD: jax.Array, places_BxM: jax.Array, rows_BxMxD: jax.Array) -> jax.Array:
@@ -195,44 +169,30 @@ class Transformer(nnx.Module):
     Post-norm normalises and drops out before the first layer. Pre-norm drops out there and
     normalises after the last layer. Both are fairseq's TransformerEncoder, which the authors use
     for encoder and decoder.
-
-    layer_drop: probability that training skips a layer, for the whole batch.
-    unroll: whether layers are compiled one by one, which takes longer to compile and runs faster.
-    remat: a key of REMAT_POLICIES.
     """
 
     def __init__(
         self,
-        *,
+        config: ModelConfig,
         layers: int,
         width: int,
-        dropout: float,
         layer_drop: float,
-        pre_norm: bool,
         compute: Compute,
-        unroll: bool,
-        remat: str,
         rngs: nnx.Rngs,
-        **layer_fields,
     ):
+        """Draws initial values.
+
+        config: all but layers, width and layer drop, which differ between encoder and decoder.
+        layer_drop: probability that training skips a layer, for the whole batch.
+        """
+        self.config = config
         self.num_layers = layers
-        self.dropout_rate = dropout
         self.layer_drop = layer_drop
-        self.pre_norm = pre_norm
-        self.unroll = unroll
-        self.remat = remat
 
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> TransformerLayer:
-            return TransformerLayer(
-                width=width,
-                dropout=dropout,
-                pre_norm=pre_norm,
-                compute=compute,
-                rngs=rngs,
-                **layer_fields,
-            )
+            return TransformerLayer(config, width, compute, rngs)
 
         self.layers = stack(rngs)
         self.norm = LayerNorm(width, rngs)
@@ -273,11 +233,11 @@ class Transformer(nnx.Module):
         return stem_key, None if key is None else jax.random.split(layers_key, self.num_layers)
 
     def _stem(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        x = x if self.pre_norm else self.norm(x)
-        return dropout(x, self.dropout_rate, key)
+        x = x if self.config.pre_norm else self.norm(x)
+        return dropout(x, self.config.dropout, key)
 
     def _head(self, x: jax.Array) -> jax.Array:
-        return self.norm(x) if self.pre_norm else x
+        return self.norm(x) if self.config.pre_norm else x
 
     def _scan(self, x, padding_BxN, keys_L, count: int):
         """The output of the first `count` layers and the hidden states after each of them."""
@@ -288,9 +248,10 @@ class Transformer(nnx.Module):
             y = self._layer(graph, layer_and_key, x, padding_BxN)
             return y, y
 
-        if REMAT_POLICIES[self.remat] is not None:
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll)
-        return jax.lax.scan(body, x, first, length=count, unroll=self.unroll or 1)
+        unroll = self.config.unroll
+        if policy := REMAT_POLICIES[self.config.remat]:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
+        return jax.lax.scan(body, x, first, length=count, unroll=unroll or 1)
 
     def _layer(self, graph, layer_and_key, x, padding_BxN, places_BxM=None) -> jax.Array:
         """The output of one layer, or its input if it is dropped, at `places_BxM` if given."""

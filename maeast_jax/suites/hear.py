@@ -5,7 +5,6 @@ it. Sounds and embeddings are torch tensors, and torch does nothing else here: t
 JAX, on the device of JAX.
 """
 
-import functools
 import os
 
 import numpy as np
@@ -28,8 +27,7 @@ def load_model(
     Args:
       model_file_path: a run's workdir, one checkpoint in it, or a file in the authors' layout.
       layer: the encoder's layer that embeddings come from, from 0 or from -1 backwards.
-      scene_pool: "time", the mean over time alone with the bands side by side, or "mean", over
-        the bands too.
+      scene_pool: the pool of scene embeddings, as `Embedder` takes it: "time", "mean" or "moments".
       dtype: the type of the computation, float32 or bfloat16.
 
     Raises:
@@ -37,17 +35,18 @@ def load_model(
         not fit the model.
       OSError: the checkpoint cannot be read.
     """
+    import torch
+
     if not os.fspath(model_file_path):
         raise ValueError("no checkpoint is built in; name one: load_model(PATH), --model=PATH")
-    if scene_pool not in ("time", "mean"):
-        raise ValueError(f"scene_pool={scene_pool!r} is unknown; known: time, mean")
-    if isinstance(layer, str):
-        raise ValueError(f"layer={layer!r} must be a number: HEAR embeddings are of one layer")
-    model = load(model_file_path, dtype)
-    return _model_class()(
-        scene=Embedder(model, pool=scene_pool, layer=layer),
-        timestamp=Embedder(model, pool="none", layer=layer),
-    )
+    encoder = load(model_file_path, dtype)
+    model = torch.nn.Module()  # HEAR asks for a module of torch or TensorFlow
+    model.sample_rate = fbank.SAMPLE_RATE_HZ
+    model.scene = Embedder(encoder, pool=scene_pool, layer=layer)
+    model.timestamp = Embedder(encoder, pool="none", layer=layer)
+    model.scene_embedding_size = model.scene.embedding_size
+    model.timestamp_embedding_size = model.timestamp.embedding_size
+    return model
 
 
 def get_timestamp_embeddings(audio, model):
@@ -87,7 +86,7 @@ def get_scene_embeddings(audio, model):
 def _embed(audio, embed: Embedder):
     import torch
 
-    if audio.ndim != 2 or not len(audio) or not audio.is_floating_point():
+    if audio.ndim != 2 or not audio.is_floating_point():
         raise ValueError(
             f"audio is {audio.dtype} {list(audio.shape)}; expected float [n_sounds, n_samples]"
         )
@@ -95,22 +94,3 @@ def _embed(audio, embed: Embedder):
     missing = max(0, fbank.FRAME_LENGTH - sounds.shape[1])
     sounds = np.pad(sounds, ((0, 0), (0, missing)))
     return torch.from_numpy(np.stack(list(embed(sounds)))).to(audio.device)
-
-
-@functools.cache
-def _model_class():
-    import torch
-
-    class Model(torch.nn.Module):
-        """Two embedders over one JAX model; HEAR asks for a module of torch or TensorFlow."""
-
-        sample_rate = fbank.SAMPLE_RATE_HZ
-
-        def __init__(self, scene: Embedder, timestamp: Embedder):
-            super().__init__()
-            self.scene = scene
-            self.timestamp = timestamp
-            self.scene_embedding_size = scene.embedding_size
-            self.timestamp_embedding_size = timestamp.embedding_size
-
-    return Model

@@ -1,6 +1,7 @@
 """A pretraining run: its configuration, data and mesh, and the programs compiled for them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,8 @@ from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
-from maeast_jax.data import Batch, DataConfig, pipeline, prepare_tensorflow
-from maeast_jax.evaluation import KnnEval, open_knn, plots
+from maeast_jax.data import Batch, DataConfig, pipeline
+from maeast_jax.evaluation import open_knn, plots
 from maeast_jax.inference import Pretrained, pretrained
 from maeast_jax.model import ModelConfig, masking
 from maeast_jax.runtime import distributed, sharding
@@ -107,16 +108,18 @@ class Pretraining:
                 "data.fbank=host computes energies in the input pipeline, which the caller's "
                 "batches bypass; set data.fbank=device"
             )
-        masking.num_kept(math.prod(config.model.grid(config.num_frames)), config.model.mask_ratio)
         self._learning_rate = warmup_and_decay(config.optimizer, config.total_steps)
         self._optimizer = adamw(config.optimizer, self._learning_rate)
-        self.mesh = sharding.make_mesh(**config.mesh)
-        sharding.check_batch(self.mesh, config.batch_size, config.accumulation_steps)
+        self.knn = None
+        if config.eval.knn:
+            rate = config.data.sample_rate_hz or None
+            self.knn = open_knn(config.eval.knn, config.data.folder, rate, config.eval.knn_clips)
         self.has_eval = bool(config.data.eval) or (batches is None and config.data.has_eval)
         self.train_clips = pipeline.open_train(config.data) if batches is None else None
         self.eval_clips = pipeline.open_eval(config.data) if self.has_eval else None
-        self.knn = _open_knn(config) if config.eval.knn else None
-
+        masking.num_kept(math.prod(config.model.grid(config.num_frames)), config.model.mask_ratio)
+        self.mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch(self.mesh, config.batch_size, config.accumulation_steps)
         shapes = jax.eval_shape(self._initial_state)
         self._shardings = sharding.by_rules(self.mesh, shapes)
         self.abstract_state: TrainState = jax.tree.map(
@@ -126,7 +129,6 @@ class Pretraining:
         )
         # The rows of the global batch that this process feeds.
         self._rows = sharding.process_rows(self.mesh, config.batch_size)
-        self._prepare_evaluation()
 
     def compile_step(self) -> jax.stages.Compiled:
         """Compiles `(state, batch) -> (state, metrics)`, so that no step pays for it."""
@@ -185,7 +187,7 @@ class Pretraining:
                 return None
             placed = self._place(batch) | self._put({"mask": batch["mask"]})
             with distributed.others_alive():
-                if index == 0 and self._num_pictures:
+                if index == 0 and self._reconstruct:
                     shown = jax.device_get(self._reconstruct(state, placed))
                     if distributed.is_first():
                         pictures[RECONSTRUCTIONS] = plots.reconstructions(*shown)
@@ -210,19 +212,36 @@ class Pretraining:
     def _initial_state(self) -> TrainState:
         return steps.init_state(self.config.model, self._optimizer, self.config.seed)
 
-    def _prepare_evaluation(self) -> None:
-        config, whole = self.config, sharding.replicated(self.mesh)
-        common = {"seed": config.seed, "num_frames": config.num_frames}
-        self._eval_step = self._jit(
-            steps.make_eval_step(config.model, config.loss, **common), whole
+    @functools.cached_property
+    def _eval_step(self) -> Callable:
+        return self._jit(
+            steps.make_eval_step(
+                self.config.model,
+                self.config.loss,
+                seed=self.config.seed,
+                num_frames=self.config.num_frames,
+            ),
+            sharding.replicated(self.mesh),
         )
-        self._num_pictures = 0
-        if self.has_eval:
-            held_out = pipeline.eval_count(self.eval_clips, config.eval.max_clips)
-            self._num_pictures = min(config.eval.pictures, held_out, config.batch_size)
-        draw = steps.make_reconstruct(config.model, count=self._num_pictures, **common)
-        self._reconstruct = self._jit(draw, whole)
-        self._gather = jax.jit(lambda weights: weights, out_shardings=whole)
+
+    @functools.cached_property
+    def _reconstruct(self) -> Callable | None:
+        """None where no pictures are asked for."""
+        held_out = pipeline.eval_count(self.eval_clips, self.config.eval.max_clips)
+        count = min(self.config.eval.pictures, held_out, self.config.batch_size)
+        if not count:
+            return None
+        draw = steps.make_reconstruct(
+            self.config.model,
+            seed=self.config.seed,
+            num_frames=self.config.num_frames,
+            count=count,
+        )
+        return self._jit(draw, sharding.replicated(self.mesh))
+
+    @functools.cached_property
+    def _gather(self) -> Callable:
+        return jax.jit(lambda weights: weights, out_shardings=sharding.replicated(self.mesh))
 
     def _jit(self, function: Callable, out_shardings: Any, **options) -> Callable:
         traced = sharding.traced_on(self.mesh, function)
@@ -338,12 +357,3 @@ def check_resume(config: PretrainConfig, workdir: epath.Path, step: int) -> None
         )
     old = checkpoint.metadata(folder)["config"]
     configuration.tell_resumed_with(configuration.differences(old, dataclasses.asdict(config)))
-
-
-def _open_knn(config: PretrainConfig) -> KnnEval:
-    try:
-        prepare_tensorflow()
-    except ValueError as error:
-        raise ValueError(f"eval.knn={config.eval.knn!r}: {error}") from error
-    rate = config.data.sample_rate_hz or None
-    return open_knn(config.eval.knn, config.data.folder, rate, config.eval.knn_clips)

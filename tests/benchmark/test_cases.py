@@ -66,10 +66,7 @@ def test_a_case_changes_only_the_fields_it_names():
     ("change", "message"),
     [
         ({"model": "vit"}, "--model=vit is unknown; known: mae_ast, ssast, ssast_two_passes"),
-        ({"tokens": "word"}, "model.tokens='word'"),
         ({"batch": 3}, "batch_size=3 must be a multiple of 2"),
-        ({"num_frames": 65}, "num_frames=65 must be a multiple of 16"),
-        ({"encoder_layers": 0}, "model.encoder_layers=0 must be at least 1"),
     ],
 )
 def test_a_case_that_cannot_work_is_one_line(change, message):
@@ -93,7 +90,7 @@ def test_small_batches_are_found_exactly(unit):
             tried.append(batch)
             return batch <= limit
 
-        found = cases.search(fits, start=start, unit=unit, is_exact=True)
+        found = cases.search(fits, start, unit, is_exact=True)
         assert found == limit // unit * unit
         assert len(set(tried)) == len(tried) and all(batch % unit == 0 for batch in tried)
 
@@ -101,9 +98,9 @@ def test_small_batches_are_found_exactly(unit):
 def test_large_batches_are_found_to_a_sixteenth_and_by_doubling_to_the_power_of_two():
     for limit in (33, 100, 1000, 4097):
         fits = limit.__ge__
-        found = cases.search(fits, start=1, unit=1, is_exact=True)
+        found = cases.search(fits, 1, 1, is_exact=True)
         assert limit * 16 / 17 - 1 < found <= limit
-        doubled = cases.search(fits, start=1, unit=1, is_exact=False)
+        doubled = cases.search(fits, 1, 1, is_exact=False)
         assert doubled <= limit < 2 * doubled and doubled & (doubled - 1) == 0
 
 
@@ -148,12 +145,9 @@ def test_a_search_makes_a_row_per_batch_and_ends_where_memory_does(
 ):
     base = base_config()
     case = dataclasses.replace(TINY, batch=cases.least_batch(base))
-    seen = []
-    rows = cases.measure_all(
-        {case: cases.open_case(base, case)}, base, seconds=1.0, find=find,
-        memory_bytes=memory_bytes, on_row=seen.append,
-    )  # fmt: skip
-    assert seen == rows and [row["batch"] for row in rows] == batches
+    rows = []
+    cases.measure_all([case], base, 1.0, find, memory_bytes, rows.append)
+    assert [row["batch"] for row in rows] == batches
     assert max((row["batch"] for row in rows if row["fits"]), default=None) == largest
     for row in rows:
         assert row["peak_memory_bytes"] == 10 * row["batch"]
@@ -164,7 +158,7 @@ def test_a_row_has_all_its_fields_also_if_it_does_not_fit(plans):
     base = base_config()
     for batch in (4, 16):
         case = dataclasses.replace(TINY, batch=batch)
-        row = cases.measure(cases.open_case(base, case), case, 1.0)
+        row = cases.measure(cases.open_case(base, case), case, 1.0, None)
         assert tuple(row) == cases.FIELDS and cases.FIELDS[: len(PROMISED)] == PROMISED
         assert row["fits"] == (batch == 4)
         assert (row["device"], row["devices"], row["input"]) == ("cpu", 2, "none")

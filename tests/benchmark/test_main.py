@@ -15,8 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from maeast_jax.benchmark import __main__ as program
-from maeast_jax.benchmark import cases, measure, table
-from maeast_jax.evaluation import plots
+from maeast_jax.benchmark import cases, measure
 from maeast_jax.runtime import memory
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +39,7 @@ runpy.run_module("maeast_jax.benchmark", run_name="__main__", alter_sys=True)
 def start(monkeypatch):
     """Runs `main` with the words of a command line; the flags are removed after the test."""
     before = set(flags.FLAGS)
-    config = config_flags.DEFINE_config_file("config", "configs/pretrain.py", lock_config=True)
+    config = config_flags.DEFINE_config_file("config", None, lock_config=True)
     program.define()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(memory, "share_heap", lambda: None)  # that of the tests stays as it is
@@ -99,37 +98,32 @@ def test_a_whole_run_without_tensorflow_leaves_a_table_json_and_a_picture(tmp_pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_compiling_ends_the_program():
-    """XLA's threads still compile; if the interpreter ended normally, it would crash in them."""
+def test_ctrl_c_while_compiling_ends_the_program(tmp_path):
+    """XLA's threads still compile; if the interpreter ended normally, it would crash in them.
+
+    The folder is not the clone's, because the default configuration must be found from any folder.
+    """
     words = [sys.executable, "-m", "maeast_jax.benchmark", "--model=mae_ast", "--batch=2"]
-    without_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    more = {"JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | without_cache
+        words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | more
     ) as process:
         printed = next(line for line in process.stderr if line.strip().startswith("time"))
         time.sleep(3)  # to compile the step of the base model takes several times as long
         process.send_signal(signal.SIGINT)
         left = process.stderr.read()
         assert process.wait() == 128 + signal.SIGINT, printed + left
-    assert "interrupted" in left
+    # The second line is the program's if jax swallowed the KeyboardInterrupt.
+    assert left.splitlines()[-1] in ("interrupted after 0 rows", "error: interrupted"), left
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--batch="], r"--batch= is empty"),
-        (["--batch=3"], r"batch_size=3 must be a multiple of 2"),
-        (["--model=vit"], r"--model=vit is unknown; known: mae_ast, ssast, ssast_two_passes"),
-        (["--config.batch_size=4"], r"--config.batch_size is set by --batch; use --batch"),
         (["--config.model.mask=x"], r"model.mask='x' is unknown"),
-        (["--memory_gb=3"], r"--memory_gb=3 needs --find"),
-        (["--find=largest", "--batch=2,4"], r"--find needs a single --batch"),
-        (["--data=sounds"], r"--data and --data_dir need --input=device or --input=host"),
-        (["--input=host", "--data_dir=data"], r"--data_dir=data needs --data=NAME"),
-        (["--input=host", "--data=absent", "--data_dir=/nowhere"], r"absent"),
-        (["--picture=a.jpg"], r"--picture=a.jpg must end in .png"),
-        (["--json=/nowhere/a.json"], r"--json=/nowhere/a.json: /nowhere is not a folder"),
-        (["--json=README.md"], r"--json=README.md exists; choose another name or pass --overwrite"),
+        (["--input=host", "--config.data.train=absent", "--config.data.dir=/nowhere"], r"absent"),
+        (["--json=README.md"], r"README.md exists; choose another name or pass --overwrite"),
     ],
     ids=str,
 )
@@ -146,16 +140,6 @@ def test_mistakes_are_found_before_anything_is_compiled(start, monkeypatch, word
 def test_a_list_of_other_words_than_numbers_is_refused(start):
     with pytest.raises(flags.IllegalFlagValueError, match="--batch=8,x: must be whole numbers"):
         start("--batch=8,x")
-
-
-def test_input_without_tensorflow_is_refused_with_the_remedy(start, monkeypatch):
-    def absent():
-        raise ValueError("tensorflow is not installed")
-
-    monkeypatch.setattr(program, "prepare_tensorflow", absent)
-    message = "--input=host: tensorflow is not installed, or pass --input=none"
-    with pytest.raises(ValueError, match=message):
-        start("--input=host")
 
 
 def test_lists_and_fields_reach_the_rows(start, fake, tmp_path, monkeypatch, capsys):
@@ -214,15 +198,6 @@ def test_ctrl_c_leaves_the_rows_and_its_exit_code(start, fake, monkeypatch, tmp_
     assert not picture.exists()
 
 
-def test_the_picture_shows_the_rows(start, fake, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(table, "chart", lambda rows: drawn.append(rows))
-    monkeypatch.setattr(plots, "write_png", lambda name, picture: drawn.append(name))
-    rows, picture = tmp_path / "rows", tmp_path / "a.png"
-    start(f"--json={rows}", f"--picture={picture}")
-    assert drawn == [json.loads(rows.read_text()), str(picture)]
-
-
 def test_without_a_row_that_fits_there_is_no_picture(start, fake, tmp_path, capsys):
     picture = tmp_path / "a.png"
     words = ["--model=mae_ast", "--find=largest", "--memory_gb=0.001", f"--picture={picture}"]
@@ -233,12 +208,12 @@ def test_without_a_row_that_fits_there_is_no_picture(start, fake, tmp_path, caps
     assert last == f"no picture {picture}: no row fits; choose a smaller --batch"
 
 
-@pytest.mark.parametrize("keep_freed", ["true", "false"])
-def test_freed_memory_is_kept_by_default(start, fake, monkeypatch, keep_freed):
+@pytest.mark.parametrize(("words", "is_kept"), [([], True), (["--keep_freed=false"], False)])
+def test_freed_memory_is_kept_by_default(start, fake, monkeypatch, words, is_kept):
     shared = []
     monkeypatch.setattr(memory, "share_heap", lambda: shared.append(True))
-    start("--model=mae_ast", *([] if keep_freed == "true" else ["--keep_freed=false"]))
-    assert bool(shared) == (keep_freed == "true")
+    start("--model=mae_ast", *words)
+    assert bool(shared) == is_kept
 
 
 @pytest.mark.parametrize("place", ["device", "host"])
@@ -247,7 +222,8 @@ def test_input_without_data_is_noise_of_ten_seconds(place, monkeypatch):
     monkeypatch.setattr(program, "_NOISE_CLIPS", 6)
     base = tiny.get_config()
     base.mesh.data, base.batch_size = 2, 2
-    options = types.SimpleNamespace(input=place, data=None, data_dir=None)
+    base.data.train = ""
+    options = types.SimpleNamespace(input=place)
     with program._input(base, options):
         (case,) = cases.combinations(base, {"model": ["mae_ast"]})
         training = cases.open_case(base, case)

@@ -82,12 +82,9 @@ def test_a_choice_that_fails_is_a_row_with_its_error():
     assert told == "| attention | cudnn | failed: NotImplementedError: no cudnn / here |"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.1451, "145 ms"), (0.0016, "1.60 ms"), (0.000999, "999 µs"), (2.5e-6, "2.50 µs")],
-)
-def test_durations_have_three_digits(seconds, text):
-    assert choices._duration(seconds) == text
+def test_durations_have_three_digits():
+    assert choices._duration(0.1451) == "145 ms" and choices._duration(0.0016) == "1.60 ms"
+    assert choices._duration(0.000999) == "999 µs"
 
 
 def test_table(capsys, monkeypatch, parts):

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
@@ -45,13 +44,11 @@ def loudest_hz(samples):
     return np.argmax(spectrum) * audio.SAMPLE_RATE_HZ / len(samples)
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "aiff"])
-def test_16_bit_mono_at_16_khz_is_exact(tmp_path, suffix):
+def test_16_bit_mono_at_16_khz_is_exact(tmp_path):
     samples = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
     samples[:2] = -32768, 32767
-    path = tmp_path / f"a.{suffix}"
-    soundfile.write(path, samples, 16_000, subtype="PCM_16")
-    decoded = audio.decode(path)
+    soundfile.write(tmp_path / "a.flac", samples, 16_000, subtype="PCM_16")
+    decoded = audio.decode(tmp_path / "a.flac")
     assert decoded.dtype == np.int16
     np.testing.assert_array_equal(decoded, samples)
     np.testing.assert_array_equal(audio.to_int16(samples, 16_000), samples)
@@ -67,7 +64,7 @@ def test_channels_are_averaged(tmp_path):
     assert audio.to_int16(np.stack([left, right, third], 1), 16_000).tolist() == expected
 
 
-@pytest.mark.parametrize("rate_hz", [8_000, 11_025, 44_100, 48_000])
+@pytest.mark.parametrize("rate_hz", [11_025, 44_100])
 def test_arrays_of_other_rates_are_resampled_as_soxr_does(rate_hz):
     """To the bit and the sample, so that data sets built before librosa keep their examples."""
     for length in (1, 7, 1_000, 4_001):
@@ -92,22 +89,17 @@ def test_samples_beyond_full_scale_are_clipped(tmp_path):
     expected = [32767, -32768, 32767, -32768, 16384, 0, 2]  # halves round to the even number
     assert audio.decode(tmp_path / "a.wav").tolist() == expected
     assert audio.to_int16(loud, 16_000).tolist() == expected
-    assert audio.to_int16(loud.astype(np.float64), 16_000).tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("name", "codec", "rate_hz", "layout"),
     [
         ("a.m4a", "aac", 44_100, "stereo"),
-        ("a.aac", "aac", 22_050, "mono"),
         ("a.webm", "libopus", 48_000, "mono"),
-        ("a.mov", "alac", 44_100, "mono"),
         ("a.mp3", "libmp3lame", 44_100, "stereo"),
-        ("a.opus", "libopus", 48_000, "mono"),
-        ("a.flac", "flac", 44_100, "stereo"),
     ],
 )
-def test_every_container_gives_the_tone_that_went_in(tmp_path, name, codec, rate_hz, layout):
+def test_compressed_files_give_the_tone_that_went_in(tmp_path, name, codec, rate_hz, layout):
     av = pytest.importorskip("av")
     try:
         av.codec.Codec(codec, "w")
@@ -120,10 +112,7 @@ def test_every_container_gives_the_tone_that_went_in(tmp_path, name, codec, rate
     assert np.abs(decoded[4000:12_000]).max() == pytest.approx(16_384, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("codec", "step"),
-    [("pcm_u8", 256), ("pcm_s16le", 1), ("pcm_s32le", 1), ("pcm_f64le", 1)],
-)
+@pytest.mark.parametrize(("codec", "step"), [("pcm_u8", 256), ("pcm_s32le", 1), ("pcm_f64le", 1)])
 def test_pyav_is_exact_where_the_codec_is(tmp_path, codec, step):
     samples = np.random.default_rng(1).integers(-32768 // step, 32767 // step, 3000) * step
     write_av(tmp_path / "a.mka", codec, 16_000, samples / 32768)
@@ -154,19 +143,15 @@ def test_a_video_without_sound_is_undecodable(tmp_path):
 
 def test_undecodable_files_say_why_in_one_line(tmp_path):
     (tmp_path / "noise.wav").write_bytes(np.random.default_rng(0).bytes(3000))
-    (tmp_path / "nothing.wav").write_bytes(b"")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.int16), 16_000)
     soundfile.write(tmp_path / "tick.wav", np.ones(1, np.int16), 96_000)
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16_000, subtype="FLOAT")
-    soundfile.write(tmp_path / "inf.wav", np.array([0.0, np.inf]), 16_000, subtype="FLOAT")
     soundfile.write(tmp_path / "big.wav", np.array([0.0, 9000.0]), 16_000, subtype="FLOAT")
     expected = {
         "noise.wav": "soundfile: .*; PyAV: ",
-        "nothing.wav": "soundfile: .*; PyAV: ",
         "empty.wav": "no samples",
         "tick.wav": "no samples",
         "nan.wav": "NaN or infinity",
-        "inf.wav": "NaN or infinity",
         "big.wav": "a peak of 9000 times full scale",
         "absent.wav": "not found",
         ".": "not a file",
@@ -180,11 +165,6 @@ def test_undecodable_files_say_why_in_one_line(tmp_path):
         assert "\n" not in message
 
 
-def test_the_error_survives_the_way_back_from_another_process():
-    error = pickle.loads(pickle.dumps(audio.UndecodableError("a.wav", "not found")))
-    assert (error.path, error.reason, str(error)) == ("a.wav", "not found", "a.wav: not found")
-
-
 def test_a_missing_decoder_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
     (tmp_path / "a.m4a").write_bytes(b"no audio")
     monkeypatch.setitem(sys.modules, "av", None)
@@ -193,42 +173,23 @@ def test_a_missing_decoder_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
 
 
 def test_wider_integers_must_hold_16_bit_values():
-    for dtype in (np.int32, np.int64, np.uint16):
-        result = audio.to_int16(np.array([0, 1, 32767], dtype), 16_000)
-        assert (result.dtype, result.tolist()) == (np.int16, [0, 1, 32767])
-        with pytest.raises(ValueError, match=f"value 32768 in {np.dtype(dtype)} audio"):
-            audio.to_int16(np.array([0, 32768], dtype), 16_000)
-    with pytest.raises(ValueError, match="value -32769 in int64 audio"):
-        audio.to_int16(np.array([-32769, 5]), 16_000)
-
-
-def test_integers_and_floats_of_the_same_sound_agree():
-    floats = sine(0.2, 8000)
-    integers = np.rint(floats * 32768).astype(np.int64)
-    difference = audio.to_int16(floats, 8000).astype(int) - audio.to_int16(integers, 8000)
-    assert np.abs(difference).max() <= 1
-    assert len(audio.to_int16(integers, 8000)) == 3200
+    result = audio.to_int16(np.array([0, 1, 32767], np.int64), 16_000)
+    assert (result.dtype, result.tolist()) == (np.int16, [0, 1, 32767])
+    for values in ([0, 32768], [-32769, 0]):
+        with pytest.raises(ValueError, match="from {} to {}, expected 16-bit".format(*values)):
+            audio.to_int16(np.array(values), 16_000)
 
 
 def test_arrays_that_are_not_audio_are_refused():
     for bad, pattern in [
         (np.zeros((2, 3, 4), np.int16), r"shape \[2, 3, 4\]"),
-        (np.int16(3), r"shape \[\]"),
-        (np.zeros((5, 0), np.int16), r"shape \[5, 0\]"),
+        (np.zeros(0, np.int16), r"shape \[0\]"),
         (np.zeros(3, np.uint8), "type uint8"),
-        (np.zeros(3, bool), "type bool"),
-        (np.array([b"riff"]), "type "),
         (np.array([0, np.nan]), "NaN or infinity"),
         (np.array([0, 12_345.0]), "12345 times full scale"),
     ]:
         with pytest.raises(ValueError, match=pattern):
             audio.to_int16(bad, 16_000)
-
-
-def test_empty_arrays_stay_empty():
-    for empty in (np.zeros(0, np.int16), np.zeros(0, np.int64), np.zeros((0, 2))):
-        for rate_hz in (16_000, 44_100):
-            assert audio.to_int16(empty, rate_hz).shape == (0,)
 
 
 # --- several processes ------------------------------------------------------------------------
@@ -252,10 +213,6 @@ def decode_or_die(path):
 
 def exhaust(path):
     raise MemoryError
-
-
-def die():
-    os._exit(1)
 
 
 def test_decoding_processes_load_no_framework():
@@ -305,12 +262,6 @@ def test_a_file_that_kills_its_decoder_is_undecodable_and_the_others_go_on(tmp_p
 
 
 @pytest.mark.slow
-def test_the_first_and_the_last_file_may_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_decode", decode_or_die)
-    assert decoded(tmp_path, ["kills1", "0", "kills2"], num_processes=1) == [DIED, "0", DIED]
-
-
-@pytest.mark.slow
 def test_a_decoder_that_dies_by_chance_costs_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_decode", decode_or_die)
     assert decoded(tmp_path, ["0", "once", "2"]) == ["0", "not found", "2"]
@@ -334,13 +285,6 @@ def test_files_under_way_stay_few_when_decoders_die(tmp_path, monkeypatch):
             assert len(taken) <= index + 4
             if index == 8:
                 break
-
-
-@pytest.mark.slow
-def test_processes_that_never_live_are_an_error_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_start", die)
-    with pytest.raises(audio.DecoderDiedError, match=r"0\.wav, and so did a new one without"):
-        decoded(tmp_path, ["0", "1", "2"])
 
 
 @pytest.mark.slow

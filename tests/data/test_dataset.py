@@ -1,7 +1,6 @@
 """Opening TFDS data sets and reading their records: the right ones, in order, in few reads."""
 
 import concurrent.futures
-import json
 import types
 from pathlib import Path
 
@@ -50,17 +49,15 @@ def test_reading_returns_the_clips_that_were_written(data_dir):
     assert len(dataset.open_split("birds", "valid", data_dir)) == 3
 
 
-def ids(split, indices=None):
-    return [
-        record["id"] for record in split.read(range(len(split)) if indices is None else indices)
-    ]
+def ids(split):
+    return [record["id"] for record in split.read(range(len(split)))]
 
 
 def test_clips_come_in_the_order_asked_for(data_dir):
     split = dataset.open_split("birds", "train", data_dir)
     in_order = ids(split)
     asked = np.array([7, 0, 19, 7, 3])
-    assert ids(split, asked) == [in_order[index] for index in asked]
+    assert [record["id"] for record in split.read(asked)] == [in_order[index] for index in asked]
     assert split.read([]) == []
 
 
@@ -99,6 +96,34 @@ def test_the_default_directory_is_tfds_own(data_dir, tmp_path, monkeypatch):
     assert len(dataset.open_split("birds", "train")) == 20
 
 
+def prepare(name, features, records, data_dir, file_format="array_record", configs=()):
+    """Writes a data set by a builder in TFDS' catalogue, as other people's are."""
+
+    def info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def split_generators(self, dl_manager):
+        return {"train": enumerate(records)}
+
+    body = {
+        "VERSION": tfds.core.Version("2.0.0"),
+        "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=config) for config in configs],
+        "name": name,
+        "_info": info,
+        "_split_generators": split_generators,
+        "_generate_examples": None,
+    }
+    types.new_class(
+        name.title(),
+        (tfds.core.GeneratorBasedBuilder,),
+        {},
+        lambda namespace: namespace.update(body),
+    )
+    for config in configs or [None]:
+        builder = tfds.builder(name, data_dir=data_dir, config=config, file_format=file_format)
+        builder.download_and_prepare()
+
+
 def test_several_labels(tmp_path):
     label = tfds.features.ClassLabel(names=LABELS)
     features = {
@@ -111,19 +136,6 @@ def test_several_labels(tmp_path):
     (record,) = split.read([0])
     assert record["label"].dtype == np.int64
     assert record["label"].tolist() == [1, 0]
-
-
-def test_labels_that_are_not_classes_are_left_out(tmp_path):
-    features = {
-        "audio": tfds.features.Audio(sample_rate=8000),
-        "label": tfds.features.Text(),
-        "labels": tfds.features.Sequence(tfds.features.Text()),
-    }
-    record = {"audio": [1, 2], "label": "a", "labels": ["a", "b"]}
-    prepare("texts", features, [record], tmp_path)
-    split = dataset.open_split("texts", "train", tmp_path)
-    assert (split.is_multi_label, split.label_names) == (False, None)
-    assert split.read([0])[0]["label"] is None
 
 
 def test_the_newest_version_is_opened_and_others_by_name(data_dir, tmp_path):
@@ -157,23 +169,12 @@ def test_an_unknown_name_is_answered_with_known_ones_and_a_remedy(data_dir, tmp_
     assert "no data set 'bird'" in message
     assert "which holds birds:" in message
     assert f"maeast_jax.build_dataset --audio_dir=DIR --data_dir={data_dir} --name=NAME" in message
-    assert "file_format='array_record').download_and_prepare()" in message
     message = error_of("birds", "train", tmp_path / "none", kind=dataset.NotPreparedError)
     assert "which does not exist: " in message
-    (tmp_path / "none").mkdir()
-    message = error_of("birds", "train", tmp_path / "none", kind=dataset.NotPreparedError)
-    assert "which holds no data set: " in message
-    error_of(tmp_path / "none" / "birds", "train", kind=dataset.NotPreparedError)
 
 
 @pytest.mark.parametrize(
-    ("split", "pattern"),
-    [
-        ("test", "Unknown split 'test'"),
-        ("train[:0%]", "is empty"),
-        ("train[xx]", "Error parsing split"),
-        ("train[50:]", "incompatible with 20 examples"),
-    ],
+    ("split", "pattern"), [("test", "Unknown split 'test'"), ("train[:0%]", "is empty")]
 )
 def test_an_unknown_split_is_answered_with_the_known_ones(data_dir, split, pattern):
     message = error_of("birds", split, data_dir)
@@ -188,69 +189,39 @@ def test_a_missing_shard_is_named(tmp_path):
     assert len(dataset.open_split("birds", "valid", tmp_path)) == 3
 
 
-def prepare(name, features, records, data_dir, file_format="array_record", configs=()):
-    """Writes a data set by a builder in TFDS' catalogue, as other people's are."""
-
-    def info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def split_generators(self, dl_manager):
-        return {"train": enumerate(records)}
-
-    body = {
-        "VERSION": tfds.core.Version("2.0.0"),
-        "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=config) for config in configs],
-        "name": name,
-        "_info": info,
-        "_split_generators": split_generators,
-        "_generate_examples": None,
-    }
-    types.new_class(
-        name.title(),
-        (tfds.core.GeneratorBasedBuilder,),
-        {},
-        lambda namespace: namespace.update(body),
-    )
-    for config in configs or [None]:
-        builder = tfds.builder(name, data_dir=data_dir, config=config, file_format=file_format)
-        builder.download_and_prepare()
-
-
-def audio_of(**kwargs):
-    return {
-        "audio": tfds.features.Audio(**kwargs),
-        "label": tfds.features.ClassLabel(num_classes=3),
-    }
-
-
 RECORD = {"audio": np.array([5, -6, 7]), "label": 2}
+FEATURES = {
+    "audio": tfds.features.Audio(sample_rate=8000),
+    "label": tfds.features.ClassLabel(num_classes=3),
+}
 
 
-def test_a_tfds_audio_feature_among_others(tmp_path):
+def test_a_tfds_audio_feature_among_others(tmp_path, monkeypatch):
     features = {
         "speech": tfds.features.Audio(sample_rate=8000),
         "picture": tfds.features.Image(shape=(2, 2, 3)),
         "speaker": {"age": np.int64, "names": tfds.features.Sequence(tfds.features.Text())},
-        "text": tfds.features.Text(),
+        "label": tfds.features.Text(),
+        "labels": tfds.features.Sequence(tfds.features.Text()),
     }
     record = {
         "speech": np.array([1, -2, 3]),
         "picture": np.zeros((2, 2, 3), np.uint8),
         "speaker": {"age": 4, "names": ["a", "b"]},
-        "text": "hello",
+        "label": "a",
+        "labels": ["a", "b"],
     }
     prepare("talks", features, [record], tmp_path)
     split = dataset.open_split("talks", "train", tmp_path)
-    assert (split.sample_rate_hz, split.label_names, split.has_id) == (8000, None, False)
+    assert (split.sample_rate_hz, split.label_names, split.is_multi_label) == (8000, None, False)
+    monkeypatch.setattr(tfds.features.Image, "decode_example_np", None)  # nobody reads it
     (read,) = split.read([0])
     assert read["audio"].tolist() == [1, -2, 3]
     assert (read["label"], read["id"]) == (None, None)
-    # Nobody reads the picture, so it stays encoded.
-    assert isinstance(split.decode(split.records.read([0])[0])["picture"], bytes)
 
 
 def test_an_unknown_sample_rate_names_its_field(tmp_path, data_dir):
-    features = audio_of() | {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
+    features = FEATURES | {"audio": tfds.features.Tensor(shape=(None, 2), dtype=np.float32)}
     stereo = np.array([[0.5, -0.5], [0.25, 1.0]], np.float32)
     prepare("rateless", features, [{"audio": stereo, "label": 2}], tmp_path)
     assert "set data.sample_rate_hz" in error_of("rateless", "train", tmp_path)
@@ -271,7 +242,7 @@ def test_a_set_without_audio_is_refused(tmp_path):
 
 
 def test_a_config_must_be_named(tmp_path):
-    prepare("many", audio_of(sample_rate=8000), [RECORD], tmp_path, configs=("clean", "other"))
+    prepare("many", FEATURES, [RECORD], tmp_path, configs=("clean", "other"))
     message = error_of("many", "train", tmp_path)
     assert "configs clean, other: name one, e.g. many/clean" in message
     for name in ("many/other", "many/other:2.0.0", tmp_path / "many" / "other"):
@@ -279,28 +250,13 @@ def test_a_config_must_be_named(tmp_path):
     assert "which holds many/clean, many/other:" in error_of("few", "train", tmp_path)
 
 
-@pytest.mark.parametrize("config", ["", "clean"])
-def test_tfrecord_is_refused_with_a_line_that_works(tmp_path, config):
-    name = "records" + config
-    configs = (config,) if config else ()
-    prepare(name, audio_of(sample_rate=8000), [RECORD] * 3, tmp_path, "tfrecord", configs)
-    message = error_of(f"{name}/{config}".strip("/"), "train", tmp_path)
+def test_tfrecord_is_refused_with_a_command_that_converts_it(tmp_path):
+    pytest.importorskip("apache_beam")
+    prepare("records", FEATURES, [RECORD] * 3, tmp_path, "tfrecord")
+    message = error_of("records", "train", tmp_path)
     assert "is prepared as tfrecord" in message
-    other = tmp_path / "array_record"
-    assert f"set data.dir={other}" in message
-    # The command runs in this process, where TFDS' catalogue knows the data set.
     exec(message.split('python -c "')[1].rstrip('"'))
-    assert len(dataset.open_split(f"{name}/{config}".strip("/"), "train", other)) == 3
-
-
-def test_tfrecord_of_no_catalogue_is_refused_with_a_conversion(data_dir, tmp_path):
-    prepare("strange", audio_of(sample_rate=8000), [RECORD], tmp_path, "tfrecord")
-    directory = tmp_path / "strange" / "2.0.0"
-    info = json.loads((directory / "dataset_info.json").read_text())
-    (directory / "dataset_info.json").write_text(json.dumps({**info, "name": "stranger"}))
-    message = error_of(directory, "train")
-    assert "convert it in place" in message
-    assert f"convert_dataset(None, 'array_record', None, None, [Path('{directory}')])" in message
+    assert len(dataset.open_split("records", "train", tmp_path)) == 3
 
 
 # --- records of several files -----------------------------------------------------------------
@@ -339,17 +295,13 @@ def wanted():
     ]
 
 
-@pytest.mark.parametrize(
-    "indices",
-    [
-        range(51), range(50, -1, -1), [50], [29, 30, 31], [30, 30], [7, 0, 50, 7, 8, 31, 30, 29],
-        np.array([], int),
-    ],
-)  # fmt: skip
-def test_records_of_all_files_in_the_order_asked_for(files, wanted, indices):
+def test_records_of_all_files_come_in_the_order_asked_for(files, wanted):
     records = dataset.Records(files)
     assert len(records) == 51
-    assert records.read(indices) == [wanted[index] for index in indices]
+    for indices in (range(50, -1, -1), [50], [7, 0, 50, 7, 8, 31, 30, 29], np.array([], int)):
+        assert records.read(indices) == [wanted[index] for index in indices]
+    with pytest.raises(IndexError, match="records -1 to 51 of 51"):
+        records.read([-1, 51])
 
 
 def test_threads_share_the_files(files, wanted):
@@ -359,12 +311,6 @@ def test_threads_share_the_files(files, wanted):
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         for order, got in zip(orders, threads.map(records.read, orders), strict=True):
             assert got == [wanted[index] for index in order]
-
-
-@pytest.mark.parametrize("indices", [[0, 51], [-1]])
-def test_an_unknown_number_is_an_error(files, indices):
-    with pytest.raises(IndexError, match="of 51"):
-        dataset.Records(files).read(indices)
 
 
 def test_neighbours_are_one_read(files):

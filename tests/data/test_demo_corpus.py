@@ -42,13 +42,7 @@ def test_clips_have_the_stated_form(clips):
     assert clips.shape[-1] == 2.5 * 16_000 == demo_corpus.CLIP_SECONDS * demo_corpus.SAMPLE_RATE_HZ
 
 
-def test_a_clip_does_not_depend_on_earlier_clips(clips):
-    for family, index in ((9, 3), (0, 23), (4, 0), (0, 1)):
-        again = demo_corpus.clip(demo_corpus.FAMILIES[family], index)
-        np.testing.assert_array_equal(again, clips[family, index])
-
-
-def test_another_process_makes_the_same_clips(clips):
+def test_another_process_makes_the_same_clips_from_their_numbers_alone(clips):
     program = (
         "import hashlib; from maeast_jax.data import demo_corpus as d;"
         "print(hashlib.sha256(b''.join(d.clip(f, 5).tobytes() for f in d.FAMILIES)).hexdigest())"
@@ -103,12 +97,3 @@ def test_splits_name_every_clip_once(monkeypatch):
     assert len({example[1] for example in train + valid}) == 1000
     assert train[91] == ("drums_001", ("drums", 1), "drums")
     assert valid[-1] == ("beeps_099", ("beeps", 99), "beeps")
-
-
-def test_wrong_names_are_answered_with_the_right_ones():
-    with pytest.raises(ValueError, match=r"family is 'bell'; it must be one of strings, drums"):
-        demo_corpus.clip("bell", 0)
-    with pytest.raises(ValueError, match=r"index is -1; it must be 0 or more"):
-        demo_corpus.clip("bells", -1)
-    with pytest.raises(ValueError, match=r"split is 'test'; it must be one of train, valid"):
-        next(demo_corpus.examples("test"))

@@ -37,7 +37,7 @@ def columns_with(image, colour, more_than=0.0):
     return columns.min() / image.shape[1], columns.max() / image.shape[1]
 
 
-def test_only_masked_places_are_grey_and_only_in_the_middle():
+def test_only_masked_places_are_grey_and_only_in_the_middle(drawn):
     x = spectrograms(rows=2)
     half, whole = x.copy(), np.full_like(x, np.nan)
     half[:, 16:48] = np.nan
@@ -47,6 +47,8 @@ def test_only_masked_places_are_grey_and_only_in_the_middle():
     left, right = columns_with(whole, GREY, more_than=0.5)
     assert 0.32 < left < 0.40
     assert 0.60 < right < 0.68
+    headings = [figure.axes[1].get_title() for figure in drawn]
+    assert headings == ["kept 100 %", "kept 50 %", "kept 0 %"]
 
 
 def test_time_runs_right_and_bands_run_up(drawn):
@@ -85,12 +87,6 @@ def test_a_row_has_the_colour_scale_of_its_original():
     assert (alone[:, panel:] != brighter[:, panel:]).mean() > 0.2
 
 
-def test_the_heading_gives_the_share_of_kept_values(drawn):
-    x = spectrograms()
-    plots.reconstructions(x, np.where(np.arange(64)[:, None] < 24, x, np.nan), x)
-    assert drawn[0].axes[1].get_title() == "kept 37.5 %"
-
-
 def test_a_silent_clip_and_a_reconstruction_that_is_infinite_are_still_drawn():
     x = np.zeros((1, 32, 128), np.float32)
     assert share(plots.reconstructions(x, x, x + np.inf), GREY) > 0.15
@@ -100,17 +96,17 @@ def test_curves_draw_a_line_per_split_in_the_panel_of_its_value():
     rows = [{"step": step, "split": "train", "loss": 5.0 - step} for step in range(4)]
     rows += [{"step": step, "split": "eval", "mse": 1.0 + step} for step in (0, 2)]
     image = plots.curves(rows)
-    assert image.dtype == np.uint8
-    left, right = columns_with(image, TRAIN_BLUE)
-    assert right < 1 / 3
-    left, right = columns_with(image, EVAL_RED)
-    assert 1 / 3 < left < right < 2 / 3
+    assert columns_with(image, TRAIN_BLUE)[1] < 1 / 2 < columns_with(image, EVAL_RED)[0]
 
 
-def test_scores_of_nearest_neighbours_have_a_fourth_panel():
-    rows = [{"step": step, "split": "eval", "knn_accuracy": 0.1 * step} for step in (1, 2)]
-    left, right = columns_with(plots.curves(rows), EVAL_RED)
-    assert 3 / 4 < left < right
+@pytest.mark.parametrize(
+    "panels",
+    [("loss", "mse", "info_nce", "knn_accuracy", "knn_map"), ("loss", "accuracy"), ("loss", "map")],
+)
+def test_each_value_that_a_run_wrote_has_a_panel(drawn, panels):
+    others = {"learning_rate": 1.0}
+    plots.curves([{"step": 1, "split": "eval"} | others | dict.fromkeys(reversed(panels), 1.0)])
+    assert [axis.get_title() for axis in drawn[0].axes] == list(panels)
 
 
 def test_curves_break_at_values_that_are_not_finite_and_sort_by_step():
@@ -127,7 +123,7 @@ def test_curves_break_at_values_that_are_not_finite_and_sort_by_step():
     np.testing.assert_array_equal(broken, plots.curves(rows))
 
 
-def test_curves_of_a_run_without_rows_are_empty_panels():
+def test_curves_of_a_run_without_rows_are_an_empty_panel():
     assert share(plots.curves([]), TRAIN_BLUE) == 0
 
 
@@ -151,18 +147,16 @@ def names(axis):
 
 
 def test_rows_are_shares_and_cells_hold_counts(drawn):
-    image = plots.confusion(np.array([[3, 1], [0, 0]]), ["cat", "dog"])
+    plots.confusion(np.array([[3, 1], [0, 0]]), ["cat", "dog"])
     axis = drawn[0].axes[0]
     np.testing.assert_array_equal(axis.images[0].get_array(), [[0.75, 0.25], [0, 0]])
     assert names(axis) == ["cat", "dog"]
     assert (axis.get_ylabel(), axis.get_xlabel()) == ("true", "predicted")
     assert cells(axis) == {(0, 0): "3", (0, 1): "1"}
     assert axis.get_title() == "4 examples, 75.0% right"
-    assert image.dtype == np.uint8
-    assert image.shape[2] == 3
 
 
-@pytest.mark.parametrize("num_classes", [2, 25, 50])
+@pytest.mark.parametrize("num_classes", [2, 50])
 def test_a_confusion_matrix_grows_with_its_classes_and_still_fits_a_screen(num_classes, drawn):
     image = plots.confusion(counts_of(num_classes), [f"class {i}" for i in range(num_classes)])
     assert 250 < image.shape[0] < 1600
@@ -186,7 +180,6 @@ def test_only_the_most_confused_of_many_classes_are_drawn(drawn):
 def test_the_most_confused_classes_come_in_pairs():
     counts = counts_of(6, [(0, 4, 3), (4, 0, 3), (1, 5, 5)])
     assert plots._most_confused(counts, 2).tolist() == [0, 4]
-    assert plots._most_confused(counts, 3).tolist() == [0, 1, 4]
     assert plots._most_confused(counts, 4).tolist() == [0, 1, 4, 5]
     assert plots._most_confused(counts, 9).tolist() == [0, 1, 2, 3, 4, 5]
 

@@ -1,6 +1,5 @@
 """Probes learn classes, choose on validation alone, and name features that they cannot take."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -34,7 +33,6 @@ def test_classes_that_differ_are_learnt(fit):
     fitted = fit(*clusters(1), *clusters(2), 3)
     assert fitted.metric == "accuracy"
     assert fitted.chosen["accuracy"] == max(row["accuracy"] for row in fitted.grid) == 1.0
-    assert fitted.absent == ()
     x, labels = clusters(3)
     scores = fitted.scores(x)
     assert scores.dtype == np.float32
@@ -49,7 +47,6 @@ def test_examples_may_have_several_labels(fit):
     fitted = fit(train_x, train_y, valid_x, valid_y, 5)
     assert fitted.metric == "map"
     assert fitted.chosen["map"] == 1.0
-    assert fitted.absent == (4,)
     x, labels = clusters(3)
     scores = fitted.scores(x)
     expected = np.c_[one_hot(labels), labels < 2, np.zeros(len(labels))]
@@ -75,14 +72,6 @@ def test_scale_offset_and_constant_features_do_not_matter(fit):
 
 
 @pytest.mark.parametrize("fit", PROBES)
-def test_equal_arguments_give_equal_probes(fit):
-    first, again = (fit(*clusters(1, noise=3), *clusters(2, noise=3), 3) for _ in range(2))
-    assert first.grid == again.grid
-    x, _ = clusters(3, noise=3)
-    np.testing.assert_array_equal(first.scores(x), again.scores(x))
-
-
-@pytest.mark.parametrize("fit", PROBES)
 def test_settings_come_from_validation_and_the_fit_from_training(fit):
     train, valid = clusters(1, noise=4), clusters(2, noise=4)
     fitted = fit(*train, *valid, 3)
@@ -96,11 +85,10 @@ def test_settings_come_from_validation_and_the_fit_from_training(fit):
 
 
 @pytest.mark.parametrize("fit", PROBES)
-def test_a_class_without_training_examples_scores_0_and_is_listed(fit):
+def test_a_class_without_training_examples_scores_0(fit):
     x, labels = clusters(1)
     kept = labels != 1
     fitted = fit(x[kept], labels[kept], *clusters(2), 4)
-    assert fitted.absent == (1, 3)
     x, labels = clusters(3)
     assert (fitted.scores(x)[:, [1, 3]] == 0).all()
     assert accuracy(fitted, x, labels) == np.mean(labels != 1)
@@ -127,16 +115,6 @@ def test_linear_equals_scikit_learn_on_standardised_features(several):
     ]
     expected = np.stack([p[:, 1] for p in expected], axis=1) if several else expected[0]
     np.testing.assert_allclose(fitted.scores(x), expected, atol=5e-3)
-
-
-def test_another_start_ends_at_the_same_regression():
-    x, labels = clusters(1, noise=4)
-    x, labels = jnp.asarray(x), jnp.asarray(labels, jnp.int32)
-    zeros = jnp.zeros((x.shape[1], 3)), jnp.zeros(3)
-    cold = probe.fit_logistic(x, labels, 1e-2, zeros)
-    warm = probe.fit_logistic(x, labels, 1e-2, probe.fit_logistic(x, labels, 1e-1, zeros))
-    for one, other in zip(cold, warm, strict=True):
-        np.testing.assert_allclose(one, other, atol=3e-2)
 
 
 def test_linear_goes_from_strong_to_weak_and_takes_the_strongest_of_equals():
@@ -205,33 +183,14 @@ def test_one_class_and_constant_features(fit):
 
 
 @pytest.mark.parametrize("fit", PROBES)
-def test_features_may_be_of_half_precision_or_on_the_device(fit):
-    (train_x, train_y), (valid_x, valid_y) = clusters(1), clusters(2)
-    train_x, valid_x = jnp.asarray(train_x, jnp.bfloat16), valid_x.astype(np.float16)
-    fitted = fit(train_x, train_y, valid_x, valid_y, 3)
-    assert accuracy(fitted, *clusters(3)) == 1.0
-
-
-@pytest.mark.parametrize("fit", PROBES)
-def test_features_and_targets_that_do_not_fit_are_named(fit):
+def test_features_that_are_not_finite_are_named(fit):
     (x, y), (valid_x, valid_y) = clusters(1), clusters(2)
     broken = valid_x.copy()
     broken[[4, 7], 0] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"valid_x row 4 holds NaN or infinity \(2 such rows\)"):
         fit(x, y, broken, valid_y, 3)
-    with pytest.raises(ValueError, match=r"valid_x has shape \[90, 11\]; .* \[examples, 12\]"):
-        fit(x, y, valid_x[:, :11], valid_y, 3)
-    with pytest.raises(ValueError, match=r"train_x has shape \[0, 12\]"):
-        fit(x[:0], y[:0], valid_x, valid_y, 3)
-    with pytest.raises(ValueError, match="train_x has 90 rows and train_y 89"):
-        fit(x, y[:89], valid_x, valid_y, 3)
-    with pytest.raises(ValueError, match=r"the label of example .* is 2; it must be 0 to 1"):
-        fit(x, y, valid_x, valid_y, 2)
-    fitted = fit(x, y, valid_x, valid_y, 3)
-    with pytest.raises(ValueError, match=r"x has shape \[90, 11\]"):
-        fitted.scores(x[:, :11])
     with pytest.raises(ValueError, match="x row 4 holds NaN"):
-        fitted.scores(broken)
+        fit(x, y, valid_x, valid_y, 3).scores(broken)
 
 
 def test_knn_scores_never_round_past_1():

@@ -18,23 +18,19 @@ def single_label():
     probabilities = np.array(
         [[0.7, 0.1, 0.1, 0.1], [0.6, 0.4, 0.0, 0.0], [0.0, 0.1, 0.9, 0.0], [0.0, 1.0, 0.0, 0.0]]
     )
-    return metrics.evaluate(probabilities, labels, NAMES), list("wxyz"), probabilities, labels
+    found = metrics.evaluate(probabilities, labels, NAMES)
+    return found, list("wxyz"), probabilities, labels, {"strength": 1e-3, "d_prime": math.inf}
 
 
 def multi_label():
     targets = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
     probabilities = np.array([[0.9, 0.2, 0.4, 0.0], [0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 1.0, 0.0]])
-    return metrics.evaluate(probabilities, targets, NAMES), list("xyz"), probabilities, targets
+    return metrics.evaluate(probabilities, targets, NAMES), list("xyz"), probabilities, targets, {}
 
 
 def rows_of(folder):
     with open(folder / "predictions.tsv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, dialect="excel-tab"))
-
-
-def evaluation(num_classes, labels, predictions):
-    scores = np.eye(num_classes)[predictions]
-    return metrics.evaluate(scores, labels, [f"class {i}" for i in range(num_classes)])
 
 
 def test_predictions_have_one_row_per_example_in_order(tmp_path):
@@ -47,14 +43,13 @@ def test_predictions_have_one_row_per_example_in_order(tmp_path):
 
 
 def test_predictions_of_several_labels(tmp_path):
-    (tmp_path / "confusion.png").write_text("of an evaluation before")
     results.write(tmp_path, *multi_label())
     rows = rows_of(tmp_path)
     assert [row["label"] for row in rows] == ["cat;dog", "", NAMES[2]]
     assert rows[0]["prediction"] == f"cat;{NAMES[2]};dog;never"
     assert rows[0]["probability"] == "0.9;0.4;0.2;0"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.tsv", "results.json"]
-    content = results.read(tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
     assert content["metric"] == "map"
     assert content["empty_classes"] == ["never"]
     assert content["classes"][3] == {
@@ -64,13 +59,12 @@ def test_predictions_of_several_labels(tmp_path):
 
 def test_results_hold_the_metrics_and_the_settings(tmp_path):
     arguments = single_label()
-    results.write(tmp_path, *arguments, settings={"strength": 1e-3, "d_prime": math.inf})
+    results.write(tmp_path, *arguments)
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
 
     content = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
-    assert content == results.read(tmp_path)
     assert content["metric"] == "accuracy"
     assert content["value"] == 0.75
     assert content["interval"] == list(arguments[0].interval)
@@ -78,13 +72,7 @@ def test_results_hold_the_metrics_and_the_settings(tmp_path):
     assert content["classes"][0]["precision"] == 0.5
     assert content["confusions"] == [{"label": "dog", "prediction": "cat", "count": 1}]
     assert content["settings"] == {"strength": 1e-3, "d_prime": None}
-
-
-def test_the_confusion_matrix_is_a_picture(tmp_path):
-    results.write(tmp_path, *single_label())
-    image = imread(tmp_path / "confusion.png")
-    assert 200 < image.shape[0] < 1000
-    assert 200 < image.shape[1] < 1000
+    assert imread(tmp_path / "confusion.png").shape[0] > 200
 
 
 def test_a_full_disk_leaves_no_results_and_no_half_file(tmp_path, monkeypatch):
@@ -99,8 +87,6 @@ def test_a_full_disk_leaves_no_results_and_no_half_file(tmp_path, monkeypatch):
         results.write(tmp_path, *single_label())
     assert (tmp_path / "predictions.tsv").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.png", "predictions.tsv"]
-    with pytest.raises(FileNotFoundError, match=r"results\.json"):
-        results.read(tmp_path)
 
 
 def test_a_report_of_few_classes_shows_all():
@@ -120,11 +106,12 @@ def test_a_report_of_many_classes_shows_worst_and_best():
     labels = np.repeat(np.arange(30), 2)
     predictions = labels.copy()
     predictions[:4] = 29
-    text = results.report(evaluation(30, labels, predictions), num_shown=3)
+    found = metrics.evaluate(np.eye(30)[predictions], labels, [f"class {i}" for i in range(30)])
+    text = results.report(found)
     worst, best = text.split("worst classes")[1].split("best classes")
-    assert [line.split()[1] for line in worst.strip().splitlines()[1:]] == ["0", "1", "29"]
-    best = best.split("most confused")[0].strip().splitlines()
-    assert len(best) == 4
+    shown = [line.split()[1] for line in worst.strip().splitlines()[1:]]
+    assert shown == ["0", "1", "29", "2", "3"]
+    assert len(best.split("most confused")[0].strip().splitlines()) == 6
     assert "class 15" not in text
 
 

@@ -6,31 +6,18 @@ import pytest
 from maeast_jax.inference import batching
 from maeast_jax.inference.batching import Bucket, Row, Stream, Window, pack
 
-SMALL, LARGE, LARGE_FLOAT = Bucket(4, 4, "int16"), Bucket(8, 2, "int16"), Bucket(8, 2, "float32")
+SMALL, LARGE = Bucket(4, 4), Bucket(8, 2)
 
 
-def test_only_whole_tokens_count_but_a_clip_has_at_least_one():
-    for frames, patch_frames, steps in [(1, 16, 1), (31, 16, 1), (32, 16, 2), (998, 2, 499)]:
-        assert batching.num_steps(frames, patch_frames) == steps
-
-
-@pytest.mark.parametrize(
-    ("steps", "window", "stride", "expected"),
-    [
+def test_windows():
+    for steps, window, stride, expected in [
         (5, 0, 0, [(0, 5, 0, 5)]),
-        (5, 8, 8, [(0, 5, 0, 5)]),
-        (8, 8, 2, [(0, 8, 0, 8)]),
-        (16, 8, 8, [(0, 8, 0, 8), (8, 16, 8, 16)]),
         # Steps 4 to 7 lie in both windows. Steps 5 and 6 are equally far from both centres.
         (12, 8, 8, [(0, 8, 0, 6), (4, 12, 6, 12)]),
         # The centres are 3.5 and 4.5. Step 4 is equally near to both, so the earlier one has it.
         (9, 8, 8, [(0, 8, 0, 5), (1, 9, 5, 9)]),
-        (10, 4, 2, [(0, 4, 0, 3), (2, 6, 3, 5), (4, 8, 5, 7), (6, 10, 7, 10)]),
-        (9, 4, 4, [(0, 4, 0, 4), (4, 8, 4, 7), (5, 9, 7, 9)]),
-    ],
-)
-def test_windows(steps, window, stride, expected):
-    assert batching.cut(steps, window, stride) == [Window(*numbers) for numbers in expected]
+    ]:
+        assert batching.cut(steps, window, stride) == [Window(*numbers) for numbers in expected]
 
 
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (4, 3), (7, 2)])
@@ -51,7 +38,7 @@ def test_every_step_is_taken_from_the_window_with_the_nearest_centre(window, str
 
 
 def row(bucket, value):
-    return Row(bucket, np.full(bucket.num_samples - 1, value, bucket.dtype), value, (0, value))
+    return Row(bucket, np.full(bucket.num_samples - 1, value, np.float32), value, (0, value))
 
 
 class Recorder:
@@ -62,7 +49,7 @@ class Recorder:
 
     def __call__(self, batch):
         self.batches.append(batch.audio.tolist())
-        return batch.audio[:, :1].astype(np.float32)
+        return batch.audio[:, :1]
 
     @property
     def firsts(self):
@@ -75,7 +62,7 @@ def values(parts):
 
 def test_rows_are_padded_and_empty_rows_are_one_frame_of_silence():
     batch = pack([row(SMALL, 3), row(SMALL, 5)], SMALL)
-    assert batch.audio.dtype == np.int16
+    assert batch.audio.dtype == np.float32
     np.testing.assert_array_equal(batch.audio, [[3, 3, 3, 0], [5, 5, 5, 0], [0] * 4, [0] * 4])
     np.testing.assert_array_equal(batch.num_frames, [3, 5, 1, 1])
     np.testing.assert_array_equal(batch.own, [[0, 3], [0, 5], [0, 0], [0, 0]])
@@ -87,15 +74,14 @@ def test_clips_come_back_in_order_with_the_results_of_their_rows_in_order():
     clips = [
         [row(SMALL, 1)],
         [row(LARGE, 2), row(LARGE, 3), row(SMALL, 4)],
-        [row(LARGE_FLOAT, 5)],
-        [row(SMALL, 6), row(LARGE_FLOAT, 7)],
-        [row(LARGE, 8)],
+        [row(LARGE, 5)],
+        [row(SMALL, 6)],
     ]
     found = [parts for clip in clips for parts in stream.add(clip, 1, 1)]
     found += stream.flush()
-    assert [values(parts) for parts in found] == [[1], [2, 3, 4], [5], [6, 7], [8]]
-    # Full batches come first. Then the longest rows, filled up with shorter ones of their type.
-    assert compute.firsts == [[2, 3], [5, 7], [8, 1], [4, 6, 0, 0]]
+    assert [values(parts) for parts in found] == [[1], [2, 3, 4], [5], [6]]
+    # A full batch is computed at once. At the end the longest rows are filled up with shorter ones.
+    assert compute.firsts == [[2, 3], [5, 1], [4, 6, 0, 0]]
     assert list(stream.flush()) == []
 
 

@@ -1,15 +1,11 @@
+import shutil
+
 import numpy as np
 import pytest
-from recordings import build, noise, write_wav
+from recordings import build, error_of, noise, touch, write_wav
 
 from maeast_jax.data import dataset
-from maeast_jax.ingest import layouts, sources
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
+from maeast_jax.ingest import layouts
 
 
 def write(path, text):
@@ -22,12 +18,8 @@ def listed(listing):
     return {file.id: (file.label, file.split) for file in listing.files}
 
 
-def error_of(*args, **kwargs):
-    with pytest.raises(sources.ManifestError) as caught:
-        layouts.list_layout(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+def layout_error(*args):
+    return error_of(layouts.list_layout, *args)
 
 
 # --- ESC-50 ----------------------------------------------------------------------------------
@@ -60,18 +52,10 @@ def test_esc50(esc50):
     assert listing.files[0].path == str(esc50 / "audio" / "1-100032-A-0.wav")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "pattern"),
-    [
-        ("filename,fold", "file,fold", "lacks a column of filename, fold, target, category"),
-        ("5,0,dog", "5,0,cat", "line 5: target '0' of category 'cat' is no number, or another"),
-        ("2,3,cow", "2,three,cow", "line 4: target 'three'"),
-        ("2,3,cow,False,100210,A", "", "line 4: target ''"),
-    ],
-)
-def test_a_broken_list_of_esc50(esc50, old, new, pattern):
+@pytest.mark.parametrize(("old", "new"), [("filename", "file"), ("2,3,cow", "2,three,cow")])
+def test_a_broken_list_of_esc50(esc50, old, new):
     write(esc50 / "meta" / "esc50.csv", ESC50.replace(old, new))
-    assert pattern in error_of("esc50", esc50)
+    assert "esc50.csv is not as the data set's authors publish it (" in layout_error("esc50", esc50)
 
 
 # --- Speech Commands -------------------------------------------------------------------------
@@ -126,15 +110,10 @@ def test_speech_commands_v1(speech_commands_v1):
 
 def test_what_speech_commands_v1_lacks(speech_commands_v1):
     root, test = speech_commands_v1
-    assert "needs --test_dir=DIR" in error_of("speech_commands_v1", root)
-    assert "--test_dir=none is not a directory" in error_of("speech_commands_v1", root, "none")
-    (root / "_background_noise_" / "running_tap.wav").unlink()
-    listing = layouts.list_layout("speech_commands_v1", root, test)
-    assert listing.missing == [("_background_noise_/running_tap.wav", "valid")]
-    for path in (test / "_silence_").iterdir():
-        path.unlink()
-    (test / "_silence_").rmdir()
-    message = error_of("speech_commands_v1", root, test)
+    assert "needs --test_dir=DIR" in layout_error("speech_commands_v1", root)
+    assert "--test_dir=none is not a directory" in layout_error("speech_commands_v1", root, "none")
+    shutil.rmtree(test / "_silence_")
+    message = layout_error("speech_commands_v1", root, test)
     assert message == f"no folder _silence_ in {test}: check --test_dir"
 
 
@@ -155,13 +134,10 @@ def test_speech_commands_v2(tmp_path):
     assert listing.label_names == tuple(sorted(layouts.WORDS))
     assert listing.missing == [("zero/bb_nohash_0.wav", "valid"), ("zero/cc_nohash_0.wav", "test")]
     (tmp_path / "testing_list.txt").unlink()
-    assert "testing_list.txt, which --layout=speech_commands_* needs: No such file" in error_of(
-        "speech_commands_v2", tmp_path
-    )
-    for path in (tmp_path / "zero").iterdir():
-        path.unlink()
-    (tmp_path / "zero").rmdir()
-    assert "no folder zero in" in error_of("speech_commands_v2", tmp_path)
+    with pytest.raises(FileNotFoundError, match="testing_list"):
+        layouts.list_layout("speech_commands_v2", tmp_path)
+    shutil.rmtree(tmp_path / "zero")
+    assert "no folder zero in" in layout_error("speech_commands_v2", tmp_path)
 
 
 # --- VoxCeleb1 -------------------------------------------------------------------------------
@@ -186,21 +162,18 @@ def test_voxceleb1(tmp_path, apart):
         f"{two}/id10001/1zcIwhmdeo4/00001.wav": ("id10001", "valid"),
     }
     assert listing.label_names == ("id10001", "id10002", "id10003")
-    assert listing.missing == [(f"{one}/id10002/0_laIeN-Q44/00001.wav", "train")]
+    assert listing.missing == [("wav/id10002/0_laIeN-Q44/00001.wav", "train")]
 
 
-def test_what_voxceleb1_lacks(tmp_path):
-    assert "iden_split.txt, which --layout=voxceleb1 needs" in error_of("voxceleb1", tmp_path)
+def test_broken_lists_of_voxceleb1(tmp_path):
     write(tmp_path / "iden_split.txt", VOXCELEB)
-    assert "no folder wav, dev/wav or test/wav" in error_of("voxceleb1", tmp_path)
-    (tmp_path / "wav").mkdir()
-    message = error_of("voxceleb1", tmp_path)
+    message = layout_error("voxceleb1", tmp_path)
     assert f"none of the 4 clips of voxceleb1, e.g. wav/{VOXCELEB[2:31]}, is below" in message
     write(tmp_path / "iden_split.txt", VOXCELEB + "4 id10002/0_laIeN-Q44/00001.wav\n")
-    assert "line 5: '4 id10002/" in error_of("voxceleb1", tmp_path)
+    assert "iden_split.txt is not as the data set's authors" in layout_error("voxceleb1", tmp_path)
     touch(tmp_path, "wav/id10002/0_laIeN-Q44/00001.wav")
     write(tmp_path / "iden_split.txt", VOXCELEB + "2 id10002/0_laIeN-Q44/00001.wav\n")
-    assert "lists wav/id10002/0_laIeN-Q44/00001.wav twice" in error_of("voxceleb1", tmp_path)
+    assert "lists wav/id10002/0_laIeN-Q44/00001.wav twice" in layout_error("voxceleb1", tmp_path)
 
 
 # --- IEMOCAP ---------------------------------------------------------------------------------
@@ -253,9 +226,10 @@ def test_iemocap(iemocap):
 def test_broken_labels_of_iemocap(iemocap):
     folder = iemocap / "Session3" / "dialog" / "EmoEvaluation"
     write(folder / "Ses03F_impro01.txt", "% labels\n[1.0 - 2.0] Ses03F_impro01_F000 neu\n")
-    assert "Ses03F_impro01.txt, line 2: '[1.0 - 2.0] Ses03F" in error_of("iemocap", iemocap)
-    (folder / "Ses03F_impro01.txt").unlink()
-    assert f"no *.txt in {folder}" in error_of("iemocap", iemocap)
+    assert "Ses03F_impro01.txt is not as the data set's authors" in layout_error("iemocap", iemocap)
+    shutil.rmtree(folder)
+    message = layout_error("iemocap", iemocap)
+    assert message.startswith("no folder Session3/dialog/EmoEvaluation in ")
 
 
 # --- AudioSet --------------------------------------------------------------------------------
@@ -284,10 +258,9 @@ AUDIOSET_UNBALANCED = """abcdefghijk, 0.000, 8.500, "/m/09x0r"
 @pytest.fixture
 def audioset(tmp_path):
     root = tmp_path / "audioset"
-    root.mkdir()
-    (root / "class_labels_indices.csv").write_text(AUDIOSET_CLASSES)
-    (root / "balanced_train_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_BALANCED)
-    (root / "eval_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_EVALUATION)
+    write(root / "class_labels_indices.csv", AUDIOSET_CLASSES)
+    write(root / "balanced_train_segments.csv", AUDIOSET_HEADER + AUDIOSET_BALANCED)
+    write(root / "eval_segments.csv", AUDIOSET_HEADER + AUDIOSET_EVALUATION)
     touch(root, "train/--PJHxphWEs.wav", "train/YY4_DJ-cTTo0.mkv", "deep/down/__5TA9Hz45E.m4a")
     return root
 
@@ -299,35 +272,15 @@ SPEECH, MAN, GUSH, WOMAN = (
 
 def test_audioset_balanced_and_evaluation(audioset):
     listing = layouts.list_layout("audioset", audioset)
-    assert listing.files == [
-        sources.AudioFile(
-            str(audioset / "train/--PJHxphWEs.wav"),
-            "train/--PJHxphWEs.wav",
-            (SPEECH, GUSH),
-            "train",
-        ),
-        sources.AudioFile(
-            str(audioset / "train/YY4_DJ-cTTo0.mkv"), "train/YY4_DJ-cTTo0.mkv", (MAN,), "train"
-        ),
-        sources.AudioFile(
-            str(audioset / "deep/down/__5TA9Hz45E.m4a"),
-            "deep/down/__5TA9Hz45E.m4a",
-            (GUSH,),
-            "test",
-        ),
-    ]
+    assert listed(listing) == {
+        "train/--PJHxphWEs.wav": ((SPEECH, GUSH), "train"),
+        "train/YY4_DJ-cTTo0.mkv": ((MAN,), "train"),
+        "deep/down/__5TA9Hz45E.m4a": ((GUSH,), "test"),
+    }
+    assert listing.files[0].path == str(audioset / "train/--PJHxphWEs.wav")
     assert listing.missing == [("-1PZg9Pi2-E", "train"), ("_aBcDeF_0_1", "test")]
     assert listing.label_names == (SPEECH, MAN, GUSH, WOMAN)
     assert listing.is_multi_label
-
-
-def test_audioset_unbalanced(audioset):
-    (audioset / "unbalanced_train_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_UNBALANCED)
-    touch(audioset, "abcdefghijk.flac")
-    listing = layouts.list_audioset(audioset)
-    splits = {file.id: file.split for file in listing.files}
-    assert splits["abcdefghijk.flac"] == "unbalanced"
-    assert len(splits) == 4
 
 
 @pytest.mark.parametrize(
@@ -335,12 +288,8 @@ def test_audioset_unbalanced(audioset):
     [
         ("--PJHxphWEs", "--PJHxphWEs"),
         ("--PJHxphWEs", "Y--PJHxphWEs"),
-        ("--PJHxphWEs", "--PJHxphWEs_30"),
         ("--PJHxphWEs", "--PJHxphWEs_30.000_40.000"),
-        ("--PJHxphWEs", "--PJHxphWEs_30000_40000"),
         ("--PJHxphWEs", "--PJHxphWEs_30-40"),
-        ("--PJHxphWEs", "Y--PJHxphWEs_30_40"),
-        ("Y4_DJ-cTTo0", "Y4_DJ-cTTo0"),
         ("Y4_DJ-cTTo0", "YY4_DJ-cTTo0"),
         ("Y4_DJ-cTTo0", "Y4_DJ-cTTo0_0_10"),
         ("Yabcdefghi_", "Yabcdefghi__0_10"),
@@ -350,12 +299,10 @@ def test_audioset_unbalanced(audioset):
 )
 def test_names_of_audioset_clips(audioset, clip, stem):
     line = f'{clip}, 0.000, 10.000, "/m/09x0r"\n'
-    (audioset / "balanced_train_segments.csv").write_text(AUDIOSET_HEADER + line)
-    (audioset / "eval_segments.csv").write_text(
-        AUDIOSET_HEADER + 'no_such_clp, 0.0, 9.0, "/m/09x0r"\n'
-    )
-    for path in audioset.glob("*/**/*.*"):
-        path.unlink()
+    write(audioset / "balanced_train_segments.csv", line)
+    write(audioset / "eval_segments.csv", 'no_such_clp, 0.0, 9.0, "/m/09x0r"\n')
+    shutil.rmtree(audioset / "train")
+    shutil.rmtree(audioset / "deep")
     touch(audioset, f"clips/{stem}.flac", "clips/other.wav", "clips/12_34.wav")
     listing = layouts.list_audioset(audioset)
     assert [file.id for file in listing.files] == [f"clips/{stem}.flac"]
@@ -367,68 +314,33 @@ def test_audioset_takes_the_first_of_several_files_of_a_clip(audioset):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "pattern"),
+    ("name", "text"),
     [
-        ("class_labels_indices.csv", None, "cannot read"),
-        ("class_labels_indices.csv", "0,/m/09x0r,Speech\n", "does not start with index,mid"),
-        (
-            "class_labels_indices.csv",
-            AUDIOSET_CLASSES + "5,/m/1,Bell\n",
-            "line 6: '5,/m/1,Bell' is not the",
-        ),
-        (
-            "class_labels_indices.csv",
-            AUDIOSET_CLASSES + "4,/m/1,Gush\n",
-            "line 6: '4,/m/1,Gush' is not the",
-        ),
-        ("balanced_train_segments.csv", None, "which --layout=audioset needs in --audio_dir"),
-        ("eval_segments.csv", None, "which --layout=audioset needs in --audio_dir"),
-        (
-            "eval_segments.csv",
-            AUDIOSET_HEADER + "__5TA9Hz45E, 20.0, 30.0\n",
-            "line 4: '__5TA9Hz45E, 20.0",
-        ),
-        ("eval_segments.csv", 'a, 0, 9, "/m/9"\n', "line 1: 'a, 0, 9, /m/9', expected a YouTube"),
-        ("eval_segments.csv", AUDIOSET_BALANCED, "lists --PJHxphWEs again"),
+        ("class_labels_indices.csv", "0,/m/09x0r,Speech\n1,/m/1,Bell\n"),
+        ("eval_segments.csv", "__5TA9Hz45E, 20.0, 30.0\n"),
+        ("eval_segments.csv", '__5TA9Hz45E, 0, 9, "/m/9"\n'),
     ],
 )
-def test_broken_lists_of_audioset(audioset, name, text, pattern):
-    (audioset / name).unlink()
-    if text is not None:
-        (audioset / name).write_text(text)
-    assert pattern in error_of("audioset", audioset)
+def test_broken_lists_of_audioset(audioset, name, text):
+    (audioset / name).write_text(text)
+    assert f"{name} is not as the data set's authors" in layout_error("audioset", audioset)
 
 
-def test_audioset_becomes_a_multi_label_set(audioset, tmp_path, capsys):
-    pytest.importorskip("tensorflow_datasets")
-    (audioset / "unbalanced_train_segments.csv").write_text(AUDIOSET_HEADER + AUDIOSET_UNBALANCED)
-    for name in ("train/--PJHxphWEs.wav", "abcdefghijk.flac", "__5TA9Hz45E.wav"):
-        write_wav(audioset / name, 0.1)
-    for name in ("train/YY4_DJ-cTTo0.mkv", "deep/down/__5TA9Hz45E.m4a"):
-        (audioset / name).unlink()
-    build(
-        layout="audioset", audio_dir=audioset, data_dir=tmp_path / "data", name="audioset",
-    )  # fmt: skip
-    split = dataset.open_split("audioset", "train+unbalanced+test", tmp_path / "data")
-    assert (split.is_multi_label, split.label_names) == (True, (SPEECH, MAN, GUSH, WOMAN))
-    assert {record["id"]: record["label"].tolist() for record in split.read(range(3))} == {
-        "train/--PJHxphWEs.wav": [0, 2], "abcdefghijk.flac": [0], "__5TA9Hz45E.wav": [2],
-    }  # fmt: skip
-    told = capsys.readouterr().out
-    assert "missing 3 of 6 clips that the lists name (50.0%)" in told
-    assert "4 labels, any number of them per clip: Speech, Male speech, man speaking, Gush" in told
+def test_audioset_unbalanced(audioset):
+    write(audioset / "unbalanced_train_segments.csv", AUDIOSET_HEADER + AUDIOSET_UNBALANCED)
+    touch(audioset, "abcdefghijk.flac")
+    listing = layouts.list_layout("audioset", audioset)
+    assert listed(listing)["abcdefghijk.flac"] == ((SPEECH,), "unbalanced")
+    assert len(listing.files) == 4
 
 
 # --- all of them -----------------------------------------------------------------------------
 
 
-def test_unknown_layouts_and_folders(tmp_path):
-    message = error_of("esc", tmp_path)
-    assert message.startswith("--layout=esc is unknown; known: audioset, esc50, speech_commands_v1")
-    for layout in layouts.LAYOUTS:
-        assert "--audio_dir=none is not a directory" in error_of(layout, "none")
-        if layout != "speech_commands_v1":
-            assert "goes with --layout=speech_commands_v1 alone" in error_of(layout, tmp_path, "x")
+def test_folders_that_do_not_exist(tmp_path):
+    assert "--audio_dir=none is not a directory" in layout_error("esc50", "none")
+    with pytest.raises(ValueError, match="gs://farm must be on this machine"):
+        layouts.list_layout("esc50", "gs://farm")
 
 
 def test_a_layout_becomes_a_data_set_and_missing_clips_are_told(esc50, tmp_path, capsys):
@@ -453,24 +365,6 @@ def test_a_layout_becomes_a_data_set_and_missing_clips_are_told(esc50, tmp_path,
     assert "\nnot in the folder: 2 more that the lists name\n" in told
     assert "hours     missing\n" in told
     assert "\n       fold1           1           1       0.009           1\n" in told
-    assert "\nsplit fold3 is left out: none of its 0 files gave a clip, and 1 are missing\n" in told
+    assert "\n       fold3           0           0       0.000           1\n" in told
     assert f"\nmissing 2 of 5 clips that the lists name (40.0%): {directory}/skipped.tsv\n" in told
     assert f"\nbuilt {directory}; its splits: fold1, fold2, fold5\n" in told
-
-
-def test_noise_is_cut_into_seconds(speech_commands_v1, tmp_path):
-    pytest.importorskip("tensorflow_datasets")
-    root, test = speech_commands_v1
-    for path in [*root.glob("[!.]*/[!.]*.wav"), *test.glob("*/*.wav")]:
-        write_wav(path, 3.4 if path.parent.name == "_background_noise_" else 0.1)
-    build(
-        layout="speech_commands_v1", audio_dir=root, test_dir=test, data_dir=tmp_path,
-        name="keywords",
-    )  # fmt: skip
-    for name, noise_file in (("train", "pink_noise"), ("valid", "running_tap")):
-        split = dataset.open_split("keywords", name, tmp_path)
-        silence = [record for record in split.read(range(len(split))) if record["label"] == 11]
-        assert {record["id"]: len(record["audio"]) for record in silence} == {
-            f"_background_noise_/{noise_file}.wav#{index:04d}": 16_000 for index in range(3)
-        }
-    assert len(dataset.open_split("keywords", "test", tmp_path)) == 13

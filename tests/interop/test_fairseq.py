@@ -64,14 +64,6 @@ def test_the_architecture_is_taken_from_cfg(file):
     )  # fmt: skip
 
 
-def test_the_golden_files_are_read_as_they_were_made(golden):
-    cfg = golden["cfg"]
-    file = AuthorsFile({"model": cfg, "task": {"mask_type": "chunk_mask"}}, golden["weights"])
-    config = fairseq.model_config(file)
-    assert (config.tokens, config.encoder_layers, config.width) == (golden["tokens"], 3, 64)
-    fairseq.weights(file, config)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -79,12 +71,9 @@ def test_the_golden_files_are_read_as_they_were_made(golden):
         ({"activation_fn": "relu"}, "cfg.model.activation_fn='relu', but only 'gelu' is built"),
         ({"dec_sine_pos": False}, "cfg.model.dec_sine_pos=False, but only True"),
         ({"feature_dim": 80}, "cfg.task.feature_dim=80, but only 128"),
-        ({"ast_kernel_stride_time": 10}, r"\(16, 16\) with strides \(10, 16\)"),
+        ({"ast_kernel_stride_time": 10}, r"\[16, 16\] with strides \[10, 16\]"),
         ({"mask_type": "stripes"}, "cfg.task.mask_type='stripes' is unknown; known: chunk_mask"),
         ({"encoder_attention_heads": 3}, "model.width=16 must be even and a multiple of"),
-        ({"encoder_layers": "3"}, "cfg.model.encoder_layers='3' must be int"),
-        ({"layer_norm_first": 1}, "cfg.model.layer_norm_first=1 must be bool"),
-        ({"random_mask_prob": "x"}, "cfg.model.random_mask_prob='x' must be float"),
     ],
     ids=str,
 )
@@ -101,7 +90,6 @@ def test_tensors_that_do_not_fit_the_cfg_are_named(file):
         ({name: np.zeros((33, 16))}, rf"{name} is \[33, 16\], but its cfg makes it \[32, 16\]"),
         ({"label_embs": np.zeros(3)}, "no place for the tensor label_embs"),
         ({table: found * np.float32(1.01)}, f"{table} does not hold the sinusoid"),
-        ({table: found[0]}, rf"{table} is \[40, 16\], expected \[1, positions, 16\]"),
     ]:
         tensors = {k: v for k, v in (file.tensors | change).items() if v is not None}
         with pytest.raises(AuthorsFileError, match=message):
@@ -111,9 +99,6 @@ def test_tensors_that_do_not_fit_the_cfg_are_named(file):
 def test_the_length_of_the_clips_is_kept(file):
     assert fairseq.num_frames(file) == 96
     assert fairseq.num_frames(change(file, max_sample_size=None)) is None
-    for wrong, message in ((100, "must be at least one frame, 400"), ("160000", "must be int")):
-        with pytest.raises(AuthorsFileError, match=message):
-            fairseq.num_frames(change(file, max_sample_size=wrong))
 
 
 def test_half_precision_is_read_as_float32_and_its_position_table_is_dropped(file):
@@ -132,13 +117,12 @@ def test_half_precision_is_read_as_float32_and_its_position_table_is_dropped(fil
         assert table not in fairseq.extras(half)
 
 
-@pytest.mark.parametrize("left_out", [(), ("dec_sine_pos_embed.pe", "decoder_mask_emb")])
-def test_a_file_without_a_decoder_is_an_encoder(left_out):
+def test_a_file_without_a_decoder_is_an_encoder():
     file = build(dataclasses.replace(CONFIG, decoder_width=8))
     encoder = {
         name: tensor
         for name, tensor in file.tensors.items()
-        if not name.startswith(("decoder.", "final_proj", "post_enc")) and name not in left_out
+        if not name.startswith(("decoder.", "final_proj", "post_enc"))
     }
     file = AuthorsFile(file.cfg, encoder)
     config = fairseq.model_config(file)
@@ -150,9 +134,8 @@ def test_a_file_without_a_decoder_is_an_encoder(left_out):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mask": "random", "mask_ratio": 0.1},
+        {"mask": "random", "mask_ratio": 0.1, "pre_norm": True, "layer_drop": 0.3},
         {"mask": "span", "mask_ratio": 0.3, "decoder_width": 8},
-        {"pre_norm": True, "layer_drop": 0.3},
     ],
     ids=str,
 )
@@ -187,7 +170,7 @@ def test_a_written_file_reads_back_and_other_programs_find_what_they_expect(file
     tensors = file.tensors | {"layer_norm.bias": np.arange(256, dtype=np.float32)[::2]}
     fairseq.write(tmp_path / name, AuthorsFile(file.cfg, tensors))
     back = fairseq.read(tmp_path / name)
-    assert back.cfg == json.loads(json.dumps(file.cfg))
+    assert back.cfg == file.cfg
     assert {n: (t.dtype, t.shape, t.tobytes()) for n, t in back.tensors.items()} == {
         n: (t.dtype, t.shape, t.tobytes()) for n, t in tensors.items()
     }
@@ -197,15 +180,13 @@ def test_a_written_file_reads_back_and_other_programs_find_what_they_expect(file
         return
     with safetensors.safe_open(tmp_path / name, "pt") as opened:
         assert opened.metadata()["format"] == "pt"
-        assert json.loads(opened.metadata()["config"]) == back.cfg
+        assert json.loads(opened.metadata()["config"]) == file.cfg
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"weights": 1}, r"x.pt: expected a dict with the keys cfg, model, found \['weights'\]"),
-        ({"cfg": {"model": {}, "task": {}}, "model": [1]}, "model is a list, not named tensors"),
-        ({"cfg": {"model": {}, "task": {}}, "model": {"a": 1}}, "model.a is a int, not a tensor"),
         ({"cfg": {"model": {}}, "model": {}}, "has no cfg.task, so its architecture is unknown"),
         ({"cfg": None, "model": {}}, "has no cfg.model"),
     ],
@@ -216,17 +197,3 @@ def test_another_kind_of_file_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=message):
         fairseq.read(tmp_path / "x.pt")
-
-
-def test_cfg_with_tensors_is_refused(tmp_path):
-    torch = pytest.importorskip("torch")
-    cfg = {"model": {"a": torch.ones(1)}, "task": {}}
-    torch.save({"cfg": cfg, "model": {}}, tmp_path / "x.pt")
-    with pytest.raises(AuthorsFileError, match="cfg holds more than plain values"):
-        fairseq.read(tmp_path / "x.pt")
-
-
-def test_a_broken_safetensors_file_is_refused(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(b"not one")
-    with pytest.raises(AuthorsFileError, match=r"x.safetensors is not a whole safetensors file"):
-        fairseq.read(tmp_path / "x.safetensors")

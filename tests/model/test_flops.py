@@ -13,23 +13,11 @@ from maeast_jax.model import flops
 from maeast_jax.training.steps import LossConfig, init_state, make_eval_step
 
 
-def test_the_papers_model_costs_what_its_arithmetic_says():
-    """Layers of full sequences, less what the last decoder layer leaves out."""
-    count = flops.pretrain_forward(model_config(), 1024)
-    layer = lambda n: 2 * n * (4 * 768**2 + 2 * 768 * 3072) + 4 * n * n * 768  # noqa: E731
-    full = 12 * layer(128) + 2 * layer(512)
-    assert 0.9 * full < count < full + 2 * 128 * 256 * 768 + 5 * 384 * 256 * 768
-
-
 def test_the_baseline_costs_two_and_a_half_times_as_much_and_five_times_in_two_passes():
     ours = flops.pretrain_forward(model_config(), 1024)
     ssast = model_config(architecture="ssast", decoder_layers=0)
     once = flops.pretrain_forward(ssast, 1024)
     assert 2.5 < once / ours < 2.7
-    # The last layer has queries, output and MLP at 384 of the 512 tokens.
-    left_out = 2 * 128 * (2 * 768**2 + 2 * 768 * 3072) + 4 * 128 * 512 * 768
-    whole = 12 * (2 * 512 * (4 * 768**2 + 2 * 768 * 3072) + 4 * 512 * 512 * 768) - left_out
-    assert once == whole + 2 * (512 * 256 * 768 + 2 * 384 * 768 * 256 + 384 * 256 * 384)
     assert 5.0 < flops.pretrain_forward(dataclasses.replace(ssast, passes=2), 1024) / ours < 5.4
 
 

@@ -26,6 +26,7 @@ from maeast_jax.inference import pretrained
 from maeast_jax.interop import parameters
 from maeast_jax.model import masking, tokens, transformer
 from maeast_jax.model.mae_ast import MaeAst, abstract_model, build, model_graph, split_model
+from maeast_jax.runtime import processor
 from maeast_jax.train import train
 from maeast_jax.training import metrics_writer
 from maeast_jax.training.steps import LossConfig, init_state, make_eval_step, make_train_step
@@ -143,14 +144,6 @@ def test_ssast_puts_the_mask_token_in_place_of_masked_patches():
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_a_narrower_decoder_has_a_projection_and_an_equally_wide_one_none():
-    model = abstract_model(dataclasses.replace(SMALL, decoder_width=16))
-    out = nnx.eval_shape(lambda model: model.pretrain(PATCHES, KEPT, MASKED), model)
-    assert out.classification.shape == (2, 72, 256)
-    assert model.decoder_projection is not None
-    assert abstract_model(SMALL).decoder_projection is None
-
-
 def test_bfloat16_keeps_parameters_and_outputs_float32_and_stays_near():
     exact = pretrain(draw_model(), PATCHES)
     model = draw_model(dtype="bfloat16")
@@ -160,16 +153,13 @@ def test_bfloat16_keeps_parameters_and_outputs_float32_and_stays_near():
     rough = pretrain(model, PATCHES)
     assert rough.reconstruction.dtype == jnp.float32
     assert_close(rough.reconstruction, exact.reconstruction, relative=0.03)
-    assert np.any(np.asarray(rough.reconstruction) != np.asarray(exact.reconstruction))
 
 
-@pytest.mark.parametrize("config", [SMALL, SSAST], ids=["mae_ast", "ssast"])
-@pytest.mark.parametrize(("float32_factors", "factor"), [(False, "bf16"), (True, "f32")])
-def test_every_product_of_a_cpu_has_the_factors_that_the_graph_is_given(
-    config, float32_factors, factor
-):
-    config = dataclasses.replace(config, dtype="bfloat16")
-    graph = model_graph(config, float32_factors=float32_factors)
+@pytest.mark.parametrize(("multiplies", "factor"), [(True, "bf16"), (False, "f32")])
+def test_every_product_has_the_factors_that_suit_the_cpu(monkeypatch, multiplies, factor):
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: multiplies)
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    graph = model_graph(config)
     _, params, statistics = split_model(abstract_model(config))
 
     def loss(params, statistics, patches):
@@ -177,11 +167,10 @@ def test_every_product_of_a_cpu_has_the_factors_that_the_graph_is_given(
         return jnp.sum(out.reconstruction + out.classification)
 
     text = jax.jit(jax.grad(loss)).lower(params, statistics, PATCHES).as_text()
-    products = [line for line in text.splitlines() if "dot_general" in line]
-    factors = re.findall(r"x(b?f\d+)>", " ".join(line.split(" : ")[-1] for line in products))
+    products = [line.split(" : ")[-1] for line in text.splitlines() if "dot_general" in line]
     assert len(products) > 20
-    assert set(factors) == {factor, "f32"}  # every result is float32
-    assert factors.count("f32") == (3 if float32_factors else 1) * len(products)
+    for product in products:
+        assert re.findall(r"x(b?f\d+)>", product) == [factor, factor, "f32"]
 
 
 def test_dropout_and_layer_drop_need_a_key_and_follow_it():
@@ -190,10 +179,9 @@ def test_dropout_and_layer_drop_need_a_key_and_follow_it():
     def run(key):
         return np.asarray(pretrain(model, PATCHES, key).reconstruction)
 
-    np.testing.assert_array_equal(run(None), run(None))
-    np.testing.assert_array_equal(run(jax.random.key(2)), run(jax.random.key(2)))
-    assert np.any(run(jax.random.key(2)) != run(jax.random.key(3)))
-    assert np.any(run(jax.random.key(2)) != run(None))
+    plain, drawn, other = run(None), run(jax.random.key(2)), run(jax.random.key(3))
+    np.testing.assert_array_equal(drawn, run(jax.random.key(2)))
+    assert np.any(drawn != other) and np.any(drawn != plain)
 
 
 def test_initial_values_are_the_authors():

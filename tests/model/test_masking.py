@@ -1,4 +1,4 @@
-"""Masks: exact sets and sizes, their statistics, and independence of the devices."""
+"""Masks: exact sets and sizes, and their statistics."""
 
 import functools
 import re
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maeast_jax.model import masking
 
@@ -23,13 +22,9 @@ draw = functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))(masking.mask_toke
 def many(kind):
     """bool [examples, time tokens, band tokens], True where masked."""
     _, masked = draw(jax.random.key(0), EXAMPLES, GRID, RATIO, kind)
-    return as_grid(np.asarray(masked), GRID)
-
-
-def as_grid(masked, grid):
-    is_masked = np.zeros((len(masked), grid[0] * grid[1]), bool)
-    np.put_along_axis(is_masked, masked, True, axis=1)
-    return is_masked.reshape(-1, *grid)
+    is_masked = np.zeros((EXAMPLES, NUM_TOKENS), bool)
+    np.put_along_axis(is_masked, np.asarray(masked), True, axis=1)
+    return is_masked.reshape(-1, *GRID)
 
 
 def neighbour_share(is_masked):
@@ -58,9 +53,6 @@ def whole_blocks(is_masked, height, width):
     ("kind", "grid", "ratio", "expected_kept"),
     [
         ("random", (7, 3), 0.6, 8),  # int(8.4)
-        ("chunk", (7, 3), 0.6, 8),
-        ("span", (7, 3), 0.6, 8),
-        ("chunk", GRID, 0.75, 64),
         ("chunk", (2, 8), 0.99, 1),  # int(0.16), but at least one
         ("span", (1, 2), 0.5, 1),
     ],
@@ -71,8 +63,7 @@ def test_kept_and_masked_are_the_tokens_once_each(kind, grid, ratio, expected_ke
     assert kept.shape == (5, expected_kept)
     assert masked.shape == (5, num_tokens - expected_kept)
     assert kept.dtype == masked.dtype == jnp.int32
-    assert (np.diff(kept, axis=1) > 0).all()
-    assert (np.diff(masked, axis=1) > 0).all()
+    assert (np.diff(kept, axis=1) > 0).all() and (np.diff(masked, axis=1) > 0).all()
     together = np.sort(np.concatenate([kept, masked], axis=1), axis=1)
     np.testing.assert_array_equal(together, np.tile(np.arange(num_tokens), (5, 1)))
 
@@ -87,17 +78,6 @@ def test_every_token_is_masked_at_the_ratio(kind):
     chance = many(kind).mean(0)
     deviation = 5 * np.sqrt(RATIO * (1 - RATIO) / EXAMPLES)
     assert np.abs(chance - RATIO).max() <= deviation + (0.0 if kind == "random" else 0.016)
-
-
-@pytest.mark.parametrize("kind", masking.MASKS)
-def test_examples_draw_their_own_masks(kind):
-    assert len(np.unique(many(kind)[:1000].reshape(1000, -1), axis=0)) == 1000
-
-
-def test_chunks_look_like_blocks():
-    """Masked tokens have 0.75 masked neighbours by chance, near 0.9 in blocks of 3 to 5."""
-    assert abs(neighbour_share(many("random")).mean() - RATIO) < 0.005
-    assert neighbour_share(many("chunk")).mean() > 0.88
 
 
 def test_chunks_are_blocks_but_for_the_last():
@@ -150,29 +130,9 @@ def test_spans_are_runs_of_ten_but_for_the_last():
 
 
 @pytest.mark.parametrize("kind", masking.MASKS)
-def test_masks_are_a_function_of_the_key(kind):
-    first, again, other = (
-        draw(jax.random.key(seed), 16, GRID, RATIO, kind)[1] for seed in (3, 3, 4)
-    )
-    np.testing.assert_array_equal(first, again)
-    assert (np.asarray(first) != np.asarray(other)).any(axis=1).all()
-
-
-@pytest.mark.parametrize("kind", ["random", "chunk"])
-def test_masks_do_not_depend_on_the_devices(kind):
-    devices = jax.devices()
-    assert len(devices) == 8
-    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,), devices=devices)
-    by_example = NamedSharding(mesh, PartitionSpec("data"))
-
-    def masks(key):
-        return masking.mask_tokens(key, 16, GRID, RATIO, kind)
-
-    key = jax.random.key(5)
-    on_eight = jax.jit(masks, out_shardings=(by_example, by_example))(key)
-    assert {shard.data.shape for shard in on_eight[0].addressable_shards} == {(2, 64)}
-    for sharded, single in zip(on_eight, jax.jit(masks)(key), strict=True):
-        np.testing.assert_array_equal(sharded, single)
+def test_each_example_and_key_draws_its_own_mask(kind):
+    masks = [draw(jax.random.key(seed), 16, GRID, RATIO, kind)[1] for seed in (3, 4)]
+    assert len(np.unique(np.concatenate(masks), axis=0)) == 32
 
 
 @pytest.mark.parametrize("kind", masking.MASKS)
@@ -191,18 +151,6 @@ def test_ties_are_cut_at_the_exact_number():
     np.testing.assert_array_equal(lowest, [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((4, GRID, 0.75, "chunk_mask"), "'chunk_mask' .* random, chunk, span"),
-        ((4, GRID, 0.0, "random"), "mask_ratio=0.0 must lie between"),
-        ((4, GRID, 1.0, "random"), "mask_ratio=1.0 must lie between"),
-        ((4, (1, 1), 0.75, "random"), "masks none of 1 tokens"),
-        ((4, (0, 8), 0.75, "random"), r"grid=\(0, 8\) must be at least 1"),
-        ((0, GRID, 0.75, "random"), "batch_size=0"),
-    ],
-)
-def test_errors_name_value_rule_and_remedy(arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
-        draw(jax.random.key(0), *arguments)
-    assert "\n" not in str(error.value)
+def test_a_mask_of_no_token_is_refused():
+    with pytest.raises(ValueError, match=r"mask_ratio=0.75 masks none of 1 tokens"):
+        masking.num_kept(1, 0.75)

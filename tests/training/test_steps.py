@@ -14,7 +14,7 @@ from tiny import assert_close, authors_config
 
 from maeast_jax import fbank
 from maeast_jax.interop import parameters
-from maeast_jax.model import hashed_bits, masking, stream_key
+from maeast_jax.model import masking, ops, stream_key
 from maeast_jax.runtime import sharding
 from maeast_jax.training.optimizer import AdamWConfig, adamw
 from maeast_jax.training.steps import (
@@ -195,7 +195,7 @@ def test_masks_and_dropout_are_those_of_one_device():
 
     def draws(key):
         masks = masking.mask_tokens(key, 16, (4, 8), 0.75, "chunk")
-        return masks, hashed_bits(key, (16, 8, 2, 32))
+        return masks, ops.hashed_bits(key, (16, 8, 2, 32))
 
     key = jax.random.key(7)
     placed = jax.jit(draws, out_shardings=sharding.by_example(mesh))(key)
