@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -150,25 +150,24 @@ def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> I
 
 
 @contextmanager
-def _ctrl_c(message: str) -> Iterator[None]:
-    """The first Ctrl-C raises KeyboardInterrupt; a second one ends the process.
+def _ending_where_ctrl_c_is_ignored(message: str) -> Iterator[None]:
+    """Ends the process where Python drops the KeyboardInterrupt of a Ctrl-C.
 
-    The first may be lost: Python ignores an exception that is raised in a callback of its garbage
-    collector, and jax has such a callback.
+    Python drops exceptions raised in a callback of its garbage collector, and jax has such a
+    callback: without this the program would run on to its end.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # the shell's `nohup` or `&` asked to ignore it
-        return
-    came: list[int] = []
+    before = sys.unraisablehook
 
-    def catch(number: int, frame: FrameType | None) -> None:
-        if came:
+    def end(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
             _leave(_told(message, _EXIT_CTRL_C))
-        came.append(number)
-        raise KeyboardInterrupt
+        before(dropped)
 
-    with catching(catch, signal.SIGINT):
+    sys.unraisablehook = end
+    try:
         yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _define_flags(default_config: str | None, names: Sequence[str], may_join: bool) -> None:
@@ -254,7 +253,7 @@ def _call(main: Callable[[], int | None], interrupted: str) -> int:
         # Orbax's threads log pages about an error that is then raised here and told in one line.
         logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     try:
-        with _ctrl_c(interrupted):
+        with _ending_where_ctrl_c_is_ignored(interrupted):
             return main() or 0
     except Interrupted as stop:
         print(stop, file=sys.stderr)
