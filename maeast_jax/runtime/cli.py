@@ -236,8 +236,15 @@ def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # epath then reaches gs:// by a library that works without TensorFlow.
     os.environ.setdefault("EPATH_USE_TF", "false")
+
+    def call_and_leave(argv: Sequence[str]) -> int:
+        code = call(argv)
+        if code == _EXIT_CTRL_C:
+            _leave(code)  # XLA may still compile, and an interpreter that ends would crash in it
+        return code
+
     try:
-        app.run(call, flags_parser=parse)
+        app.run(call_and_leave, flags_parser=parse)
     except SystemExit as end:
         # absl ends with 1 after --help.
         asked = any(word.lstrip("-").startswith("help") for word in sys.argv[1:])
@@ -269,8 +276,7 @@ def _call(main: Callable[[], int | None], interrupted: str) -> int:
     except OSError as error:
         return _told(f"{error.filename or ''} {terminal.one_line(error)}".strip(), EXIT_SYSTEM)
     except KeyboardInterrupt:
-        # XLA may still compile, and an interpreter that ends would crash in it.
-        _leave(_told(interrupted, _EXIT_CTRL_C))
+        return _told(interrupted, _EXIT_CTRL_C)
     except ModuleNotFoundError as error:
         remedy = f"pip install -r requirements.txt, into the environment of {sys.executable}"
         return _told(f"{error}: {remedy}", EXIT_USAGE)
