@@ -103,8 +103,9 @@ def change(path, value):
 )  # fmt: skip
 def test_a_wrong_field_is_one_line_before_anything_is_written(path, value, message, tmp_path):
     config = change(path, value)
-    with config.data.ignore_type() if path != "data" else config:
-        config.data.dir = str(tmp_path / "data")
+    config.data.dir = str(tmp_path / "data")
+    if not path.startswith("data."):
+        config.data.source = "synthetic"
     with pytest.raises(ValueError, match=message) as error:
         train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
