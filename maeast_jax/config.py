@@ -17,7 +17,7 @@ def pretrain() -> ConfigDict:
     config.seed = 0
     config.total_steps = 600_000
     config.batch_size = 32  # clips per step over all devices
-    config.accumulation_steps = 1  # parts that a batch is computed in, to save memory
+    config.accumulation_steps = 1  # parts that a batch is computed in, one by one, to save memory
     config.num_frames = 1024  # of 10 ms; shorter clips are looped, longer ones cropped
     # The checkpoint whose weights the run starts from: a run's workdir, one checkpoint in it, or a
     # .pt or .safetensors file of the authors' layout. Its architecture replaces the one in `model`.
@@ -68,7 +68,8 @@ def pretrain() -> ConfigDict:
     data = config.data = ConfigDict()
     data.source = "tfds"  # tfds | synthetic (random waveforms, to measure speed)
     data.dir = ""  # folder of the data sets; "" is TFDS' default
-    # NAME_OR_DIRECTORY[@SPLIT][*WEIGHT], several with commas between. Without weights, the union.
+    # NAME_OR_DIRECTORY[@SPLIT][*WEIGHT], several with commas between. Without weights every clip
+    # counts equally.
     data.train = ""  # "" trains on the embedded corpus
     data.eval = ""  # "" evaluates on nothing (on the embedded corpus, on its valid split)
     data.fbank = "device"  # where log-mel energies are computed: device | host
@@ -103,7 +104,7 @@ def finetune() -> ConfigDict:
     config.total_steps = 0  # 0 trains for `epochs`
     config.eval_every = 0  # steps between evaluations on data.valid; 0 is one epoch
     config.batch_size = 32  # clips per step over all devices
-    config.accumulation_steps = 1  # parts that a batch is computed in, to save memory
+    config.accumulation_steps = 1  # parts that a batch is computed in, one by one, to save memory
     # Frames of 10 ms: longer clips are cropped, shorter ones padded with silence. 0 keeps each
     # clip's own length up to `max_frames` and masks the padding of a batch.
     config.num_frames = 0
@@ -137,9 +138,9 @@ def finetune() -> ConfigDict:
     schedule = config.schedule = ConfigDict()
     schedule.name = "cosine"  # constant | cosine (to 0) | step
     schedule.warmup_steps = 0
-    schedule.factor = 0.85  # `step` multiplies the rate by this
-    schedule.every = 1  # epochs between two such steps
-    schedule.start = 5  # epochs before the first one
+    schedule.factor = 0.85  # each decay multiplies the rate by this
+    schedule.every = 1  # epochs between two decays
+    schedule.start = 5  # epochs before the first decay
 
     augment = config.augment = ConfigDict()
     augment.mixup = 0.0  # share of clips that are mixed with another of the batch
@@ -148,8 +149,8 @@ def finetune() -> ConfigDict:
     augment.time_mask = 0  # masked frames at most
     augment.noise_and_roll = False
 
-    # Mean and deviation of log energies. 0 and 0 take the checkpoint's running statistics, or from
-    # initial values the statistics of the training clips.
+    # Mean and deviation of log energies. Both 0: the checkpoint's running statistics, or the
+    # training clips' where init_from is empty.
     config.normalize = ConfigDict({"mean": 0.0, "deviation": 0.0})
 
     data = config.data = ConfigDict()
@@ -171,8 +172,8 @@ def finetune() -> ConfigDict:
     features.source = "encoder"
     features.pool = "moments"  # mean | time | moments
     features.layer = "last"  # last | a layer's number from 0
-    # Grids of tokens that a clip is seen on, each shifted by a part of a token; frame tokens allow
-    # at most 2. docs/downstream.md measures what this is worth.
+    # Shifted token grids per clip, whose features are averaged; frame tokens allow at most 2.
+    # docs/downstream.md measures what this is worth.
     features.phases = 4
 
     config.mesh = _mesh()
@@ -209,7 +210,7 @@ def _mesh() -> ConfigDict:
 
 
 def check(config: ConfigDict, reference: ConfigDict, prefix: str = "") -> None:
-    """Raises ValueError, by its name, for a field that is unknown, missing or of another type.
+    """Raises ValueError, naming the field, for one that is unknown, missing or of another type.
 
     `reference` has all fields with their defaults: `pretrain()` or `finetune()`.
     """

@@ -80,7 +80,7 @@ def _check_workdir(run: FinetuneRun) -> None:
         )
     if run.config.mode == "finetune":
         for sets in run.folds:
-            check_resume(run, run.workdir / sets.name)
+            check_resume(run, sets, run.workdir / sets.name)
 
 
 def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:

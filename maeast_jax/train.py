@@ -7,7 +7,7 @@ Exit codes:
   3    a loss that is not finite
   70   an error that none of these explains, such as a failed device
   75   another process of the run was lost
-  143 or 130   SIGTERM or Ctrl-C stopped the run after it saved its state
+  143 or 130   SIGTERM or Ctrl-C: training was saved if it had begun
 
 After 70, 75, 143 and 130 the same command goes on from the newest checkpoint. maeast_jax/config.py
 says what each field means, and docs/running.md how several processes share a run (--distributed).
@@ -50,9 +50,9 @@ def train(
     """Starts the run in `workdir`, or goes on with it; returns the last evaluation's metrics.
 
     `batches` stands in for `config.data`'s training set: any iterator of {"audio": int16 [b, S]},
-    S = 400 + 160 (num_frames - 1) samples at 16 kHz, or a function of the first step that returns
-    one, so that a resumed run goes on where the stream was. Each of several processes gives its own
-    rows only (`sharding.process_rows`).
+    S = 400 + 160 (num_frames - 1) samples at 16 kHz. For a run that may be resumed, give a function
+    of the first step that returns such an iterator. Each of several processes gives its own rows
+    only (`sharding.process_rows`).
 
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; PeerLostError where
@@ -79,8 +79,8 @@ def _is_done(run: Pretraining, workdir: epath.Path, newest_step: int | None) -> 
     """Returns whether the last step is saved, and evaluated where there is anything to evaluate."""
     if newest_step != run.config.total_steps:
         return False
-    is_evaluated = run.has_eval or run.knn is not None
-    return not is_evaluated or metrics_writer.has_row(workdir, newest_step, "eval")
+    evaluates = run.has_eval or run.knn is not None
+    return not evaluates or metrics_writer.has_row(workdir, newest_step, "eval")
 
 
 def _train(
@@ -93,7 +93,7 @@ def _train(
     step = run.compile_step()
     planned = memory.planned_bytes(step)
     print(f"compiled: {terminal.si(planned, 'B')} planned per device", flush=True)
-    # All processes of a run on CPUs may share this machine.
+    # On CPUs all processes may run on this machine, so the plan counts every device.
     memory.keep_freed(jax.device_count() * planned)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, settings)
     batches = run.train_batches(start_step)
@@ -103,7 +103,7 @@ def _train(
     else:
         state = run.initial_state(init_from)
         if init_from is None:
-            first = next(batches)
+            first = loop.next_batch(batches, 0)
             state = run.calibrate(state, first)
             batches = _with_first(first, batches)
     if distributed.is_first():

@@ -169,6 +169,9 @@ def test_a_run_goes_on_with_other_settings_but_not_with_another_model(
         with pytest.raises(ValueError, match=message):
             finetune(other, tmp_path)
         assert (tmp_path / "config.json").read_text() == before
+    config.epochs = 2
+    with pytest.raises(ValueError, match="has reached step 9, past the 6 steps of this run"):
+        finetune(config, tmp_path)
     config.epochs = 4
     finetune(config, tmp_path)
     said = capsys.readouterr().out
@@ -217,6 +220,13 @@ def test_each_fold_is_tested_once_by_a_model_that_has_not_seen_it(tmp_path, data
         assert len(seen) == 18 and len(held_out) == 9 and not seen & held_out
         assert held_out == {f"{sets.name[-1]}-{index}" for index in range(9)}
     assert "±" in capsys.readouterr().out
+
+
+def test_one_fold_is_refused(tmp_path, data_dir):
+    config = small(data_dir)
+    config.data.update(train="folds", valid="", test="", folds="fold0")
+    with pytest.raises(ValueError, match="data.folds='fold0' must name two splits at least"):
+        open_run(config, tmp_path)
 
 
 def test_a_test_on_the_validation_clips_is_said_to_be_one(tmp_path, data_dir, capsys):
@@ -273,7 +283,7 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("data.train", "nothing", "no data set 'nothing'"),
         ("data.test", "tones@train*3", r"data.test='tones@train\*3' has weights, .* drop"),
         ("data.train_percent", 0.0, r"data.train_percent=0.0 must be in \(0, 100\]"),
-        ("data.folds", "fold0", "data.folds='fold0' must name two splits at least"),
+        ("data.folds", "a+b", "data.test='tones@test' has no meaning with data.folds='a\\+b'"),
         ("average_from", 0, "config.average_from=0 must be at least 1"),
         ("average_from", 4, "average_from=4 must not be past the 3 evaluations of 9 steps; lower"),
         ("accumulation_steps", 0, "config.accumulation_steps=0 must be at least 1"),

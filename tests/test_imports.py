@@ -71,6 +71,23 @@ def test_every_room_imports_only_what_the_table_allows():
     assert not wrong
 
 
+def test_rooms_are_entered_by_their_front_door():
+    wrong = {}
+    for name, tree in modules().items():
+        room = name.split("/")[0]
+        # A name from inside a module has four parts; the modules of `runtime` are its names.
+        inside = {
+            target
+            for target in imported(ast.walk(tree))
+            if target.startswith("maeast_jax.")
+            and target.count(".") > 2
+            and target.split(".")[1] not in (room, "runtime")
+        }
+        if inside:
+            wrong[name] = inside
+    assert not wrong
+
+
 def test_modules_import_one_another_in_no_circle():
     trees = modules()
     edges = {}

@@ -24,7 +24,7 @@ from maeast_jax.model import (
     split_model,
 )
 from maeast_jax.runtime import sharding, storage
-from maeast_jax.training.optimizer import AdamConfig, ScheduleConfig
+from maeast_jax.training import optimizer as optimizers
 
 MODES = ("finetune", "linear", "knn")
 _SOURCES = ("encoder", "fbank")
@@ -75,6 +75,11 @@ class LabelledConfig:
     def __post_init__(self):
         if not self.train:
             raise ValueError("data.train is empty: name a labelled data set (docs/finetuning.md)")
+        if self.folds and self.test:
+            raise ValueError(
+                f"data.test={self.test!r} has no meaning with data.folds={self.folds!r}, which "
+                "tests each fold; drop one of the two"
+            )
         if self.threads < 0:
             raise ValueError(f"data.threads={self.threads} must not be negative")
         if not 0.0 < self.train_percent <= 100.0:
@@ -103,8 +108,8 @@ class FinetuneConfig:
     model: ModelConfig
     head: HeadConfig
     loss: LossConfig
-    optimizer: AdamConfig
-    schedule: ScheduleConfig
+    optimizer: optimizers.AdamConfig
+    schedule: optimizers.ScheduleConfig
     augment: AugmentConfig
     normalize: dict[str, float]
     data: LabelledConfig
@@ -131,7 +136,7 @@ class FinetuneConfig:
         ):
             raise ValueError(
                 f"normalize.deviation={deviation} must be above 0, and normalize.mean={mean} "
-                "finite; set both, or both to 0 for statistics that are found"
+                "finite; set both, or both to 0 for the checkpoint's or the training clips' own"
             )
 
     @classmethod
@@ -139,16 +144,16 @@ class FinetuneConfig:
         """Raises ValueError, in one line, for a field that is unknown, missing or out of range."""
         configuration.check(config, configuration.finetune())
         sections = {
-            "model": ModelConfig, "head": HeadConfig, "loss": LossConfig, "optimizer": AdamConfig,
-            "schedule": ScheduleConfig, "augment": AugmentConfig, "data": LabelledConfig,
-            "features": FeaturesConfig,
+            "model": ModelConfig, "head": HeadConfig, "loss": LossConfig,
+            "optimizer": optimizers.AdamConfig, "schedule": optimizers.ScheduleConfig,
+            "augment": AugmentConfig, "data": LabelledConfig, "features": FeaturesConfig,
         }  # fmt: skip
         return cls(**configuration.typed(config, sections))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Training, validation and test sets; `name` is that of the fold, or empty."""
+    """Training, validation and test sets; `name` is the fold's name, or "" without folds."""
 
     name: str
     train: Labelled
@@ -158,7 +163,7 @@ class Sets:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """How long a fold is trained; validation is scored after each of the steps `evaluations`."""
+    """How long a fold is trained, and the steps after which validation is scored."""
 
     steps_per_epoch: float
     total_steps: int
@@ -192,7 +197,7 @@ class FinetuneRun:
 
     @property
     def normalize(self) -> tuple[float, float] | None:
-        """(mean, deviation) of log energies; None for statistics that are found."""
+        """(mean, deviation) of log energies; None for the checkpoint's or the training clips'."""
         mean, deviation = self.config.normalize["mean"], self.config.normalize["deviation"]
         return (mean, deviation) if deviation else None
 
@@ -211,7 +216,7 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     typed = FinetuneConfig.of(config)
     init_from = pretrained.read(typed.init_from) if typed.init_from else None
     typed = dataclasses.replace(typed, model=_encoder(typed.model, init_from))
-    backbone_config(typed.model, typed.head)  # raises where the head's layer is none of the model's
+    backbone_config(typed.model, typed.head)  # raises if head.layer is not a layer of the model
     typed.features.layer_number(typed.model.encoder_layers)
     folds = tuple(_open_folds(typed))
     mesh = None
@@ -226,10 +231,10 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
 
 
 def evaluations(total_steps: int, every: float) -> tuple[int, ...]:
-    """Returns the steps after which validation is scored: each `every`, rounded up; the last."""
+    """Returns the steps after which validation is scored: multiples of `every`, and the last."""
     count = math.ceil(total_steps / every - 1e-9)
     steps = [min(math.ceil(number * every - 1e-9), total_steps) for number in range(1, count + 1)]
-    return tuple(dict.fromkeys(steps))  # the last epoch may end within the last step
+    return tuple(dict.fromkeys(steps))  # the last two may both round to total_steps
 
 
 def _encoder(config: ModelConfig, init_from: Pretrained | None) -> ModelConfig:

@@ -103,9 +103,9 @@ class FoldTrainer:
         return state
 
     def evaluate(self, state: FinetuneState, asked_to_stop: loop.AskedToStop) -> Evaluation:
-        """Scores the validation clips, and keeps the parameters if they are to be tested.
+        """Scores the validation clips, and updates the parameters to be tested.
 
-        It does not stop on its way: the checkpoint of this step holds its choice.
+        It ignores requests to stop, because the checkpoint of this step must contain its choice.
         """
         del asked_to_stop
         scored = self.score(state.params, state.statistics, self._sets.valid)
@@ -166,17 +166,24 @@ class FoldTrainer:
         return FinetuneState.from_parts(checkpoints.restore(step, abstract.parts()))
 
 
-def check_resume(run: FinetuneRun, folder: Path) -> None:
+def check_resume(run: FinetuneRun, sets: Sets, folder: Path) -> None:
     """Prints the settings that differ from those of the run in a folder, if there is one.
 
-    Raises CheckpointError where that run is of another model.
+    Raises ValueError where that run has another model, head or selection, or has trained longer.
     """
-    if not checkpoint.saved_steps(folder):
+    steps = checkpoint.saved_steps(folder)
+    if not steps:
         return
+    total_steps = run.length(sets).total_steps
+    if steps[-1] > total_steps:
+        raise ValueError(
+            f"{folder} has reached step {steps[-1]}, past the {total_steps} steps of this run; "
+            "train for more epochs or choose another --workdir"
+        )
     old = checkpoint.metadata(checkpoint.find(folder))["config"]
     changed = configuration.differences(old, _settings(run))
     for name, (was, is_) in changed.items():
-        if name.startswith(("model.", "head.", "select", "mode")):
+        if name.startswith(("model.", "head.", "select")):
             raise checkpoint.CheckpointError(
                 f"the run in {folder} has {name}={was!r}, the configuration {is_!r}; choose "
                 "another --workdir"
@@ -185,6 +192,6 @@ def check_resume(run: FinetuneRun, folder: Path) -> None:
 
 
 def _settings(run: FinetuneRun) -> dict[str, Any]:
-    """Returns what a checkpoint says of itself: the configuration, with the model that it holds."""
+    """Returns the configuration that a checkpoint stores, with the model that it holds."""
     model = backbone_config(run.config.model, run.config.head)
     return dataclasses.asdict(dataclasses.replace(run.config, model=model))

@@ -1,6 +1,7 @@
 """The edge of programs: flags go in, one-line errors and exit codes come out."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ EXIT_NON_FINITE = 3
 EXIT_UNKNOWN = 70  # an unexpected error: a device failed, or there is a bug
 EXIT_PEER_LOST = 75
 _EXIT_CTRL_C = 128 + signal.SIGINT
-# All processes of a run come to these ends together.
+# All processes of a run end together with these codes.
 _AGREED_ENDS = (0, 128 + signal.SIGTERM, EXIT_NON_FINITE)
 _JOIN_FLAGS = ("coordinator", "num_processes", "process_id")
 _STOPPED_EARLY = (
@@ -108,7 +109,7 @@ def run(
 
         code = _call(program, _STOPPED_EARLY if workdir else "interrupted")
         if is_joined and code not in _AGREED_ENDS:
-            _leave(code)  # the others wait for this process, and jax would wait for them
+            _leave(code)  # jax's exit would wait for processes that wait for this one
         return code
 
     _start(call, parse)
@@ -137,7 +138,7 @@ def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) 
 
 @contextmanager
 def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Handles these signals by `catch`; does nothing outside of the main thread, as Python must."""
+    """Handles these signals by `catch`, in the main thread; Python allows it nowhere else."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -223,14 +224,14 @@ def _config_error(error: Exception, argv: Sequence[str]) -> str:
     # ml_collections wraps a KeyError, whose text Python quotes, in an AttributeError.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
-    text = error.args[0] if isinstance(error, KeyError) else error
-    reason = str(text).strip().splitlines()[-1].strip()[:200]
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    reason = text.splitlines()[-1].strip()[:200] if text else "no reason given"
     where = "maeast_jax/config.py lists the fields, configs/ has examples"
     return f"{file}: {place}{name}: {reason}; {where}"
 
 
 def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
-    # TensorFlow, which reads the data, greets with a page of its own unless this is set. It
+    # TensorFlow, which reads the data, prints a page at its import unless this is set. It
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -247,7 +248,7 @@ def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
         app.run(call_and_leave, flags_parser=parse)
     except SystemExit as end:
         # absl ends with 1 after --help.
-        asked = any(word.lstrip("-").startswith("help") for word in sys.argv[1:])
+        asked = any(re.fullmatch("--?help(short|full|xml)?", word) for word in sys.argv[1:])
         raise SystemExit(0 if end.code == 1 and asked else end.code) from None
 
 

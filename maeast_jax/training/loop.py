@@ -1,4 +1,4 @@
-"""The training loop of pretraining and fine-tuning: steps, late metrics, evaluations, checkpoints.
+"""The training loop of pretraining and fine-tuning: steps, metrics, evaluations, checkpoints.
 
 The order within an iteration makes resuming exact. At the top of step i the state has seen i
 batches; it is saved there, before the next batch is taken. A run that goes on from step i therefore
@@ -58,7 +58,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """When the loop does what; all fields but `batch_size` are numbers of steps, ascending.
+    """When the loop does what; all fields but `batch_size` are step numbers, ascending.
 
     The last step is logged, evaluated and saved in any case.
     """
@@ -86,7 +86,7 @@ def run(
       state: the state after `config.start_step` steps; its buffers may be donated to `step`.
       step: (state, batch) -> (state, metrics), compiled; metrics are (sum, count) pairs.
       batches: on the devices, from `config.start_step` on.
-      evaluate: returns None where it was asked to stop on its way.
+      evaluate: returns None where it was interrupted.
       checkpoints: closed in any case.
       writer: closed in any case.
 
@@ -105,10 +105,10 @@ def run(
         log = _Log(writer, progress, Pace(config), checkpoints)
         values: dict[str, float] | None = {}
         if config.start_step in config.eval_steps or config.start_step == config.total_steps:
-            # The run before may have been stopped on its way through this evaluation.
+            # The run before may have been interrupted in this evaluation.
             state, values = log.evaluate(state, config.start_step, evaluate, asked_to_stop)
         for number in range(config.start_step, config.total_steps):
-            # Read once: a signal between two looks would stop the run without having saved.
+            # Ask once per step: a signal between two calls would raise Interrupted without a save.
             signal_number = asked_to_stop()
             if signal_number:
                 log.catch_up(number)
@@ -118,7 +118,7 @@ def run(
             if signal_number:
                 checkpoints.wait()
                 raise Interrupted(signal_number, number)
-            batch = _next(stream, number)
+            batch = next_batch(stream, number)
             with distributed.others_alive():
                 state, metrics = step(state, batch)
             log.add(number + 1, metrics)
@@ -130,7 +130,7 @@ def run(
         log.save(state, config.total_steps)
         checkpoints.wait()
         if (signal_number := asked_to_stop()) and values is None:
-            # The same command makes up for the last evaluation.
+            # The same command then runs the evaluation that was cut short.
             raise Interrupted(signal_number, config.total_steps)
     return state, values
 
@@ -138,7 +138,8 @@ def run(
 class Pace:
     """How fast a run trains, and how long it has left.
 
-    Evaluations are no part of the rate. The time left holds those ahead, each as long as the last.
+    Evaluations are no part of the rate. The time left includes those to come, each as long as the
+    last one.
     """
 
     def __init__(self, config: LoopConfig, clock: Callable[[], float] = time.monotonic):
@@ -153,7 +154,7 @@ class Pace:
     def rate(self, step: int) -> float | None:
         """Returns clips per second since the last call; None at the first, or without a step since.
 
-        The first call starts the clock: what came before pays for the compilation.
+        The first call starts the clock, so that the rate leaves out the compilation.
         """
         last, self._last = self._last, (step, self._clock())
         if last is None or step <= last[0] or self._last[1] <= last[1]:
@@ -182,7 +183,7 @@ class Pace:
 
 
 class _Log:
-    """Metrics on their way from the devices to disk and terminal, and what has to wait for them."""
+    """Writes metrics once the devices have computed them; evaluates and saves only after that."""
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class _Log:
     def evaluate(
         self, state: S, step: int, evaluate: Callable, asked_to_stop: AskedToStop
     ) -> tuple[S, dict[str, float] | None]:
-        """Returns the state to go on with and the values found; None for them where it stopped."""
+        """Returns the state to go on with and the values; these are None after an interruption."""
         self.catch_up(step)
         if distributed.from_first(self._writer.has(step, "eval")):
             return state, {}
@@ -272,7 +273,7 @@ class _Log:
                     kept = "no checkpoint yet" if last is None else f"step {last} is saved"
                     raise NonFiniteError(
                         f"{name} is {float(metrics[name][0])} at step {step} ({kept}); lower "
-                        "optimizer.learning_rate or raise the schedule's warmup_steps"
+                        "optimizer.learning_rate or raise warmup_steps"
                     )
 
 
@@ -302,14 +303,17 @@ def _closing(checkpoints: Checkpoints) -> Callable:
     def close(kind: type[BaseException] | None, *_) -> None:
         if kind is None:
             checkpoints.close()
-        elif not issubclass(kind, PeerLostError):  # else a save under way waits for who is gone
+        elif not issubclass(
+            kind, PeerLostError
+        ):  # else close() would wait for the lost process for ever
             with contextlib.suppress(Exception):
                 checkpoints.close()
 
     return close
 
 
-def _next(batches: Iterator[Batch], step: int) -> Batch:
+def next_batch(batches: Iterator[Batch], step: int) -> Batch:
+    """Returns the batch of a step; raises ValueError where there is none."""
     try:
         return next(batches)
     except StopIteration:

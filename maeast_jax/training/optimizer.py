@@ -84,7 +84,7 @@ def warmup_and_decay(config: AdamWConfig, total_steps: int) -> optax.Schedule:
     if warmup_steps >= total_steps:
         raise ValueError(
             f"optimizer.warmup_steps={warmup_steps} must be below total_steps={total_steps}; give "
-            f"--config.optimizer.warmup_steps={total_steps // 10} or more steps"
+            f"--config.optimizer.warmup_steps={total_steps // 10}, or raise total_steps"
         )
     peak = config.learning_rate
     fall = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
@@ -134,9 +134,9 @@ def adamw(
 
 
 def adam(config: AdamConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Returns torch's Adam, which adds the decay to the gradient; the head moves `head_rate` times.
+    """Returns torch's Adam, which adds the decay to the gradient; the head has its own rate.
 
-    Parameters lie in a dict whose key "head" holds the head's.
+    The head's rate is `head_rate` times the encoder's. Its parameters lie under the key "head".
     """
 
     def is_head(params):

@@ -89,11 +89,12 @@ class Pretraining:
     """A run before its first step: data opened, devices chosen, and all programs ready to compile.
 
     Attributes:
-      config: with the model that is trained.
+      config: its `model` has the architecture of `init_from`, if that is set.
       mesh: the devices.
-      train_clips, eval_clips: None where noise or the caller's batches stand in for them.
+      train_clips: None where noise or the caller's batches stand in for data sets.
+      eval_clips: None for noise, and without evaluation.
       has_own_batches: whether the caller gives the training batches.
-      has_eval: whether there is anything to evaluate on but nearest neighbours.
+      has_eval: whether there are held-out clips; nearest neighbours need none.
       knn: None where no data set is named for it.
       abstract_state: shapes, types and shardings of the state.
     """
@@ -117,6 +118,7 @@ class Pretraining:
         self.has_eval = bool(config.data.eval) or (batches is None and config.data.has_eval)
         self.train_clips = pipeline.open_train(config.data) if batches is None else None
         self.eval_clips = pipeline.open_eval(config.data) if self.has_eval else None
+        # Raises ValueError where no token would be masked.
         masking.num_kept(math.prod(config.model.grid(config.num_frames)), config.model.mask_ratio)
         self.mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(self.mesh, config.batch_size, config.accumulation_steps)
@@ -131,7 +133,7 @@ class Pretraining:
         self._rows = sharding.process_rows(self.mesh, config.batch_size)
 
     def compile_step(self) -> jax.stages.Compiled:
-        """Compiles `(state, batch) -> (state, metrics)`, so that no step pays for it."""
+        """Compiles `(state, batch) -> (state, metrics)`, so that no step is slower."""
         step = steps.make_train_step(
             self.config.model,
             self.config.loss,
@@ -178,7 +180,7 @@ class Pretraining:
     def evaluate(
         self, state: TrainState, asked_to_stop: loop.AskedToStop
     ) -> loop.Evaluation | None:
-        """Returns held-out means, pictures and what neighbours tell; None when asked to stop."""
+        """Returns held-out means, pictures and the neighbours' score; None when interrupted."""
         values: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}
         sums = []
@@ -295,8 +297,8 @@ class Pretraining:
             if rows.shape != shape or rows.dtype != wanted.dtype:
                 raise ValueError(
                     f"a batch's {name!r} is {rows.dtype} {rows.shape}, but {wanted.dtype} {shape} "
-                    "is needed, by num_frames and this process' rows of "
-                    f"batch_size={self.config.batch_size}"
+                    f"is needed (this process's rows of batch_size={self.config.batch_size}, "
+                    f"num_frames={self.config.num_frames})"
                 )
             # A caller may fill the same array again, and jax keeps views of aligned arrays.
             fields[name] = rows if self._batches is None else np.array(rows)
@@ -320,8 +322,7 @@ def settle_architecture(
 ) -> tuple[PretrainConfig, Pretrained | None]:
     """Returns the configuration with `init_from`'s architecture, and the checkpoint to start from.
 
-    A run that has a checkpoint has its architecture already, whether or not `init_from` is still
-    there.
+    If the workdir has a checkpoint, the architecture comes from it, and `init_from` is not read.
     """
     if not config.init_from:
         return config, None

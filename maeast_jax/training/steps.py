@@ -28,7 +28,7 @@ from maeast_jax.model import (
 )
 
 Batch = dict[str, jax.Array]
-# (sum, count) over examples by name; the mean is taken only where a value is read.
+# Name -> (sum, count) over examples; who reads a value divides.
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -267,7 +267,7 @@ def accumulate(gradient, examples, key: jax.Array, steps: int):
     """Returns mean gradients and summed metrics of `gradient` over `steps` parts of the batch."""
     if steps == 1:
         return gradient(examples, key)
-    # Part a holds rows a, a + steps, ...: every device has as many rows in each part, so that no
+    # Part i holds rows i, i + steps, ...: every device has as many rows in each part, so that no
     # row leaves its device.
     parts = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0), examples
@@ -283,7 +283,7 @@ def accumulate(gradient, examples, key: jax.Array, steps: int):
 
 
 def mean_squared_error(reconstruction_BxMxP: jax.Array, target_BxMxP: jax.Array) -> jax.Array:
-    """Returns float32 [b], the mean over a clip's masked patches and their values (section 2.3)."""
+    """Returns float32 [b], the mean over a clip's masked patches and their values."""
     return jnp.mean(jnp.square(reconstruction_BxMxP - target_BxMxP), axis=(1, 2))
 
 
@@ -291,7 +291,7 @@ def info_nce(prediction_BxMxP: jax.Array, target_BxMxP: jax.Array) -> tuple[jax.
     """Returns (loss, accuracy), float32 [b] each, of InfoNCE among the masked patches of a clip.
 
     Row m scores every masked patch by the plain dot product and should pick the m-th. The authors'
-    criterion has no temperature and no unit length. A blind guess costs log(M).
+    criterion has no temperature and does not normalise the vectors. A blind guess costs log(M).
     """
     scores_BxMxM = jnp.einsum(
         "bmp,bnp->bmn",
