@@ -173,12 +173,16 @@ def open_split(
     audio_feature = _audio_feature(info.full_name, features, tfds)
     label_names, is_multi_label = _classes(features, tfds)
     # Features that nobody reads, such as the pictures of a video set, are not decoded.
-    wanted = dict.fromkeys(features.keys() & {audio_feature, "label", "labels", "id"}, True)
-    decoded = tfds.decode.PartialDecoding(wanted).extract_features(info.features)
+    nested = (tfds.features.FeaturesDict, tfds.features.Sequence, tfds.features.Dataset)
+    skipped = {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in features.items()
+        if name not in {audio_feature, "label", "labels", "id"} and not isinstance(feature, nested)
+    }
     has_id = isinstance(features.get("id"), tfds.features.Text)
 
     def decode(encoded: bytes) -> dict:
-        record = decoded.deserialize_example_np(encoded)
+        record = info.features.deserialize_example_np(encoded, decoders=skipped)
         if is_multi_label:
             label = np.asarray(record["labels"], np.int64)
         else:

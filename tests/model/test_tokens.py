@@ -33,6 +33,12 @@ def test_sinusoid_is_the_authors_table(golden):
     np.testing.assert_allclose(tokens.sinusoid(*expected.shape), expected, atol=1e-4)
 
 
+def test_a_new_input_norm_has_mean_0_and_variance_1_as_torchs():
+    log_mel = jnp.asarray([[[-2.0, 0.0, 4.0]]])
+    expected = 0.5 * log_mel / np.sqrt(1 + 1e-5)
+    np.testing.assert_allclose(tokens.InputNorm()(log_mel, training=False), expected, rtol=1e-6)
+
+
 def test_the_input_norm_takes_statistics_of_a_data_set_or_a_batch_and_is_undone():
     norm = tokens.InputNorm()
     norm.set_statistics(-4.0, 3.0)
