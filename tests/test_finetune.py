@@ -225,7 +225,7 @@ def test_each_fold_is_tested_once_by_a_model_that_has_not_seen_it(tmp_path, data
 def test_one_fold_is_refused(tmp_path, data_dir):
     config = small(data_dir)
     config.data.update(train="folds", valid="", test="", folds="fold0")
-    with pytest.raises(ValueError, match="data.folds='fold0' must name two splits at least"):
+    with pytest.raises(ValueError, match=r"data.folds='fold0' must name two splits at least"):
         open_run(config, tmp_path)
 
 
