@@ -27,6 +27,7 @@ from maeast_jax.inference import Pretrained
 from maeast_jax.runtime import cli, distributed, memory, storage, terminal
 from maeast_jax.training import (
     Batches,
+    DeviceBatch,
     LoopConfig,
     MetricsWriter,
     PretrainConfig,
@@ -128,7 +129,7 @@ def _train(
     return values
 
 
-def _with_first(first: loop.Batch, rest: Iterator[loop.Batch]) -> Iterator[loop.Batch]:
+def _with_first(first: DeviceBatch, rest: Iterator[DeviceBatch]) -> Iterator[DeviceBatch]:
     with contextlib.closing(rest):
         yield first
         yield from rest

@@ -17,9 +17,8 @@ from maeast_jax import fbank
 from maeast_jax.finetuning import augment
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.model import Classifier, HeadConfig, ModelConfig, split_model, stream_key
-from maeast_jax.training import Metrics, steps
+from maeast_jax.training import DeviceBatch, Metrics, steps
 
-Batch = dict[str, jax.Array]
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 SELECTIONS = ("best", "last", "average")
 
@@ -155,10 +154,10 @@ def make_train_step(
     *,
     seed: int,
     accumulation_steps: int = 1,
-) -> Callable[[FinetuneState, Batch], tuple[FinetuneState, Metrics]]:
+) -> Callable[[FinetuneState, DeviceBatch], tuple[FinetuneState, Metrics]]:
     """Returns `(state, batch) -> (state, metrics)`; draws are functions of (seed, step, name)."""
 
-    def train_step(state: FinetuneState, batch: Batch) -> tuple[FinetuneState, Metrics]:
+    def train_step(state: FinetuneState, batch: DeviceBatch) -> tuple[FinetuneState, Metrics]:
         def key(name: str) -> jax.Array:
             return stream_key(seed, state.step, name)
 
@@ -209,11 +208,13 @@ def make_train_step(
     return train_step
 
 
-def make_predict(graph: nnx.GraphDef, loss: LossConfig) -> Callable[[Any, Any, Batch], jax.Array]:
+def make_predict(
+    graph: nnx.GraphDef, loss: LossConfig
+) -> Callable[[Any, Any, DeviceBatch], jax.Array]:
     """Returns `(params, statistics, batch) -> probabilities`, float32 [b, C]."""
     squash = jax.nn.softmax if loss.name == "cross_entropy" else jax.nn.sigmoid
 
-    def predict(params: Any, statistics: Any, batch: Batch) -> jax.Array:
+    def predict(params: Any, statistics: Any, batch: DeviceBatch) -> jax.Array:
         classifier = nnx.merge(graph, params, statistics)
         num_frames_B = fbank.frame_count(batch["num_samples"])
         normalized_BxTxF = classifier.normalize(fbank.fbank(batch["audio"]), num_frames_B)

@@ -17,7 +17,7 @@ from maeast_jax.finetuning.run import FinetuneRun, Sets
 from maeast_jax.finetuning.step import FinetuneState
 from maeast_jax.model import backbone_config, classifier_graph
 from maeast_jax.runtime import sharding
-from maeast_jax.training import Evaluation, LoopConfig, MetricsWriter, loop, optimizer
+from maeast_jax.training import DeviceBatch, Evaluation, LoopConfig, MetricsWriter, loop, optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class FoldTrainer:
             classes += [clip.classes for clip in real]
         return Scored(ids, np.concatenate(rows), labelled.truth(clips, classes))
 
-    def _train_batches(self, start_step: int) -> Iterator[loop.Batch]:
+    def _train_batches(self, start_step: int) -> Iterator[DeviceBatch]:
         config, train = self._run.config, self._sets.train
         chances = None
         if config.data.balanced:

@@ -3,10 +3,11 @@
 from maeast_jax.training.loop import Evaluation, LoopConfig
 from maeast_jax.training.metrics_writer import MetricsWriter
 from maeast_jax.training.pretraining import Batches, PretrainConfig, Pretraining
-from maeast_jax.training.steps import Metrics, TrainState
+from maeast_jax.training.steps import DeviceBatch, Metrics, TrainState
 
 __all__ = [
     "Batches",
+    "DeviceBatch",
     "Evaluation",
     "LoopConfig",
     "Metrics",

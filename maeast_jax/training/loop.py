@@ -21,7 +21,7 @@ from maeast_jax.checkpoint import Checkpoints
 from maeast_jax.runtime import distributed, terminal
 from maeast_jax.runtime.cli import Interrupted, NonFiniteError, PeerLostError
 from maeast_jax.training.metrics_writer import MetricsWriter
-from maeast_jax.training.steps import Metrics
+from maeast_jax.training.steps import DeviceBatch, Metrics
 
 # Steps that the host hands to the devices ahead of the one they work on: enough to keep the devices
 # busy, few enough that the batches of these steps do not fill their memory.
@@ -36,7 +36,6 @@ class State(Protocol):
 
 
 S = TypeVar("S", bound=State)
-Batch = dict[str, jax.Array]
 # Returns the signal that asked the run to stop, or None; every process calls it at the same places.
 AskedToStop = Callable[[], int | None]
 
@@ -73,8 +72,8 @@ class LoopConfig:
 
 def run(
     state: S,
-    step: Callable[[S, Batch], tuple[S, Metrics]],
-    batches: Iterator[Batch],
+    step: Callable[[S, DeviceBatch], tuple[S, Metrics]],
+    batches: Iterator[DeviceBatch],
     evaluate: Callable[[S, AskedToStop], Evaluation | None],
     checkpoints: Checkpoints,
     writer: MetricsWriter,
@@ -312,7 +311,7 @@ def _closing(checkpoints: Checkpoints) -> Callable:
     return close
 
 
-def next_batch(batches: Iterator[Batch], step: int) -> Batch:
+def next_batch(batches: Iterator[DeviceBatch], step: int) -> DeviceBatch:
     """Returns the batch of a step; raises ValueError where there is none."""
     try:
         return next(batches)

@@ -20,7 +20,7 @@ from maeast_jax.model import ModelConfig, masking
 from maeast_jax.runtime import distributed, sharding
 from maeast_jax.training import loop, steps
 from maeast_jax.training.optimizer import AdamWConfig, adamw, warmup_and_decay
-from maeast_jax.training.steps import LossConfig, TrainState
+from maeast_jax.training.steps import DeviceBatch, LossConfig, TrainState
 
 # What a caller may train on in place of data sets: batches, or a function of the first step.
 Batches = Iterator[Batch] | Callable[[int], Iterator[Batch]]
@@ -164,12 +164,12 @@ class Pretraining:
         places = {name: getattr(self._shardings, name) for name in loaded}
         return dataclasses.replace(state, **jax.device_put(loaded, places))
 
-    def calibrate(self, state: TrainState, batch: loop.Batch) -> TrainState:
+    def calibrate(self, state: TrainState, batch: DeviceBatch) -> TrainState:
         """Returns a new run's state with the input statistics of its first batch."""
         calibrate = steps.make_calibrate(self.config.model, num_frames=self.config.num_frames)
         return self._jit(calibrate, self._shardings, donate_argnums=0)(state, batch)
 
-    def train_batches(self, start_step: int = 0) -> Iterator[loop.Batch]:
+    def train_batches(self, start_step: int = 0) -> Iterator[DeviceBatch]:
         """Yields the batches from `start_step` on, on the devices.
 
         Raises ValueError for a caller's batch with a field missing or of another shape or type.
@@ -287,7 +287,7 @@ class Pretraining:
             "rows": self._rows,
         }
 
-    def _place(self, batch: Batch) -> loop.Batch:
+    def _place(self, batch: Batch) -> DeviceBatch:
         """Puts the fields that a step takes, and no others, on this process's devices."""
         fields = {}
         for name, wanted in self._abstract_batch.items():
@@ -304,7 +304,7 @@ class Pretraining:
             fields[name] = rows if self._batches is None else np.array(rows)
         return self._put(fields)
 
-    def _put(self, fields: Batch) -> loop.Batch:
+    def _put(self, fields: Batch) -> DeviceBatch:
         return sharding.put_batch(self.mesh, fields, self.config.batch_size)
 
     def _ask_neighbours(self, state: TrainState) -> dict[str, float]:

@@ -27,7 +27,8 @@ from maeast_jax.model import (
     unpatchify,
 )
 
-Batch = dict[str, jax.Array]
+# The fields of a data.Batch, placed on the devices.
+DeviceBatch = dict[str, jax.Array]
 # Name -> (sum, count) over examples; who reads a value divides.
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -87,7 +88,7 @@ def make_train_step(
     seed: int,
     num_frames: int,
     accumulation_steps: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
     """Returns `(state, batch) -> (state, metrics)` for a batch {audio [b, S]} or {fbank [b, T, F]}.
 
     Input statistics and masks are computed over the whole batch for any `accumulation_steps`, so
@@ -96,7 +97,7 @@ def make_train_step(
     graph = model_graph(config)
     objective = _objective(graph, loss)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         model = nnx.merge(graph, state.params, state.statistics)
         patches_BxNxP = model.normalized_patches(_features(batch, num_frames), training=True)
         _, _, statistics = split_model(model)
@@ -129,7 +130,7 @@ def make_train_step(
 
 def make_calibrate(
     config: ModelConfig, *, num_frames: int
-) -> Callable[[TrainState, Batch], TrainState]:
+) -> Callable[[TrainState, DeviceBatch], TrainState]:
     """Returns `(state, batch) -> state`, which sets the running input statistics to the batch's.
 
     A new run does this with its first batch. torch starts at mean 0 and variance 1 and forgets them
@@ -137,7 +138,7 @@ def make_calibrate(
     """
     graph = model_graph(config)
 
-    def calibrate(state: TrainState, batch: Batch) -> TrainState:
+    def calibrate(state: TrainState, batch: DeviceBatch) -> TrainState:
         model = nnx.merge(graph, state.params, state.statistics)
         model.input_norm.calibrate(_features(batch, num_frames))
         return dataclasses.replace(state, statistics=split_model(model)[2])
@@ -147,7 +148,7 @@ def make_calibrate(
 
 def make_eval_step(
     config: ModelConfig, loss: LossConfig, *, seed: int, num_frames: int
-) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
+) -> Callable[[TrainState, DeviceBatch, jax.Array], Metrics]:
     """Returns `(state, batch, batch_index) -> metrics`; rows whose `mask` is False do not count.
 
     Masks come from (seed, batch_index). They are the same at every evaluation, so that the points
@@ -156,7 +157,7 @@ def make_eval_step(
     graph = model_graph(config)
     objective = _objective(graph, loss)
 
-    def eval_step(state: TrainState, batch: Batch, batch_index: jax.Array) -> Metrics:
+    def eval_step(state: TrainState, batch: DeviceBatch, batch_index: jax.Array) -> Metrics:
         patches_BxNxP = nnx.merge(graph, state.params, state.statistics).normalized_patches(
             _features(batch, num_frames), training=False
         )
@@ -174,7 +175,7 @@ def make_eval_step(
 
 def make_reconstruct(
     config: ModelConfig, *, seed: int, num_frames: int, count: int
-) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> Callable[[TrainState, DeviceBatch], tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns `(state, batch) -> (original, masked, reconstructed)`, log energies [count, T, F].
 
     The batch's first `count` clips are shown. `masked` holds NaN where a token was masked;
@@ -183,7 +184,7 @@ def make_reconstruct(
     """
     graph = model_graph(config)
 
-    def reconstruct(state: TrainState, batch: Batch):
+    def reconstruct(state: TrainState, batch: DeviceBatch):
         model = nnx.merge(graph, state.params, state.statistics)
         few = {name: rows[:count] for name, rows in batch.items()}
         patches_BxNxP = model.normalized_patches(_features(few, num_frames), training=False)
@@ -206,7 +207,7 @@ def make_reconstruct(
     return reconstruct
 
 
-def _features(batch: Batch, num_frames: int) -> jax.Array:
+def _features(batch: DeviceBatch, num_frames: int) -> jax.Array:
     """Returns log energies [b, T, F]; raises ValueError, while tracing, for another length."""
     fbank_BxTxF = batch["fbank"] if "fbank" in batch else fbank.fbank(batch["audio"])
     if fbank_BxTxF.shape[1] != num_frames:
