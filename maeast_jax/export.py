@@ -70,11 +70,7 @@ def _check_output(output: Path, is_file: bool, overwrite: bool) -> None:
             raise ValueError(f"--output={output}: use {names}, or the name of a folder")
         checkpoint.check_new(output)
         return
-    if output.exists() and not overwrite:
-        raise ValueError(f"--output={output} exists; choose another name or pass --overwrite")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output={output}: {output.parent} is not a folder; make it first")
-    storage.make_writable(output.parent, "--output")
+    storage.check_output(output, overwrite)
     if output.suffix == ".pt":
         fairseq.import_torch()
 

@@ -99,7 +99,7 @@ def test_position_tables_are_as_long_as_asked_for(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output": "there.safetensors"}, "there.safetensors exists; choose another name or pass"),
+        ({"output": "there.safetensors"}, "there.safetensors exists: choose another name, or pass"),
         ({"output": "x.onnx"}, "x.onnx: use .pt or .safetensors, or the name of a folder"),
         ({"output": "."}, "exists and is no empty folder; choose another name"),
         ({"output": "x.safetensors", "source": "none"}, "none does not exist"),

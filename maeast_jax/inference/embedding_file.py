@@ -31,11 +31,7 @@ def check(path: str | os.PathLike, overwrite: bool = False) -> None:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--output={path} must end in {' or '.join(SUFFIXES)}")
-    if path.exists() and not overwrite:
-        raise ValueError(f"--output={path} exists: choose another name, or pass --overwrite")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output={path}: {path.parent} is not a folder; make it first")
-    storage.make_writable(path.parent, "--output")
+    storage.check_output(path, overwrite)
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401

@@ -57,6 +57,15 @@ def check_local(name: str | os.PathLike) -> None:
         )
 
 
+def check_output(file: Path, overwrite: bool) -> None:
+    """Raises ValueError, in one line, if a program cannot write its `--output` there."""
+    if file.exists() and not overwrite:
+        raise ValueError(f"--output={file} exists: choose another name, or pass --overwrite")
+    if not file.parent.is_dir():
+        raise ValueError(f"--output={file}: {file.parent} is not a folder; make it first")
+    make_writable(path(file.parent), "--output")
+
+
 @contextmanager
 def whole(target: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `target` to write a file or a folder at; on exit it is renamed.
