@@ -158,11 +158,7 @@ class FoldTrainer:
         )  # fmt: skip
 
     def _restore(self, checkpoints: checkpoint.Checkpoints, step: int) -> FinetuneState:
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            self._shapes,
-            self._shardings,
-        )
+        abstract = sharding.placed(self._shapes, self._shardings)
         return FinetuneState.from_parts(checkpoints.restore(step, abstract.parts()))
 
 

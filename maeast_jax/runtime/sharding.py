@@ -113,6 +113,15 @@ def by_rules(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns a tree of shapes and types with the sharding of each leaf, for restoring a state."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+
+
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
     """Returns `function` for jit: while it is traced, `over_batch` and `gathered` use `mesh`."""
 

@@ -124,11 +124,7 @@ class Pretraining:
         sharding.check_batch(self.mesh, config.batch_size, config.accumulation_steps)
         shapes = jax.eval_shape(self._initial_state)
         self._shardings = sharding.by_rules(self.mesh, shapes)
-        self.abstract_state: TrainState = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            self._shardings,
-        )
+        self.abstract_state: TrainState = sharding.placed(shapes, self._shardings)
         # The rows of the global batch that this process feeds.
         self._rows = sharding.process_rows(self.mesh, config.batch_size)
 
