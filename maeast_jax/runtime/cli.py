@@ -1,5 +1,6 @@
 """The edge of programs: flags go in, one-line errors and exit codes come out."""
 
+import io
 import os
 import re
 import signal
@@ -231,6 +232,10 @@ def _config_error(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
+    # A character that the terminal's encoding lacks is no reason to end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors="backslashreplace")
     # TensorFlow, which reads the data, prints a page at its import unless this is set. It
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
