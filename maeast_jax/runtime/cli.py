@@ -209,6 +209,8 @@ def _check_given(names: Sequence[str]) -> None:
 def _flag_error(error: flags.Error) -> str:
     # ml_collections puts a whole traceback behind the first line, and the reason into the last.
     first, *others = str(error).strip().splitlines()
+    if file := next((w for w in sys.argv[1:] if w.startswith("-") and os.path.exists(w)), None):
+        return f"{first}; to name the file, write ./{file}"
     return f"{first} {others[-1] if others else '(--help lists the flags)'}"
 
 

@@ -186,7 +186,7 @@ def test_a_joined_process_waits_for_the_others_only_at_an_end_they_share(
     assert left == ([] if waits else [code])
 
 
-def test_a_program_of_flags_alone_gets_the_other_arguments(run):
+def test_a_program_of_flags_alone_gets_the_other_arguments(run, monkeypatch, tmp_path):
     def start(main, required):
         flags.DEFINE_string("output", None, "")
         cli.run_flags(main, required)
@@ -201,6 +201,10 @@ def test_a_program_of_flags_alone_gets_the_other_arguments(run):
     assert run("a.wav", "--output=", **options) == missing
     code, told = run("--ouptut=x", **options)
     assert code == 2 and "'ouptut'. Did you mean: output ? (--help lists the flags)\n" in told
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-a.wav").touch()
+    code, told = run("-a.wav", "--output=x", **options)
+    assert code == 2 and told.endswith("'a.wav'; to name the file, write ./-a.wav\n")
 
 
 def run_program(text, *argv, **variables):
