@@ -1,16 +1,23 @@
 """Which files go into a data set: a folder tree or a manifest, with ids, labels and splits."""
 
+import collections
 import dataclasses
-import glob
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from etils import epath
 
 from maeast_jax.data import AUDIO_SUFFIXES
 from maeast_jax.runtime import storage, terminal
+
+# Names that lists and folders have for the same split; their case does not matter.
+_SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
 
 
 class ManifestError(ValueError):
@@ -45,20 +52,22 @@ class Listing:
       files: at least one.
       label_names: the classes in the order of their numbers, None for a set without labels.
       missing: (id, split) of the clips that the data set's own lists name and its folder lacks.
+      notes: lines for the terminal that say what the listing leaves out, renames or repeats.
     """
 
     files: list[AudioFile]
     label_names: tuple[str, ...] | None
     missing: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notes: Sequence[str] = ()
 
     @classmethod
-    def of(cls, files: list[AudioFile]) -> "Listing":
+    def of(cls, files: list[AudioFile], notes: Sequence[str] = ()) -> "Listing":
         """Returns the listing of files whose classes are numbered in alphabetical order."""
         if isinstance(files[0].label, tuple):
             names = {name for file in files for name in file.label}
         else:
             names = {file.label for file in files} - {None}
-        return cls(files, tuple(sorted(names)) or None)
+        return cls(files, tuple(sorted(names)) or None, notes=notes)
 
     @property
     def by_split(self) -> dict[str, list[AudioFile]]:
@@ -72,11 +81,15 @@ class Listing:
         return isinstance(self.files[0].label, tuple)
 
 
-def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -> list[AudioFile]:
-    """Returns every audio file below a folder, which may be on gs://, sorted, without hidden ones.
+def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -> Listing:
+    """Lists every audio file below a folder, which may be on gs://, sorted, without hidden ones.
+
+    Where each file lies in a folder whose name is a split's, and these folders name two splits or
+    more, they give the files their splits.
 
     Args:
-      label_from_folder: a file's label is the name of the folder that it lies in.
+      label_from_folder: a file's label is the name of the innermost folder that it lies in, apart
+        from the folder that names its split.
 
     Raises:
       ManifestError: the folder does not exist or holds no audio file; or a file lies in no
@@ -86,62 +99,152 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
     with storage.reaching(root):
         if not root.is_dir():
             raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
-        found = audio_below(root)
-    if not found:
-        raise ManifestError(
-            f"no audio file below {audio_dir}: check the path"
-            f" (looked for {' '.join(sorted(AUDIO_SUFFIXES))})"
+        paths, notes = audio_below(root)
+    split_folders, split_notes = _split_folders(paths)
+    files, bare = [], []
+    for path, split_folder in zip(paths, split_folders, strict=True):
+        labels = list(path.parent.parts)
+        if split_folder:
+            labels.remove(split_folder)
+        if not labels:
+            bare.append(path)
+        files.append(
+            AudioFile(
+                str(root / path),
+                printable(str(path)),
+                printable(labels[-1]) if label_from_folder and labels else None,
+                split_folder and split_name(split_folder),
+            )
         )
-    bare = [path for path in found if not path.parent.name]
     if label_from_folder and bare:
         raise ManifestError(
-            f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in {audio_dir} itself and"
-            " so have no label: move them into folders, or drop the flag"
+            f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in no folder that could"
+            f" be their label: move them into folders below {audio_dir}, or drop the flag"
         )
-    return [
-        AudioFile(
-            str(root / path),
-            printable(str(path)),
-            printable(path.parent.name) if label_from_folder else None,
-        )
-        for path in found
-    ]
+    return Listing.of(files, notes + split_notes)
 
 
-def list_named(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Returns the named files and the audio files in the named folders, each once.
+def list_named(paths: Sequence[str | os.PathLike]) -> tuple[list[str], list[str]]:
+    """Returns the named files and the audio files in the named folders, each once; and notes.
+
+    The notes are lines for the terminal that say what is left out of the folders.
 
     Raises ValueError where no path is given, a path does not exist, or a folder has no audio file.
     """
     if not paths:
         raise ValueError("no FILE: name audio files, or folders of them")
     found: dict[str, str] = {}
+    notes: list[str] = []
     for path in map(os.path.expanduser, paths):
         if not os.path.exists(path):
             raise ValueError(f"{path} is not there; check the path")
-        is_folder = os.path.isdir(path)
-        for file in [file.path for file in list_folder(path)] if is_folder else [path]:
+        files = [path]
+        if os.path.isdir(path):
+            below, of_folder = audio_below(Path(path))
+            files = [os.path.join(path, file) for file in below]
+            notes += [f"{path}: {note}" for note in of_folder]
+        for file in files:
             found.setdefault(os.path.abspath(file), file)
-    return list(found.values())
+    return list(found.values()), notes
 
 
-def audio_below(root: Path | epath.Path) -> list[PurePosixPath]:
-    """Returns the audio files below a folder, sorted, as paths below it, without hidden ones."""
+def audio_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]]:
+    """Returns the audio files below a folder, as sorted paths below it, without hidden ones; notes.
+
+    Raises ManifestError where there is none.
+    """
+    below, notes = _files_below(root)
+    found = sorted(path for path in below if _is_audio(path))
+    others = collections.Counter(
+        path.suffix.lower() or "without a suffix" for path in below if not _is_audio(path)
+    )
+    if others:
+        commonest = sorted(others, key=lambda suffix: (-others[suffix], suffix))
+        shown = ", ".join(f"{others[suffix]} {suffix}" for suffix in commonest[:8])
+        notes.append(f"left out by their names: {shown}{', ...' if len(others) > 8 else ''}")
+    if not found:
+        raise ManifestError("; ".join([f"no audio file below {root}: check the path", *notes]))
+    return found, notes
+
+
+def _is_audio(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in AUDIO_SUFFIXES
+
+
+def _files_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]]:
+    """Returns the files below a folder, without hidden ones; and notes. Links are followed."""
     if storage.is_remote(root):
         import fsspec
 
         filesystem, folder = fsspec.core.url_to_fs(str(root))
         found = [PurePosixPath(name).relative_to(folder) for name in filesystem.find(folder)]
-        found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
-    else:
-        found = map(PurePosixPath, glob.iglob("**/*", root_dir=root, recursive=True))
-    return sorted(path for path in found if path.suffix.lower() in AUDIO_SUFFIXES)
+        return [p for p in found if not any(part.startswith(".") for part in p.parts)], []
+    found, failed = [], []
+    names = collections.defaultdict(list)  # of each folder, by its real path
+    above = {os.fspath(root): ()}  # the real paths above a folder
+    for folder, folders, files in os.walk(root, onerror=failed.append, followlinks=True):
+        below, real = PurePosixPath(os.path.relpath(folder, root)), os.path.realpath(folder)
+        if real in above[folder]:  # a link that leads back up, round and round
+            folders.clear()
+            continue
+        names[real].append(below)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        above |= {os.path.join(folder, name): (*above[folder], real) for name in folders}
+        found += [below / name for name in files if not name.startswith(".")]
+    notes = [f"left out: {error.filename}, {terminal.one_line(error)}" for error in failed]
+    if repeated := sorted(map(sorted, (same for same in names.values() if len(same) > 1))):
+        first = " and ".join(map(str, repeated[0]))
+        notes.append(
+            f"folders that links repeat: {len(repeated)}, e.g. {first} are one folder; its files"
+            " are taken once per name"
+        )
+    return found, notes
+
+
+# --- splits ------------------------------------------------------------------------------------
+
+
+def split_name(name: str) -> str:
+    """Returns the split's name in data sets: lower case, and one name where there are several."""
+    return _SPLIT_NAMES.get(name.lower(), name.lower())
+
+
+def _split_folders(paths: Sequence[PurePosixPath]) -> tuple[list[str | None], list[str]]:
+    """Returns for each file the outermost folder that names its split, or None for all; and notes.
+
+    One folder `train` may be a class. Folders are splits where they name two or more, and each
+    file lies in one of them.
+    """
+    folders = [
+        next((part for part in path.parent.parts if part.lower() in _SPLIT_NAMES), None)
+        for path in paths
+    ]
+    names = sorted({*folders} - {None})
+    none = [None] * len(paths)
+    if len({*map(split_name, names)}) < 2:
+        return none, []
+    if None in folders:
+        return none, [
+            f"splits are not taken from the folders {', '.join(names)}: {folders.count(None)}"
+            f" files, e.g. {paths[folders.index(None)]}, lie in none of them"
+        ]
+    return folders, [f"splits are taken from the folders {', '.join(names)}", *_renamed(names)]
+
+
+def _renamed(names: Iterable[str]) -> list[str]:
+    """Returns a note on the splits that a data set has under another name."""
+    renamed = [f"{name} is {split_name(name)}" for name in sorted({*names})
+               if name != split_name(name)]  # fmt: skip
+    return [f"split names: {', '.join(renamed)}"] if renamed else []
+
+
+# --- manifests ---------------------------------------------------------------------------------
 
 
 def read_manifest(
     manifest: str | os.PathLike, audio_dir: str | os.PathLike | None = None
-) -> list[AudioFile]:
-    """Returns the files that a manifest lists, in its order; list and files may lie on gs://.
+) -> Listing:
+    """Lists the files that a manifest names, in its order; list and files may lie on gs://.
 
     The manifest is tab-separated, with a header that has the column `path` and optionally `label`
     and `split`; other columns are ignored. Where a clip may be of several classes, the column is
@@ -193,7 +296,10 @@ def read_manifest(
         name = path.relative_to(base) if path.is_relative_to(base) else path
         files.append(AudioFile(str(path), printable(str(name)), label, row.get("split")))
     check_unique(manifest, files)
-    return files
+    notes = _renamed(file.split for file in files if file.split)
+    if notes:
+        files = [dataclasses.replace(file, split=split_name(file.split)) for file in files]
+    return Listing.of(files, notes)
 
 
 def _read_lines(manifest: epath.Path) -> list[tuple[int, str]]:
