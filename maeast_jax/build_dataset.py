@@ -38,8 +38,8 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "manifest",
         None,
-        "TSV with a column `path` (and optionally `split` and `label`, or `labels` with `;` between"
-        " them), or fairseq's format."
+        "TSV or CSV with a column `path` (and optionally `split` and `label`, or `labels` with `;`"
+        " between them), a bare list of paths, or fairseq's format; UTF-8."
         " Relative paths start at --audio_dir where given, else at the manifest's folder.",
     )
     flags.DEFINE_enum(

@@ -133,7 +133,7 @@ def _decoded(
     """Yields the samples of the files that can be embedded, and reports the others."""
     for file, samples in zip(files, decode_pool.decode(files), strict=True):
         # File names are arbitrary bytes, but the output holds UTF-8.
-        name = file.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = os.fsencode(file).decode("utf-8", "backslashreplace")
         if isinstance(samples, str):
             reason = samples
         elif len(samples) < fbank.FRAME_LENGTH:

@@ -1,10 +1,14 @@
 """Which files go into a data set: a folder tree or a manifest, with ids, labels and splits."""
 
+import codecs
 import collections
+import csv
 import dataclasses
 import hashlib
+import io
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from etils import epath
@@ -18,6 +22,8 @@ _SPLIT_NAMES = {
     "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+# Names that lists have for the column of paths, without "_", "-" and spaces. The first one counts.
+_PATH_COLUMNS = ("path", "file", "filename", "filepath", "audio", "wav")
 
 
 class ManifestError(ValueError):
@@ -246,31 +252,23 @@ def read_manifest(
 ) -> Listing:
     """Lists the files that a manifest names, in its order; list and files may lie on gs://.
 
-    The manifest is tab-separated, with a header that has the column `path` and optionally `label`
-    and `split`; other columns are ignored. Where a clip may be of several classes, the column is
-    `labels`, with `;` between the classes and an empty cell for no class. The authors' format,
-    fairseq's, serves as well: a directory on the first line, then lines of path and length in
-    samples (the length is ignored).
+    The manifest is separated by tabs, commas or semicolons, and has a header with the column `path`
+    (or one of _PATH_COLUMNS) and optionally `label` and `split`; other columns are left out. Where
+    a clip may be of several classes, the column is `labels`, with `;` between the classes and an
+    empty cell for no class. Cells may be quoted. Two formats go without a header: one path per
+    line, and the authors' format, fairseq's: a directory on the first line, then lines of path and
+    length in samples, which is left out. No line is a comment, because names may start with #.
 
     Args:
       audio_dir: where relative paths start; None is the manifest's folder or, in fairseq's format,
         the directory on its first line.
 
     Raises:
-      ManifestError: unreadable, neither format, no rows, an empty cell, a path listed twice.
+      ManifestError: unreadable, no such format, no rows, an empty cell, cells without a column, a
+        path listed twice.
     """
     manifest = storage.path(manifest)
-    lines = _read_lines(manifest)
-    header = _cells(lines[0][1])
-    if "path" in header:
-        base, rows = manifest.parent, lines[1:]
-    elif len(header) == 1 and len(lines) > 1 and _is_fairseq_row(lines[1][1]):
-        base, rows, header = _join(manifest.parent, header[0]), lines[1:], ["path", "length"]
-    else:
-        raise ManifestError(
-            f"{manifest}: no column `path` in its first line ({', '.join(header)[:80]}), nor is it"
-            " fairseq's format (a directory, then lines of path, tab, samples): add a header line"
-        )
+    columns, rows, base = _table(manifest)
     if not rows:
         raise ManifestError(f"{manifest} lists no files: add lines below its header")
     base = storage.path(audio_dir) if audio_dir else base
@@ -280,54 +278,121 @@ def read_manifest(
                 f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
             )
     files = []
-    for number, line in rows:
-        row = dict(zip(header, _cells(line), strict=False))
+    for number, cells in rows:
+        if any(cells[len(columns) :]):
+            raise ManifestError(
+                f"{manifest}, line {number}: {len(cells)} cells under {len(columns)} columns; put"
+                " quotes around a cell that holds the separator"
+            )
+        row = dict(zip(columns, cells, strict=False))
         for column in ("path", "label", "split"):
-            if column in header and not row.get(column):
+            if column in columns and not row.get(column):
                 raise ManifestError(
                     f"{manifest}, line {number}: no {column}; fill it in, or drop the line or"
                     " column"
                 )
         label = row.get("label")
-        if "labels" in header:
+        if "labels" in columns:
             names = [name.strip() for name in row.get("labels", "").split(";")]
             label = tuple(filter(None, names))
         path = _join(base, row["path"])
         name = path.relative_to(base) if path.is_relative_to(base) else path
         files.append(AudioFile(str(path), printable(str(name)), label, row.get("split")))
     check_unique(manifest, files)
-    notes = _renamed(file.split for file in files if file.split)
-    if notes:
+    notes = []
+    known = ("", "path", "label", "labels", "split")
+    if others := [name for name in columns if name not in known]:
+        notes.append(f"columns left out: {', '.join(others)[:80]}")
+    if "split" in columns:
+        notes += _renamed(file.split for file in files)
         files = [dataclasses.replace(file, split=split_name(file.split)) for file in files]
     return Listing.of(files, notes)
 
 
-def _read_lines(manifest: epath.Path) -> list[tuple[int, str]]:
-    """Returns (number from 1, text) of the lines that are not blank."""
+def _table(manifest: epath.Path) -> tuple[list[str], list[tuple[int, list[str]]], epath.Path]:
+    """Returns a manifest's columns, its rows with their line numbers, and where paths start."""
+    text = _read_text(manifest)
+    rows = list(_rows(manifest, text, "\t"))
+    if not rows:
+        raise ManifestError(f"{manifest} is empty: list the audio files in it")
+    (_, first), *others = rows
+    second = others[0][1] if others else []
+    if len(first) == 1 and len(second) == 2 and second[1].isdigit():
+        return ["path", "samples"], others, _join(manifest.parent, first[0])
+    if len(first) == 1 and _is_audio(PurePosixPath(first[0])):
+        return ["path"], rows, manifest.parent
+    for separator in "\t,;":
+        lines = _rows(manifest, text, separator)
+        _, header = next(lines, (0, []))
+        columns = [name.lower() for name in header]
+        plain = [re.sub(r"[\W_]+", "", name) for name in columns]
+        if found := [name for name in _PATH_COLUMNS if name in plain]:
+            columns[plain.index(found[0])] = "path"
+            return columns, list(lines), manifest.parent
+    raise ManifestError(
+        f"{manifest}: no column `path` in its first line ({', '.join(first)[:80]}), nor is it a"
+        " bare list of audio files or fairseq's format (a directory, then lines of path, tab,"
+        " samples): add a header line, such as path,label"
+    )
+
+
+def _read_text(manifest: epath.Path) -> str:
     try:
         with storage.reaching(manifest):
-            text = manifest.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+            data = manifest.read_bytes()
+    except OSError as error:
         raise ManifestError(
             f"cannot read --manifest={manifest}: {terminal.one_line(error)}"
         ) from None
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ManifestError(f"{manifest} is empty: list the audio files in it")
-    return lines
+    # Spreadsheets save "Unicode text" as UTF-16 behind its mark.
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        place = text.find("\0")  # UTF-16 without its mark
+    except UnicodeDecodeError as error:
+        place = error.start
+    if place >= 0:
+        line = data.count(b"\n", 0, place) + 1
+        raise ManifestError(
+            f"{manifest}, line {line}: byte {place} (0x{data[place]:02x}) is not text in UTF-8;"
+            " save the list as UTF-8"
+        )
+    return text
 
 
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.split("\t")]
+def _rows(manifest: epath.Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number from 1, cells) of the lines that are not blank."""
+    # Tab-separated corpora hold sentences with a lone quote, which must not swallow the next lines.
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, quoting=quoting,
+        skipinitialspace=True, strict=True,
+    )  # fmt: skip
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if quoting == csv.QUOTE_NONE:
+                cells = [_unquoted(cell) for cell in cells]
+            if any(cells):
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise ManifestError(
+            f"{manifest}, line {reader.line_num}: {error}; quote its cells as a spreadsheet does"
+        ) from None
 
 
-def _is_fairseq_row(line: str) -> bool:
-    cells = _cells(line)
-    return len(cells) == 2 and cells[1].isdigit()
+def _unquoted(cell: str) -> str:
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"') if is_quoted else cell
 
 
 def _join(base: epath.Path, name: str) -> epath.Path:
-    return storage.path(name) if storage.is_remote(name) else base / name
+    if storage.is_remote(name):
+        return storage.path(name)
+    name = os.fsdecode(name.encode())  # UTF-8 as well where the machine has another encoding
+    path = base / name
+    # Lists made on Windows part folders by backslashes, which names of files may hold here.
+    return base / name.replace("\\", "/") if "\\" in name and not path.exists() else path
 
 
 def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
@@ -363,6 +428,6 @@ def _hash_percent(text: str) -> float:
 
 
 def printable(text: str) -> str:
-    """Returns text that fits into UTF-8 and a line of TSV; file names are arbitrary bytes."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Returns a file's name as text that fits into UTF-8 and a line of TSV; names are any bytes."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
     return text.replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")

@@ -194,15 +194,59 @@ def test_fairseq_format(tmp_path):
     audio.mkdir()
     (file,) = read(tmp_path, f"{audio}\nx/a.flac\t160000\n")
     assert file == sources.AudioFile(str(audio / "x/a.flac"), "x/a.flac", None, None)
+    (file,) = read(tmp_path, "audio\nx/a.flac\t160000\n")
+    assert (file.path, file.id) == (str(audio / "x/a.flac"), "x/a.flac")
     (file,) = read(tmp_path, "/moved/away\nx/a.flac\t160000\n", audio)
     assert file.path == str(audio / "x/a.flac")
     assert "pass --audio_dir" in error_of(read, tmp_path, "/moved/away\nx/a.flac\t160000\n")
 
 
+LABELLED = [("in/a.wav", "cow, black"), ("in/b.wav", 'the "ant"')]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,label\nin/a.wav,"cow, black"\nin/b.wav,"the ""ant"""\n',
+        'path;label\nin/a.wav;cow, black\n"in/b.wav";the "ant"\n',
+        'path\tlabel\n"in/a.wav"\t"cow, black"\nin/b.wav\t"the ""ant"""\n',
+        'path\tlabel\nin/a.wav\tcow, black\nin/b.wav\tthe "ant"\n',
+        'Label\tFile Name\ncow, black\tin/a.wav\nthe "ant"\tin/b.wav\n',
+        'path\tlabel\r\nin\\a.wav\tcow, black\r\n\r\nin\\b.wav\tthe "ant"\r\n',
+        'path\tlabel\rin/a.wav\tcow, black\rin/b.wav\tthe "ant"',
+        ',path,label\n0,in/a.wav,"cow, black"\n1,in/b.wav,"the ""ant"""\n',
+        '# path\tlabel\nin/a.wav\tcow, black\t\nin/b.wav\tthe "ant"\n',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_everyday_forms_of_a_list_read_alike(tmp_path, text, encoding):
+    listing = listing_of(tmp_path, text.encode(encoding))
+    assert [(file.id, file.label) for file in listing.files] == LABELLED
+    assert [file.path for file in listing.files] == [str(tmp_path / name) for name, _ in LABELLED]
+    assert listing.notes == []
+
+
+def test_a_bare_list_of_audio_files_needs_no_header(tmp_path):
+    files = read(tmp_path, "b, c.WAV\n#1; a.flac\n")
+    assert [file.id for file in files] == ["b, c.WAV", "#1; a.flac"]
+
+
+def test_a_lone_quote_swallows_no_line(tmp_path):
+    text = 'sentence\tpath\n"Hello, he said\ta.wav\nshe said "no\tb.wav\n'
+    listing = listing_of(tmp_path, text)
+    assert [file.id for file in listing.files] == ["a.wav", "b.wav"]
+    assert listing.notes == ["columns left out: sentence"]
+
+
+def test_a_backslash_in_the_name_of_a_file_is_kept(tmp_path):
+    touch(tmp_path, "in/a\\b.wav")
+    assert [file.id for file in read(tmp_path, "path\nin/a\\b.wav\n")] == ["in/a\\b.wav"]
+
+
 def test_names_of_one_split_are_one_split(tmp_path):
     rows = zip("abcdefgh", ["train", "TRAIN", "training", "dev", "Validation", "Eval", "test",
                             "Fold1"], strict=True)  # fmt: skip
-    text = "".join(["path\tsplit\n", *(f"{name}.wav\t{split}\n" for name, split in rows)])
+    text = "".join(["path\tSplit\n", *(f"{name}.wav\t{split}\n" for name, split in rows)])
     listing = listing_of(tmp_path, text)
     assert [file.split for file in listing.files] == [
         "train", "train", "train", "valid", "valid", "test", "test", "fold1",
@@ -216,8 +260,10 @@ def test_names_of_one_split_are_one_split(tmp_path):
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        ("file\tlabel\na.wav\tcow\n", "no column `path` in its first line (file, label)"),
-        ("a.wav\nb.wav\n", "no column `path`"),
+        ("clip\tlabel\na.wav\tcow\n", "no column `path` in its first line (clip, label)"),
+        ("a.wav,cow\nb.wav,cow\n", "add a header line, such as path,label"),
+        ("path,label\na.wav,cow, black\n", "line 2: 3 cells under 2 columns; put quotes around"),
+        ('path,label\na.wav,"cow\nb.wav,ant\n', "line 3: unexpected end of data"),
         ("\n \n", "is empty"),
         ("path\tlabel\n", "lists no files"),
         ("path\tlabel\na.wav\tcow\nb.wav\t\n", "line 3: no label"),
@@ -232,8 +278,10 @@ def test_bad_manifests(tmp_path, text, pattern):
 
 def test_unreadable_manifests(tmp_path):
     assert "cannot read" in error_of(sources.read_manifest, tmp_path / "none.tsv")
-    (tmp_path / "bytes.tsv").write_bytes(b"path\ncaf\xe9.wav\n")
-    assert "cannot read" in error_of(sources.read_manifest, tmp_path / "bytes.tsv")
+    message = error_of(listing_of, tmp_path, b"path\ncaf\xe9.wav\n")
+    assert "line 2: byte 8 (0xe9) is not text in UTF-8; save the list as UTF-8" in message
+    message = error_of(listing_of, tmp_path, "path\na.wav\n".encode("utf-16-le"))
+    assert "line 1: byte 1 (0x00) is not text in UTF-8" in message
 
 
 def files(count, **kwargs):
