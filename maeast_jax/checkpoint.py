@@ -47,17 +47,17 @@ class Checkpoints:
     `distributed.stopping`, which counts otherwise, and then the processes never agree to stop.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int, config: dict[str, Any]):
+    def __init__(self, workdir: str | os.PathLike, keep: int, metadata: dict[str, Any]):
         """Removes what a killed process left half-written.
 
         Args:
           workdir: the run's folder.
           keep: number of checkpoints to keep.
-          config: the run's configuration, which every checkpoint carries.
+          metadata: JSON that every checkpoint carries; `config` must be among its keys.
         """
         self._folder = storage.absolute(workdir) / CHECKPOINTS
         self._keep = keep
-        self._config = config
+        self._metadata = metadata
         self._steps = saved_steps(workdir)
         self._saving: Any = None  # Orbax' answer for the save under way
         if distributed.is_first():
@@ -83,7 +83,7 @@ class Checkpoints:
         self.wait()
         with _errors_of_a_save(), _SAVING:
             self._saving = ocp.save_checkpointables_async(
-                self._folder / str(step), parts, custom_metadata={"config": self._config}
+                self._folder / str(step), parts, custom_metadata=self._metadata
             )
         self._steps.append(step)
 

@@ -5,6 +5,8 @@ TensorFlow Datasets is imported inside the functions that need it.
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import threading
@@ -98,6 +100,8 @@ class Split:
       label_names: the classes in the order of their numbers, None without labels.
       is_multi_label: whether a clip may have several classes, or none.
       files: the paths of its shards.
+      fingerprint: changes where the set is built again from other clips: a hash of its features,
+        classes and shards (their records and bytes) as its dataset_info.json states them.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Split:
     label_names: tuple[str, ...] | None
     is_multi_label: bool
     files: tuple[str, ...]
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.records)
@@ -203,6 +208,7 @@ def open_split(
         label_names=label_names,
         is_multi_label=is_multi_label,
         files=tuple(file.filename for file in files),
+        fingerprint=_fingerprint(info, split, label_names),
     )
 
 
@@ -318,3 +324,14 @@ def _sample_rate_hz(info, audio_feature: str, given_hz: int | None) -> int:
             f"data set {info.full_name} does not state its sample rate: set data.sample_rate_hz"
         )
     return int(stated or given_hz)
+
+
+def _fingerprint(info, split: str, label_names: Sequence[str] | None) -> str:
+    used = re.findall(r"\w+", split)  # "train[:90%]+test" reads the splits train and test
+    parts = {
+        name: (part.num_bytes, part.shard_lengths)
+        for name, part in info.splits.items()
+        if name in used or "all" in used
+    }
+    text = json.dumps([parts, str(info.features), label_names], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
