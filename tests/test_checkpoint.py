@@ -126,10 +126,43 @@ def test_relative_paths_are_made_absolute(written, monkeypatch):
     assert checkpoint.metadata(checkpoint.find(written.name)) == {"config": CONFIG}
 
 
-def test_an_incomplete_checkpoint_is_no_checkpoint_of_this_program(saved):
-    (saved / "checkpoints" / "15" / "_CHECKPOINT_METADATA").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="15 is not a checkpoint of this program"):
-        checkpoint.metadata(checkpoint.find(saved))
+def read_all(workdir):
+    found = checkpoint.find(workdir)
+    checkpoint.metadata(found)
+    checkpoint.load_part(found, "weights")
+    checkpoint.Checkpoints(workdir, 2, {}).restore(int(found.name), placed(parts(0.0)))
+
+
+@pytest.mark.parametrize(
+    "damaged", ["_CHECKPOINT_METADATA", "weights", "weights/_METADATA", "progress/d/*"]
+)
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(saved, damaged, is_gone, capfd):
+    (path,) = (saved / "checkpoints" / "15").glob(damaged)
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif is_gone:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        read_all(saved)
+    folder = saved / "checkpoints" / "15"
+    assert str(error.value) == (
+        f"{folder} is damaged, or is no checkpoint of this program; rm -r {folder} makes the run "
+        "go on from the one before, step 10"
+    )
+    assert capfd.readouterr() == ("", "")  # Orbax logs a page
+    shutil.rmtree(folder)
+    read_all(saved)
+
+
+def test_the_only_checkpoint_of_a_run_if_damaged_has_another_remedy(saved):
+    for step in (10, 15):
+        shutil.rmtree(saved / "checkpoints" / str(step) / "weights")
+    shutil.rmtree(saved / "checkpoints" / "10")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no other before it: name another"):
+        read_all(saved)
 
 
 def test_what_a_kill_leaves_half_written_is_not_a_checkpoint_and_is_cleared(saved):
