@@ -40,11 +40,12 @@ class Records:
     takes one read per record.
 
     Args:
-      files: TFDS' file instructions: `filename`, and `skip` and `take` in records.
+      files: TFDS' file instructions: `filename`, and `skip`, `take` and `examples_in_shard` in
+        records.
     """
 
     def __init__(self, files: Sequence):
-        self._names = [str(file.filename) for file in files]
+        self._files = files
         self._ends = np.cumsum([file.take for file in files])
         # Added to the number of a record, this gives its number in its file.
         self._shifts = np.array([file.skip + file.take for file in files]) - self._ends
@@ -56,7 +57,10 @@ class Records:
         return int(self._ends[-1])
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
-        """Returns the records in the order of `indices`; raises IndexError for one out of range."""
+        """Returns the records in the order of `indices`.
+
+        Raises IndexError for one out of range; DataError, naming the file, for a damaged shard.
+        """
         indices = np.asarray(indices, np.int64)
         if not len(indices):
             return []
@@ -74,17 +78,34 @@ class Records:
 
     def _read_run(self, file: int, run: np.ndarray) -> list[bytes]:
         """Records run[0] to run[-1] of a file."""
-        from array_record.python import array_record_module
-
         with self._opening:
             if self._readers[file] is None:
-                self._readers[file] = array_record_module.ArrayRecordReader(
-                    self._names[file],
-                    options=f"readahead_buffer_size:{_READ_BYTES}",
-                    # Longer reads pass by this buffer and fetch only the bytes that are wanted.
-                    file_reader_buffer_size=32 << 10,
-                )
-        return self._readers[file].read(int(run[0]), int(run[-1]) + 1)
+                self._readers[file] = _open_shard(self._files[file])
+        try:
+            return self._readers[file].read(int(run[0]), int(run[-1]) + 1)
+        except RuntimeError as error:  # array_record's, for a block whose checksum is wrong
+            raise _damaged(self._files[file], terminal.one_line(error)) from error
+
+
+def _open_shard(file):
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(
+        str(file.filename),
+        options=f"readahead_buffer_size:{_READ_BYTES}",
+        # Longer reads pass by this buffer and fetch only the bytes that are wanted.
+        file_reader_buffer_size=32 << 10,
+    )
+    if reader.num_records() != file.examples_in_shard:
+        raise _damaged(file, f"{reader.num_records()} records, not {file.examples_in_shard}")
+    return reader
+
+
+def _damaged(file, reason: str) -> DataError:
+    return DataError(
+        f"shard {file.filename} is damaged or of another build ({reason}): copy or build the data"
+        " set again"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -296,6 +317,11 @@ def _audio_feature(data_set: str, features: dict, tfds) -> str:
             and np.issubdtype(feature.np_dtype, np.number)
             and not getattr(feature, "_lazy_decode", False)  # it stores encoded files
         ):
+            if len(feature.shape) == 2 and feature.shape[0] and not feature.shape[1]:
+                raise DataError(
+                    f"data set {data_set} holds {name!r} as [{feature.shape[0]} channels, samples],"
+                    " but [samples, channels] is needed: build it again with the axes exchanged"
+                )
             return name
     raise DataError(
         f"data set {data_set} has no feature 'audio' or 'speech' that holds samples; its"
