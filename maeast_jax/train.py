@@ -64,7 +64,7 @@ def train(
     distributed.agree("the configuration", run.metadata["config"])
     distributed.agree("the data sets", run.metadata["data"])
     # After all checks, so that a mistake leaves no empty folder behind.
-    storage.make_writable(workdir, "--workdir")
+    checkpoint.make_workdir(workdir)
     with checkpoint.held(workdir), memory.out_of_memory(_REMEDY):
         newest_step = checkpoint.newest_step(workdir)
         if newest_step is not None:

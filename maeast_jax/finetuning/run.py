@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from maeast_jax import checkpoint
 from maeast_jax import config as configuration
 from maeast_jax.data import Labelled, labelled, mixture
 from maeast_jax.finetuning.augment import AugmentConfig
@@ -226,7 +227,7 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     if typed.mode == "finetune" and typed.select == "average":
         _check_average(run)
     # Last, so that a mistake leaves no empty folder behind.
-    storage.make_writable(storage.path(workdir), "--workdir")
+    checkpoint.make_workdir(workdir)
     return run
 
 
