@@ -8,8 +8,9 @@ Exit codes:
   70   an error that none of these explains, such as a failed device
   75   another process of the run was lost
   143 or 130   SIGTERM or Ctrl-C: training was saved if it had begun
+  129 or 138   SIGHUP, as from a closed SSH window, or SIGUSR1: likewise
 
-After 70, 75, 143 and 130 the same command goes on from the newest checkpoint. maeast_jax/config.py
+After 70 and above the same command goes on from the newest checkpoint. maeast_jax/config.py
 says what each field means, and docs/running.md how several processes share a run (--distributed).
 """
 

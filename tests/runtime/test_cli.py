@@ -296,6 +296,43 @@ cli.run_flags(main, required=())
     assert done.stderr.endswith("error: no class \\u65e5\\u672c\n")
 
 
+def test_a_run_goes_on_where_its_terminal_or_the_reader_of_its_pipe_is_gone():
+    text = """
+import sys
+from maeast_jax.runtime import cli
+
+def main(arguments):
+    print("ready", flush=True)
+    sys.stdin.read(1)
+    for step in range(3):
+        print("step", step, file=sys.stderr)
+    print("to standard output", flush=True)
+    raise cli.Interrupted(15, 3)
+
+cli.run_flags(main, required=())
+"""
+    for reading, writing in (os.openpty(), os.pipe()):
+        with subprocess.Popen(
+            [sys.executable, "-c", text], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=writing, stderr=writing,
+        ) as program:  # fmt: skip
+            os.close(writing)
+            assert os.read(reading, 5) == b"ready"
+            os.close(reading)
+            program.stdin.write(b"x")
+        assert program.returncode == 143
+
+
+def test_other_failures_to_print_are_errors():
+    with open("/dev/full", "w") as full:
+        text = (
+            "from maeast_jax.runtime import cli; cli.run_flags(lambda _: print(1, flush=True), ())"
+        )
+        command = [sys.executable, "-c", text]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.stderr.startswith("error: No space left on device\n") and done.returncode
+
+
 # Orbax logs a page per thread about a full disk, and then raises the exception itself.
 FULL_DISK = """
 from absl import logging
