@@ -268,8 +268,8 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
 
 
 def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
-    """The key of the random numbers called `name` at one step."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    """The key of the random numbers called `name` at one step, whatever jax's default generator."""
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 

@@ -281,6 +281,11 @@ def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # epath then reaches gs:// by a library that works without TensorFlow.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    # Both change a run's numbers, and a run that goes on elsewhere would mix the two.
+    for name, value in (("jax_enable_x64", False), ("jax_threefry_partitionable", True)):
+        os.environ[name.upper()] = str(value)
+        if jax := sys.modules.get("jax"):  # it has read the environment
+            jax.config.update(name, value)
 
     def call_and_leave(argv: Sequence[str]) -> int:
         code = call(argv)

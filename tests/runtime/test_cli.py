@@ -333,6 +333,26 @@ def test_other_failures_to_print_are_errors():
     assert done.stderr.startswith("error: No space left on device\n") and done.returncode
 
 
+@pytest.mark.parametrize("is_imported", [True, False])
+def test_jax_computes_alike_whatever_the_shell_says(is_imported):
+    done = run_program(
+        f"""
+import sys
+from maeast_jax.runtime import cli
+{"import jax" if is_imported else ""}
+
+def main(arguments):
+    import jax
+    print(jax.numpy.ones(1, float).dtype, jax.config.jax_threefry_partitionable)
+
+cli.run_flags(main, required=())
+""",
+        JAX_ENABLE_X64="1",
+        JAX_THREEFRY_PARTITIONABLE="0",
+    )
+    assert done.stdout == "float32 True\n", done.stderr
+
+
 # Orbax logs a page per thread about a full disk, and then raises the exception itself.
 FULL_DISK = """
 from absl import logging
