@@ -216,6 +216,9 @@ def _flag_error(error: flags.Error) -> str:
     first, *others = str(error).strip().splitlines()
     if file := next((w for w in sys.argv[1:] if w.startswith("-") and os.path.exists(w)), None):
         return f"{first}; to name the file, write ./{file}"
+    name = getattr(error, "flagname", "")
+    if "config" in flags.FLAGS and name in (flags.FLAGS["config"].value or ()):
+        return f"{first}; the field is set as --config.{name}=VALUE"
     return f"{first} {others[-1] if others else '(--help lists the flags)'}"
 
 

@@ -81,6 +81,7 @@ def test_a_program_may_have_a_default_configuration_flags_of_its_own_and_no_work
         ([], "--config and --workdir are missing (--help lists the flags)"),
         (["--config={}", "--wrokdir=x"], "flag 'wrokdir'. Did you mean: workdir ?"),
         (["--config={}", "--config.model.widht=3"], 'Did you mean "width" instead of "widht"?'),
+        (["--config={}", "--batch_size=8"], "; the field is set as --config.batch_size=VALUE"),
         (["--config={}", "--config.model.q=3"], "'q'; maeast_jax/config.py lists the fields"),
         (["--config={}", "--config.batch_size=abc"], "flag --config.batch_size=abc: invalid"),
         (["--config=nowhere.py", "--workdir=x"], "No such file or directory: 'nowhere.py'"),
