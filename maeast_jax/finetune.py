@@ -8,14 +8,15 @@ that was stopped goes on by the same command.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
+from maeast_jax import config as configuration
 from maeast_jax.data import Labelled
 from maeast_jax.evaluation import Evaluation, metrics, probe, results
 from maeast_jax.finetuning import (
@@ -45,7 +46,7 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     """
     run = open_run(config, workdir)
     with checkpoint.held(run.workdir), memory.out_of_memory(_REMEDY):
-        _check_workdir(run)
+        _check_workdir(run, config.to_dict())
         print(terminal.announce(_plan(run)), flush=True)
         features = Features(run) if run.config.mode != "finetune" else None
         # After all that may fail, so that a mistake does not make the workdir this mode's.
@@ -64,23 +65,18 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     return found
 
 
-def _check_workdir(run: FinetuneRun) -> None:
-    """Raises ValueError for a workdir of a run of another kind, whose results would be lost."""
-    path = run.workdir / checkpoint.CONFIG
-    was = json.loads(path.read_text()).get("mode") if path.exists() else run.config.mode
-    if was is None:
-        raise ValueError(
-            f"{run.workdir} is a pretraining run's; choose another --workdir "
-            f"(--config.init_from={run.workdir} starts from it)"
-        )
-    if was != run.config.mode:
-        raise ValueError(
-            f"{run.workdir} holds results of mode={was}, the configuration has mode="
-            f"{run.config.mode}; choose another --workdir"
-        )
+def _check_workdir(run: FinetuneRun, settings: dict[str, Any]) -> None:
+    """Raises ValueError for a workdir of another run, whose results would be lost.
+
+    A probe is fitted anew each time, so it replaces the results of other settings, and says so.
+    """
+    old = checkpoint.read_config(run.workdir, run.config.mode)
     if run.config.mode == "finetune":
         for sets in run.folds:
             check_resume(run, sets, run.workdir / sets.name)
+    elif changed := configuration.differences(old, settings):
+        described = configuration.describe(changed)
+        print(f"replacing the results of other settings: {described}", flush=True)
 
 
 def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:

@@ -403,6 +403,8 @@ def test_a_run_stopped_at_step_0_still_starts_from_the_weights_named(
     with pytest.raises(Interrupted, match="step 0, which is saved"):
         train(config, tmp_path / "stopped")
     monkeypatch.undo()
+    with pytest.raises(checkpoint.CheckpointError, match="is for the start of a run, but that in"):
+        train(tiny.short_config(init_from=str(tmp_path / "whole")), tmp_path / "stopped")
     train(config, tmp_path / "stopped")
     for got, wanted in zip(*(final(tmp_path / n, 4) for n in ("stopped", "whole")), strict=True):
         np.testing.assert_array_equal(got, wanted)

@@ -356,7 +356,13 @@ def check_resume(run: Pretraining, workdir: epath.Path, step: int) -> None:
             "raise total_steps or choose another --workdir"
         )
     old, new = checkpoint.metadata(folder), run.metadata
-    configuration.tell_resumed_with(configuration.differences(old["config"], new["config"]))
+    changed = configuration.differences(old["config"], new["config"])
+    if config.init_from and "init_from" in changed:
+        raise checkpoint.CheckpointError(
+            f"init_from={config.init_from!r} is for the start of a run, but that in {workdir} is "
+            f"at step {step}; leave it out, or choose another --workdir"
+        )
+    configuration.tell_resumed_with(changed)
     # Checkpoints of earlier versions do not hold the data sets.
     for line in mixture.rebuilt(old.get("data", {}), new["data"]):
         print(line, flush=True)
