@@ -9,8 +9,9 @@ speech_commands_v1 (12 classes; --test_dir), speech_commands_v2 (35 words), voxc
 ingest/layouts.py lists the files that each folder has to hold. Clips of a layout stay whole.
 
 A file that no decoder reads is skipped, and clips that a layout's lists name may be missing. Both
-are counted, and listed in skipped.tsv in the data set's folder. An interrupted build leaves nothing
-that opens: run it again.
+are counted, and listed in skipped.tsv in the data set's folder. Files that were read in part or
+scaled down, and clips without sound, are counted too, and listed in remarks.tsv. An interrupted
+build leaves nothing that opens: run it again.
 
 On Apache Beam, on this machine or on a cluster:
 
