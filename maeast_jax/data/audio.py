@@ -21,6 +21,7 @@ import os
 import re
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -422,6 +423,9 @@ def _decode(path: str) -> Recording | str:
 
 def _follow_parent() -> None:
     """Runs first in a decoding process, which would outlive a killed parent and wait for ever."""
+    # C libraries write warnings here that name no file. Python's own errors still appear.
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and ends this process.
 
     def wait_and_exit():

@@ -299,6 +299,15 @@ def test_decoding_goes_on_after_damage(tmp_path, pcm, suffix):
         np.testing.assert_array_equal(samples[-20_000:], pcm[-20_000:])
 
 
+def test_decoders_print_nothing(tmp_path, capfd):
+    (tmp_path / "id3.mp3").write_bytes(b"ID3 of no kind")
+    (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(30_000))
+    names = [str(tmp_path / "id3.mp3"), str(tmp_path / "noise.mp3")]
+    with audio.DecodePool(1) as pool:
+        assert all(isinstance(result, str) for result in pool.decode(names))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_undecodable_files_say_why_in_one_line(tmp_path):
     (tmp_path / "noise.wav").write_bytes(np.random.default_rng(0).bytes(3000))
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.int16), 16_000)
