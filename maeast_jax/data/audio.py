@@ -34,9 +34,14 @@ from maeast_jax.runtime import terminal
 
 # fmt: off
 AUDIO_SUFFIXES = frozenset({
-    ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a",
-    ".m4b", ".mka", ".mkv", ".mov", ".mp3", ".mp4", ".oga", ".ogg", ".ogv", ".opus", ".rf64",
-    ".snd", ".spx", ".w64", ".wav", ".webm", ".wma", ".wv",
+    ".3g2", ".3gp", ".8svx", ".aa3", ".aac", ".ac3", ".adts", ".aif", ".aifc", ".aiff", ".amr",
+    ".ape", ".asf", ".au", ".avi", ".avr", ".awb", ".bwf", ".caf", ".dff", ".dsf", ".dts", ".eac3",
+    ".ec3", ".f4v", ".flac", ".flv", ".g722", ".gsm", ".ircam", ".loas", ".m2a", ".m2ts", ".m4a",
+    ".m4b", ".m4r", ".m4v", ".mka", ".mkv", ".mmf", ".mov", ".mp1", ".mp2", ".mp3", ".mp4", ".mpa",
+    ".mpc", ".mpeg", ".mpg", ".mpga", ".mts", ".mxf", ".nist", ".nut", ".oga", ".ogg", ".ogv",
+    ".ogx", ".oma", ".opus", ".paf", ".pvf", ".qcp", ".ra", ".rf64", ".rm", ".sd2", ".sds", ".sf",
+    ".shn", ".snd", ".sph", ".spx", ".tak", ".tta", ".vob", ".voc", ".w64", ".wav", ".wave",
+    ".weba", ".webm", ".wma", ".wmv", ".wv", ".wv1", ".wv2", ".wve",
 })
 # fmt: on
 
@@ -54,7 +59,7 @@ _MOST_DEATHS = 10
 
 # The first bytes of lossless formats, which libsndfile reads two to ten times faster than FFmpeg.
 # Of other compressed files it reads only the first stream, without an error, and FFmpeg reads on.
-_LOSSLESS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b".snd", b"caff", b"fLaC")
+_LOSSLESS = re.compile(rb"RIF[FX]....WAVE|RF64|riff|FORM|\.snd|caff|fLaC|\xf0~", re.DOTALL)
 # After the sound of a RIFF file follow chunks, or zeros as padding. Anything else is sound.
 _CHUNK_NAME, _NOT_ZERO = re.compile(rb"(?!RIFF)[ -~]{4}"), re.compile(rb"[^\0]")
 # libsndfile's log where a header counts more bytes of sound than the file holds.
@@ -113,7 +118,7 @@ def decode(path: str | os.PathLike) -> Recording:
         raise UndecodableError(path, "is not a file" if os.path.exists(path) else "not found")
     try:
         with open(path, "rb") as file:
-            is_lossless = file.read(4) in _LOSSLESS
+            is_lossless = bool(_LOSSLESS.match(file.read(12)))
         goes_on = is_lossless and _goes_on(path)
     except OSError as error:
         raise UndecodableError(path, terminal.one_line(error)) from error
@@ -123,7 +128,8 @@ def decode(path: str | os.PathLike) -> Recording:
     ]
     reasons = []
     for decoder, read_blocks in reversed(decoders) if is_lossless and not goes_on else decoders:
-        remarks = [f"read by {decoder}: {reason}" for reason in reasons]
+        # Where FFmpeg comes first, a file that libsndfile alone reads is not damaged but rare.
+        remarks = [f"read by {decoder}: {reason}" for reason in reasons if is_lossless]
         if goes_on:
             remarks.append("longer than its header counts: read to the end")
         try:
