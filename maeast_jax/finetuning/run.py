@@ -319,21 +319,16 @@ def _share(config: FinetuneConfig, train: Labelled) -> tuple[Labelled, Labelled]
     section = config.data
     if section.valid:
         valid = _open(section, section.valid, "valid", train)
-    if section.valid and section.train_percent == 100.0:
-        return train, valid
-    classes = labelled.read_classes(train)
-    places = np.arange(len(train))
-    if not section.valid:
-        drawn = labelled.draw_share(classes, section.valid_percent, config.seed, leave=1)
+    else:
+        drawn = labelled.draw_share(train.classes, section.valid_percent, config.seed, leave=1)
         if not len(drawn):
             raise ValueError(
                 f"data.train={train.text!r} has {len(train)} clips of as many classes: none can be "
                 "held out; name a set as data.valid, or add clips"
             )
         valid = train.subset(drawn)
-        places = np.setdiff1d(places, drawn)
+        train = train.subset(np.setdiff1d(np.arange(len(train)), drawn))
     if section.train_percent < 100.0:
-        classes = [classes[place] for place in places]
-        chosen = labelled.draw_share(classes, section.train_percent, config.seed + 1)
-        places = places[chosen]
-    return train.subset(places), valid
+        drawn = labelled.draw_share(train.classes, section.train_percent, config.seed + 1)
+        train = train.subset(drawn)
+    return train, valid
