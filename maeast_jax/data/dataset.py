@@ -61,14 +61,18 @@ class Records:
         if not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"records {indices.min()} to {indices.max()} of {len(self)}")
         numbers, places = np.unique(indices, return_inverse=True)
-        files = np.searchsorted(self._ends, numbers, side="right")
-        numbers += self._shifts[files]
+        files, numbers = self.find(numbers)
         starts = 1 + np.flatnonzero((np.diff(numbers) != 1) | (np.diff(files) != 0))
         runs = np.split(numbers, starts)
         run_files = files[[0, *starts]]
         read = self._threads.map if len(runs) > 1 else map
         records = [record for run in read(self._read_run, run_files, runs) for record in run]
         return [records[place] for place in places]
+
+    def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (file, record in that file), int64 each, of records by their number."""
+        files = np.searchsorted(self._ends, indices, side="right")
+        return files, indices + self._shifts[files]
 
     def _read_run(self, file: int, run: np.ndarray) -> list[bytes]:
         """Records run[0] to run[-1] of a file."""

@@ -87,6 +87,10 @@ class Labelled:
             return _several_hot(self.classes, self.num_classes)
         return np.array([of_clip[0] for of_clip in self.classes], np.int64)
 
+    def count_shared(self, other: "Labelled") -> int:
+        """Returns how many clips of this are clips of `other` too."""
+        return mixture.count_shared(self.clips.places(self.index), other.clips.places(other.index))
+
     def read(self, places: np.ndarray) -> Iterator[Clip]:
         """Yields the clips at `places`, in that order.
 

@@ -7,8 +7,9 @@ the first of an epoch, where the permutation is drawn.
 
 import dataclasses
 import functools
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -60,6 +61,18 @@ class Clips:
         which = np.searchsorted(ends, index, side="right")
         return which, index - np.concatenate([[0], ends])[which]
 
+    def places(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the record numbers of these clips in each shard, by the shard's absolute path."""
+        found: dict[str, np.ndarray] = {}
+        which, example = self.find(index)
+        for component in np.unique(which):
+            split = self.splits[component]
+            files, numbers = split.records.find(example[which == component])
+            for file in np.unique(files):
+                path = os.fspath(storage.absolute(split.files[file]))
+                found[path] = np.union1d(found.get(path, []), numbers[files == file])
+        return found
+
     def read(self, which: np.ndarray, example: np.ndarray) -> list[dict]:
         """Returns the records of clips by data set and example, in order, as `Split.read` does."""
         records: list[dict] = [{}] * len(which)
@@ -78,6 +91,14 @@ class Clips:
             shares = np.asarray(self.weights) / sum(self.weights)
             terms = [f"{term} x {share:.1%}" for term, share in zip(terms, shares, strict=True)]
         return "; ".join(terms)
+
+
+def count_shared(mine: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> int:
+    """Returns how many of my clips are among the others: the same record of the same shard.
+
+    Both are results of `Clips.places`.
+    """
+    return sum(len(np.intersect1d(mine[path], others[path])) for path in mine.keys() & others)
 
 
 def parse_mixture(text: str, default_split: str) -> list[Component]:

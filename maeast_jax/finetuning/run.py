@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
 from maeast_jax.data import Labelled, labelled, mixture
+from maeast_jax.evaluation import checks
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.step import SELECTIONS, LossConfig
 from maeast_jax.inference import POOLS, Pretrained, pretrained
@@ -153,12 +154,21 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Training, validation and test sets; `name` is the fold's name, or "" without folds."""
+    """Training, validation and test sets; `name` is the fold's name, or "" without folds.
+
+    `warnings` say what makes the fold's scores worth less than they seem.
+    """
 
     name: str
     train: Labelled
     valid: Labelled
     tests: tuple[Labelled, ...]
+    warnings: tuple[str, ...] = ()
+
+    def checked(self) -> "Sets":
+        """Returns the same with its warnings; raises ValueError for sets that cannot be scored."""
+        warnings = checks.check(self.train, self.valid, self.tests)
+        return dataclasses.replace(self, warnings=tuple(warnings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +235,8 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     run = FinetuneRun(typed, Path(workdir).expanduser(), init_from, mesh, folds)
     if typed.mode == "finetune" and typed.select == "average":
         _check_average(run)
+    # It reads every clip, so it comes after all that needs none.
+    run = dataclasses.replace(run, folds=tuple(sets.checked() for sets in folds))
     # Last, so that a mistake leaves no empty folder behind.
     storage.make_writable(storage.path(workdir), "--workdir")
     return run
