@@ -4,9 +4,10 @@ import math
 import os
 
 import jax
+import numpy as np
 
 from maeast_jax import checkpoint
-from maeast_jax.data import pipeline
+from maeast_jax.data import mixture, pipeline
 from maeast_jax.inference import Pretrained
 from maeast_jax.model import ModelConfig, flops, masking
 from maeast_jax.runtime import storage, terminal
@@ -80,7 +81,13 @@ def _describe_eval(run: Pretraining) -> str:
     if run.eval_clips is None:
         return f"{count} clips of synthetic noise"
     sets = run.eval_clips.describe()
-    return sets if count == len(run.eval_clips) else f"{count:,} clips, spread over {sets}"
+    if count < len(run.eval_clips):
+        sets = f"{count:,} clips, spread over {sets}"
+    if run.train_clips is None:
+        return sets
+    every = [clips.places(np.arange(len(clips))) for clips in (run.eval_clips, run.train_clips)]
+    shared = mixture.count_shared(*every)
+    return sets + (f"\n{shared:,} of these clips are trained on too" if shared else "")
 
 
 def farewell(workdir: str | os.PathLike) -> str:
