@@ -11,6 +11,7 @@ newest folder named STEP is complete. On gs:// nothing can be renamed: there Orb
 import errno
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from maeast_jax.runtime import distributed, storage
+from maeast_jax.runtime.cli import PeerLostError
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
@@ -47,17 +49,17 @@ class Checkpoints:
     `distributed.stopping`, which counts otherwise, and then the processes never agree to stop.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int, config: dict[str, Any]):
+    def __init__(self, workdir: str | os.PathLike, keep: int, metadata: dict[str, Any]):
         """Removes what a killed process left half-written.
 
         Args:
           workdir: the run's folder.
           keep: number of checkpoints to keep.
-          config: the run's configuration, which every checkpoint carries.
+          metadata: JSON that every checkpoint carries; `config` must be among its keys.
         """
         self._folder = storage.absolute(workdir) / CHECKPOINTS
         self._keep = keep
-        self._config = config
+        self._metadata = metadata
         self._steps = saved_steps(workdir)
         self._saving: Any = None  # Orbax' answer for the save under way
         if distributed.is_first():
@@ -83,7 +85,7 @@ class Checkpoints:
         self.wait()
         with _errors_of_a_save(), _SAVING:
             self._saving = ocp.save_checkpointables_async(
-                self._folder / str(step), parts, custom_metadata={"config": self._config}
+                self._folder / str(step), parts, custom_metadata=self._metadata
             )
         self._steps.append(step)
 
@@ -93,9 +95,12 @@ class Checkpoints:
         Args:
           step: the step of a complete checkpoint.
           abstract_parts: the wanted trees of `jax.ShapeDtypeStruct`, with shardings.
+
+        Raises CheckpointError where the checkpoint is damaged; PeerLostError.
         """
-        with distributed.others_alive():
-            return ocp.load_checkpointables(self._folder / str(step), abstract_parts)
+        folder = self._folder / str(step)
+        with _reading(folder), distributed.others_alive():
+            return ocp.load_checkpointables(folder, abstract_parts)
 
     def wait(self) -> None:
         """Returns when the save under way is complete on disk; raises as `save` does."""
@@ -181,37 +186,62 @@ def find(path: str | os.PathLike) -> epath.Path:
     )
 
 
+@contextmanager
+def _reading(folder: epath.Path) -> Iterator[None]:
+    """Raises CheckpointError where Orbax cannot read a checkpoint of this machine.
+
+    Orbax raises errors of any type for a file that is missing, empty or cut short, and logs and
+    warns of more. On gs:// objects are whole, and errors there tell of the connection.
+    """
+    try:
+        with storage.quiet(), warnings.catch_warnings(action="ignore"):
+            yield
+    except (PeerLostError, jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        if storage.is_remote(folder):
+            raise
+        remedy = "the run has saved no other before it: name another checkpoint or --workdir"
+        steps = [step for step in saved_steps(folder.parent.parent) if step < int(folder.name)]
+        if steps:
+            remedy = f"rm -r {folder} makes the run go on from the one before, step {steps[-1]}"
+        raise CheckpointError(
+            f"{folder} is damaged, or is no checkpoint of this program; {remedy}"
+        ) from error
+
+
 def metadata(folder: epath.Path) -> dict[str, Any]:
     """Returns the metadata saved with a checkpoint; its `config` is the run's configuration.
 
-    Raises CheckpointError where the folder is another program's checkpoint, or is incomplete.
+    Raises CheckpointError where the folder is another program's checkpoint, or is damaged.
     """
-    try:
+    with _reading(folder):
         found = ocp.checkpointables_metadata(folder).custom_metadata
         found["config"]
         return found
-    except (KeyError, TypeError, FileNotFoundError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint of this program, or not all of one; name another (where "
-            "it is the newest of a run of this program, remove it to go on from the one before)"
-        ) from error
 
 
 def stamp(folder: epath.Path) -> int:
     """Returns when a checkpoint was completed, in ns; another checkpoint has another stamp."""
-    return ocp.checkpointables_metadata(folder).commit_timestamp_nsecs
+    with _reading(folder):
+        return ocp.checkpointables_metadata(folder).commit_timestamp_nsecs
 
 
 def has_part(folder: epath.Path, name: str) -> bool:
     """Returns whether a checkpoint holds the part `name`."""
-    return name in ocp.checkpointables_metadata(folder).metadata
+    with _reading(folder):
+        return name in ocp.checkpointables_metadata(folder).metadata
 
 
 def load_part(folder: epath.Path, name: str) -> Any:
-    """Returns one part of a checkpoint as a tree of numpy arrays, in the shapes it was saved in."""
-    saved = ocp.checkpointables_metadata(folder).metadata[name]
-    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
-    return ocp.load_checkpointables(folder, {name: shapes})[name]
+    """Returns one part of a checkpoint as a tree of numpy arrays, in the shapes it was saved in.
+
+    Raises CheckpointError where the checkpoint is damaged.
+    """
+    with _reading(folder):
+        saved = ocp.checkpointables_metadata(folder).metadata[name]
+        shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+        return ocp.load_checkpointables(folder, {name: shapes})[name]
 
 
 def write_parts(

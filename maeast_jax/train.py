@@ -14,7 +14,6 @@ says what each field means, and docs/running.md how several processes share a ru
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -62,14 +61,14 @@ def train(
     workdir = storage.path(workdir)
     typed, init_from = pretraining.settle_architecture(PretrainConfig.of(config), workdir)
     run = Pretraining(typed, batches)
-    distributed.agree("the configuration", dataclasses.asdict(typed))
-    distributed.agree("the data sets", run.describe_data())
+    distributed.agree("the configuration", run.metadata["config"])
+    distributed.agree("the data sets", run.metadata["data"])
     # After all checks, so that a mistake leaves no empty folder behind.
     storage.make_writable(workdir, "--workdir")
     with checkpoint.held(workdir), memory.out_of_memory(_REMEDY):
         newest_step = checkpoint.newest_step(workdir)
         if newest_step is not None:
-            pretraining.check_resume(typed, workdir, newest_step)
+            pretraining.check_resume(run, workdir, newest_step)
         if distributed.from_first(_is_done(run, workdir, newest_step)):
             print(f"{workdir} has done its {typed.total_steps} steps already", flush=True)
             return metrics_writer.last_row(workdir, "eval")
@@ -87,8 +86,15 @@ def _is_done(run: Pretraining, workdir: epath.Path, newest_step: int | None) -> 
 def _train(
     run: Pretraining, workdir: epath.Path, start_step: int, init_from: Pretrained | None
 ) -> dict[str, float]:
-    config, settings = run.config, dataclasses.asdict(run.config)
+    config = run.config
     print(summary.describe(run, workdir, start_step, init_from), flush=True)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep, run.metadata)
+    if start_step:
+        # Before compiling, which takes minutes: the checkpoint may be damaged.
+        parts = checkpoints.restore(start_step, run.abstract_state.parts())
+        state = TrainState.from_parts(parts)
+    else:
+        state = run.initial_state(init_from)
     writer = MetricsWriter(workdir, start_step)
     print("compiling the training step", flush=True)
     step = run.compile_step()
@@ -96,19 +102,13 @@ def _train(
     print(f"compiled: {terminal.si(planned, 'B')} planned per device", flush=True)
     # On CPUs all processes may run on this machine, so the plan counts every device.
     memory.keep_freed(jax.device_count() * planned)
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep, settings)
     batches = run.train_batches(start_step)
-    if start_step:
-        parts = checkpoints.restore(start_step, run.abstract_state.parts())
-        state = TrainState.from_parts(parts)
-    else:
-        state = run.initial_state(init_from)
-        if init_from is None:
-            first = loop.next_batch(batches, 0)
-            state = run.calibrate(state, first)
-            batches = _with_first(first, batches)
+    if not start_step and init_from is None:
+        first = loop.next_batch(batches, 0)
+        state = run.calibrate(state, first)
+        batches = _with_first(first, batches)
     if distributed.is_first():
-        checkpoint.write_config(workdir, settings)
+        checkpoint.write_config(workdir, run.metadata["config"])
     total = config.total_steps
     _, values = loop.run(
         state,

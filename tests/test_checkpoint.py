@@ -40,7 +40,7 @@ def placed(tree):
 
 
 def write(workdir, *steps):
-    checkpoints = checkpoint.Checkpoints(workdir, 2, CONFIG)
+    checkpoints = checkpoint.Checkpoints(workdir, 2, {"config": CONFIG})
     for step in steps:
         checkpoints.save(step, parts(step))
         assert checkpoints.latest_step() == step
@@ -51,7 +51,7 @@ def write(workdir, *steps):
 def written(tmp_path_factory):
     """A run that saved the steps 5, 10 and 15 and kept two; tests only read it."""
     folder = tmp_path_factory.mktemp("written")
-    assert checkpoint.Checkpoints(folder, 2, CONFIG).latest_step() is None
+    assert checkpoint.Checkpoints(folder, 2, {"config": CONFIG}).latest_step() is None
     write(folder, 5, 10, 15)
     return folder
 
@@ -69,7 +69,7 @@ def assert_holds(workdir, value):
 
 def test_the_newest_are_kept_and_come_back_whole(written):
     assert checkpoint.saved_steps(written) == [10, 15]
-    checkpoints = checkpoint.Checkpoints(written, 2, CONFIG)
+    checkpoints = checkpoint.Checkpoints(written, 2, {"config": CONFIG})
     for step in (10, 15):
         restored = checkpoints.restore(step, placed(parts(0.0)))
         assert jax.tree.structure(restored) == jax.tree.structure(parts(0.0))
@@ -79,7 +79,7 @@ def test_the_newest_are_kept_and_come_back_whole(written):
 
 
 def test_a_checkpoint_is_deleted_only_when_a_newer_one_is_complete(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, 1, CONFIG)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1, {"config": CONFIG})
     checkpoints.save(1, parts(1))
     checkpoints.wait()
     checkpoints.save(2, parts(2))
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_deleted_only_when_a_newer_one_is_complete(tmp_path):
 
 def test_values_are_off_the_device_when_save_returns(tmp_path):
     """The step that follows donates them."""
-    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, {"config": CONFIG})
     state = parts(1.0)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     checkpoints.save(1, state)
@@ -100,7 +100,7 @@ def test_values_are_off_the_device_when_save_returns(tmp_path):
 
 
 def test_a_step_that_is_saved_stays_as_it_is(saved):
-    checkpoints = checkpoint.Checkpoints(saved, 2, CONFIG)
+    checkpoints = checkpoint.Checkpoints(saved, 2, {"config": CONFIG})
     checkpoints.save(15, parts(99))
     checkpoints.close()
     assert_holds(saved, 15)
@@ -126,10 +126,43 @@ def test_relative_paths_are_made_absolute(written, monkeypatch):
     assert checkpoint.metadata(checkpoint.find(written.name)) == {"config": CONFIG}
 
 
-def test_an_incomplete_checkpoint_is_no_checkpoint_of_this_program(saved):
-    (saved / "checkpoints" / "15" / "_CHECKPOINT_METADATA").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="15 is not a checkpoint of this program"):
-        checkpoint.metadata(checkpoint.find(saved))
+def read_all(workdir):
+    found = checkpoint.find(workdir)
+    checkpoint.metadata(found)
+    checkpoint.load_part(found, "weights")
+    checkpoint.Checkpoints(workdir, 2, {}).restore(int(found.name), placed(parts(0.0)))
+
+
+@pytest.mark.parametrize(
+    "damaged", ["_CHECKPOINT_METADATA", "weights", "weights/_METADATA", "progress/d/*"]
+)
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(saved, damaged, is_gone, capfd):
+    (path,) = (saved / "checkpoints" / "15").glob(damaged)
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif is_gone:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        read_all(saved)
+    folder = saved / "checkpoints" / "15"
+    assert str(error.value) == (
+        f"{folder} is damaged, or is no checkpoint of this program; rm -r {folder} makes the run "
+        "go on from the one before, step 10"
+    )
+    assert capfd.readouterr() == ("", "")  # Orbax logs a page
+    shutil.rmtree(folder)
+    read_all(saved)
+
+
+def test_the_only_checkpoint_of_a_run_if_damaged_has_another_remedy(saved):
+    for step in (10, 15):
+        shutil.rmtree(saved / "checkpoints" / str(step) / "weights")
+    shutil.rmtree(saved / "checkpoints" / "10")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no other before it: name another"):
+        read_all(saved)
 
 
 def test_what_a_kill_leaves_half_written_is_not_a_checkpoint_and_is_cleared(saved):
@@ -137,7 +170,7 @@ def test_what_a_kill_leaves_half_written_is_not_a_checkpoint_and_is_cleared(save
     shutil.copytree(saved / "checkpoints" / "15", half)
     assert checkpoint.saved_steps(saved) == [10, 15]
     assert checkpoint.find(saved).name == "15"
-    checkpoint.Checkpoints(saved, 2, CONFIG).close()
+    checkpoint.Checkpoints(saved, 2, {"config": CONFIG}).close()
     assert not half.exists()
 
 
@@ -169,7 +202,7 @@ def test_a_folder_that_cannot_be_made_fails_before_any_thread_waits_for_it(tmp_p
     def fail(folder, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, {"config": CONFIG})
     monkeypatch.setattr(type(storage.path(tmp_path)), "mkdir", fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(1, parts(1))
@@ -190,14 +223,14 @@ def test_a_full_disk_is_told_from_other_failures(tmp_path, monkeypatch, in_backg
 
     monkeypatch.setattr(ocp, "save_checkpointables_async", save)
     said = f"RESOURCE_EXHAUSTED: Error writing x: {os.strerror(errno.ENOSPC)}"
-    checkpoints = checkpoint.Checkpoints(tmp_path, 2, CONFIG)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, {"config": CONFIG})
     with pytest.raises(OSError, match="no space left to save a checkpoint") as error:
         write_with(checkpoints)
     assert error.value.errno == errno.ENOSPC
     checkpoints.close()  # the failure is raised once
     said = "UNAVAILABLE: HTTP response code: 503"
     with pytest.raises(RuntimeError, match="could not be saved"):  # not the user's mistake
-        write_with(checkpoint.Checkpoints(tmp_path, 2, CONFIG))
+        write_with(checkpoint.Checkpoints(tmp_path, 2, {"config": CONFIG}))
 
 
 def test_saves_ask_nothing_of_the_service_by_which_processes_agree_to_stop(tmp_path, monkeypatch):
@@ -311,7 +344,7 @@ def test_a_checkpoint_on_gs_is_complete_with_its_last_object(store):
     assert checkpoint.metadata(checkpoint.find(workdir)) == {"config": CONFIG}
     with pytest.raises(checkpoint.CheckpointError, match=r"10 is not there; saved are 5"):
         checkpoint.find(f"{workdir}/checkpoints/10")
-    checkpoints = checkpoint.Checkpoints(workdir, 1, CONFIG)
+    checkpoints = checkpoint.Checkpoints(workdir, 1, {"config": CONFIG})
     assert not [name for name in store.names("bucket") if name.startswith("run/checkpoints/10")]
     checkpoints.save(10, parts(10))
     checkpoints.close()

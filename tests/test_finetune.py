@@ -179,6 +179,43 @@ def test_a_run_goes_on_with_other_settings_but_not_with_another_model(
     assert "resumed at step 9 of 12" in said
 
 
+def rename(tones, **names):
+    """The same clips, with other labels in place of some."""
+    return lambda: ((i, samples, names.get(label, label)) for i, samples, label in tones())
+
+
+def test_a_run_does_not_go_on_with_a_set_that_was_built_anew(tmp_path, data_dir, finished):
+    """The head's outputs are numbers: with moved labels its scores would be those of chance."""
+    workdir, other = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "data"
+    train, valid, test = (
+        lambda c=c, s=s: tones(c, s) for c, s in ((24, 0), (9, 1), (11, 2))
+    )  # those of data_dir
+    results = workdir / "tones_test" / "results.json"
+    before = results.read_bytes()
+    config = small(other)
+    for parts, names, message in (
+        (
+            [rename(part, low="zebra") for part in (train, valid, test)],
+            ["high", "zebra", "noise"],
+            r"class 1 of the run in .* is 'low', but 'zebra' in tones \(3 and 3 classes\); choose",
+        ),
+        ((train, valid, test), [*TONES, "rare"], r"class 3 .* None, but 'rare' .*3 and 4 classes"),
+        ((test, valid, train), TONES, r"tones/1.0.0@train was built anew .*: 24 clips .*, 11 now"),
+        ((lambda: tones(24, 7), valid, test), TONES, r"built anew since: 24 clips then, 24 now"),
+    ):
+        writer.write(
+            "tones", other, dict(zip(("train", "valid", "test"), parts, strict=True)),
+            label_names=names, overwrite=True,
+        )  # fmt: skip
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            finetune(config, workdir)
+        assert results.read_bytes() == before
+    # The same clips in another place, and other clips to test on, are no other run.
+    parts = {"train": train, "valid": valid, "test": valid}
+    writer.write("tones", other, parts, label_names=TONES, overwrite=True)
+    assert finetune(config, workdir)[""]["tones_test"].num_examples == 9
+
+
 @pytest.mark.parametrize("mode", ["linear", "knn"])
 def test_probes_look_at_frozen_features_that_are_computed_once(tmp_path, data_dir, mode):
     config = small(data_dir, mode=mode)

@@ -319,12 +319,15 @@ def test_a_checkpoint_that_another_process_saved_before_it_let_go_is_gone_on_fro
 def test_mistakes_are_found_before_anything_is_compiled(tmp_path, finished, monkeypatch):
     monkeypatch.setattr(Pretraining, "compile_step", refuse)
     (tmp_path / "foreign" / "checkpoints" / "12").mkdir(parents=True)
-    broken = tmp_path / "broken"
+    broken, damaged = tmp_path / "broken", tmp_path / "damaged"
     shutil.copytree(finished, broken)
+    shutil.copytree(finished, damaged)
+    shutil.rmtree(damaged / "checkpoints" / "4" / "progress" / "d")
     (broken / "metrics.jsonl").write_text("not json\n{}\n")
     longer = tiny.short_config(total_steps=20)
     for workdir, config, message in (
-        (tmp_path / "foreign", longer, r"12 is not a checkpoint of this program"),
+        (tmp_path / "foreign", longer, r"12 is damaged, or is no checkpoint of this program"),
+        (damaged, longer, r"4 is damaged, or is no checkpoint of this program"),
         (broken, longer, r"metrics.jsonl line 1 is b'not json'"),
         ("s3://bucket/run", longer, r"s3://bucket/run is unknown: name a folder of this machine"),
         (
@@ -358,6 +361,22 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_good_checkp
         train(config, tmp_path, batches=noise(config))
     for got, wanted in zip(final(tmp_path, 4), before, strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_run_says_that_its_data_set_was_built_anew(tmp_path, data_dir, capsys):
+    shutil.copytree(data_dir, tmp_path / "data")
+    config = tiny.get_config(str(tmp_path / "data"))
+    config.update(total_steps=3, eval_every=3)
+    config.mesh.data = 1
+    train(config, tmp_path / "run")
+    capsys.readouterr()
+    clips = {name: lambda: clips_of_noise(6, 3) for name in ("train", "valid")}
+    writer.write("sounds", tmp_path / "data", clips, overwrite=True)
+    config.total_steps = 4
+    train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "data set sounds/1.0.0@train was built anew since: 11 clips then, 6 now" in said
+    assert "sounds/1.0.0@valid was built anew" in said
 
 
 def test_another_architecture_is_refused_and_other_settings_are_said(tmp_path, finished, capsys):

@@ -5,6 +5,8 @@ TensorFlow Datasets is imported inside the functions that need it.
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import threading
@@ -38,11 +40,12 @@ class Records:
     takes one read per record.
 
     Args:
-      files: TFDS' file instructions: `filename`, and `skip` and `take` in records.
+      files: TFDS' file instructions: `filename`, and `skip`, `take` and `examples_in_shard` in
+        records.
     """
 
     def __init__(self, files: Sequence):
-        self._names = [str(file.filename) for file in files]
+        self._files = files
         self._ends = np.cumsum([file.take for file in files])
         # Added to the number of a record, this gives its number in its file.
         self._shifts = np.array([file.skip + file.take for file in files]) - self._ends
@@ -54,7 +57,10 @@ class Records:
         return int(self._ends[-1])
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
-        """Returns the records in the order of `indices`; raises IndexError for one out of range."""
+        """Returns the records in the order of `indices`.
+
+        Raises IndexError for one out of range; DataError, naming the file, for a damaged shard.
+        """
         indices = np.asarray(indices, np.int64)
         if not len(indices):
             return []
@@ -76,17 +82,34 @@ class Records:
 
     def _read_run(self, file: int, run: np.ndarray) -> list[bytes]:
         """Records run[0] to run[-1] of a file."""
-        from array_record.python import array_record_module
-
         with self._opening:
             if self._readers[file] is None:
-                self._readers[file] = array_record_module.ArrayRecordReader(
-                    self._names[file],
-                    options=f"readahead_buffer_size:{_READ_BYTES}",
-                    # Longer reads pass by this buffer and fetch only the bytes that are wanted.
-                    file_reader_buffer_size=32 << 10,
-                )
-        return self._readers[file].read(int(run[0]), int(run[-1]) + 1)
+                self._readers[file] = _open_shard(self._files[file])
+        try:
+            return self._readers[file].read(int(run[0]), int(run[-1]) + 1)
+        except RuntimeError as error:  # array_record's, for a block whose checksum is wrong
+            raise _damaged(self._files[file], terminal.one_line(error)) from error
+
+
+def _open_shard(file):
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(
+        str(file.filename),
+        options=f"readahead_buffer_size:{_READ_BYTES}",
+        # Longer reads pass by this buffer and fetch only the bytes that are wanted.
+        file_reader_buffer_size=32 << 10,
+    )
+    if reader.num_records() != file.examples_in_shard:
+        raise _damaged(file, f"{reader.num_records()} records, not {file.examples_in_shard}")
+    return reader
+
+
+def _damaged(file, reason: str) -> DataError:
+    return DataError(
+        f"shard {file.filename} is damaged or of another build ({reason}): copy or build the data"
+        " set again"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +125,8 @@ class Split:
       label_names: the classes in the order of their numbers, None without labels.
       is_multi_label: whether a clip may have several classes, or none.
       files: the paths of its shards.
+      fingerprint: changes where the set is built again from other clips: a hash of its features,
+        classes and shards (their records and bytes) as its dataset_info.json states them.
     """
 
     name: str
@@ -112,6 +137,7 @@ class Split:
     label_names: tuple[str, ...] | None
     is_multi_label: bool
     files: tuple[str, ...]
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.records)
@@ -207,6 +233,7 @@ def open_split(
         label_names=label_names,
         is_multi_label=is_multi_label,
         files=tuple(file.filename for file in files),
+        fingerprint=_fingerprint(info, split, label_names),
     )
 
 
@@ -294,6 +321,11 @@ def _audio_feature(data_set: str, features: dict, tfds) -> str:
             and np.issubdtype(feature.np_dtype, np.number)
             and not getattr(feature, "_lazy_decode", False)  # it stores encoded files
         ):
+            if len(feature.shape) == 2 and feature.shape[0] and not feature.shape[1]:
+                raise DataError(
+                    f"data set {data_set} holds {name!r} as [{feature.shape[0]} channels, samples],"
+                    " but [samples, channels] is needed: build it again with the axes exchanged"
+                )
             return name
     raise DataError(
         f"data set {data_set} has no feature 'audio' or 'speech' that holds samples; its"
@@ -322,3 +354,14 @@ def _sample_rate_hz(info, audio_feature: str, given_hz: int | None) -> int:
             f"data set {info.full_name} does not state its sample rate: set data.sample_rate_hz"
         )
     return int(stated or given_hz)
+
+
+def _fingerprint(info, split: str, label_names: Sequence[str] | None) -> str:
+    used = re.findall(r"\w+", split)  # "train[:90%]+test" reads the splits train and test
+    parts = {
+        name: (part.num_bytes, part.shard_lengths)
+        for name, part in info.splits.items()
+        if name in used or "all" in used
+    }
+    text = json.dumps([parts, str(info.features), label_names], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

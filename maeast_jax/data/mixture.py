@@ -84,6 +84,14 @@ class Clips:
                 records[place] = record
         return records
 
+    @property
+    def identity(self) -> dict[str, dict[str, int | str]]:
+        """What a checkpoint notes of each data set, by name and split: see `rebuilt`."""
+        return {
+            f"{split.name}@{split.split}": {"clips": len(split), "fingerprint": split.fingerprint}
+            for split in self.splits
+        }
+
     def describe(self) -> str:
         """Returns the names, sizes and shares of the data sets in one line."""
         terms = [f"{split.name}@{split.split}: {len(split):,} clips" for split in self.splits]
@@ -99,6 +107,16 @@ def count_shared(mine: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray
     Both are results of `Clips.places`.
     """
     return sum(len(np.intersect1d(mine[path], others[path])) for path in mine.keys() & others)
+
+
+def rebuilt(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
+    """Returns a line for each data set that is in both identities and was built anew in between."""
+    return [
+        f"data set {name} was built anew since: {before[name]['clips']:,} clips then, "
+        f"{now[name]['clips']:,} now"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
 
 
 def parse_mixture(text: str, default_split: str) -> list[Component]:

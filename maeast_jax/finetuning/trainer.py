@@ -1,6 +1,7 @@
 """Trains a classifier on one fold, and scores sets of clips with it."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.data import Labelled, labelled
+from maeast_jax.data import Labelled, labelled, mixture
 from maeast_jax.evaluation import metrics
 from maeast_jax.finetuning import step as finetune_step
 from maeast_jax.finetuning.run import FinetuneRun, Sets
@@ -76,7 +77,7 @@ class FoldTrainer:
         Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError.
         """
         config, length = self._run.config, self._length
-        checkpoints = checkpoint.Checkpoints(self._folder, 1, _settings(self._run))
+        checkpoints = checkpoint.Checkpoints(self._folder, 1, _metadata(self._run, self._sets))
         start_step = checkpoints.latest_step() or 0
         if start_step:
             state = self._restore(checkpoints, start_step)
@@ -164,29 +165,47 @@ class FoldTrainer:
 def check_resume(run: FinetuneRun, sets: Sets, folder: Path) -> None:
     """Prints the settings that differ from those of the run in a folder, if there is one.
 
-    Raises ValueError where that run has another model, head or selection, or has trained longer.
+    Raises ValueError where that run has another model, head, selection or numbering of the classes,
+    has trained longer, or on a data set that was built anew since.
     """
     steps = checkpoint.saved_steps(folder)
     if not steps:
         return
-    total_steps = run.length(sets).total_steps
-    if steps[-1] > total_steps:
-        raise ValueError(
-            f"{folder} has reached step {steps[-1]}, past the {total_steps} steps of this run; "
-            "train for more epochs or choose another --workdir"
-        )
-    old = checkpoint.metadata(checkpoint.find(folder))["config"]
-    changed = configuration.differences(old, _settings(run))
+    old, new = checkpoint.metadata(checkpoint.find(folder)), _metadata(run, sets)
+    changed = configuration.differences(old["config"], new["config"])
     for name, (was, is_) in changed.items():
         if name.startswith(("model.", "head.", "select")):
             raise checkpoint.CheckpointError(
                 f"the run in {folder} has {name}={was!r}, the configuration {is_!r}; choose "
                 "another --workdir"
             )
+    # Checkpoints of earlier versions hold neither classes nor data sets.
+    was, is_ = old.get("class_names", new["class_names"]), new["class_names"]
+    for number, (before, now) in enumerate(itertools.zip_longest(was, is_)):
+        if before != now:
+            raise checkpoint.CheckpointError(
+                f"class {number} of the run in {folder} is {before!r}, but {now!r} in "
+                f"{sets.train.text} ({len(was)} and {len(is_)} classes); choose another --workdir"
+            )
+    if lines := mixture.rebuilt(old.get("data", {}), new["data"]):
+        raise checkpoint.CheckpointError(
+            f"{lines[0]}, and the run in {folder} cannot go on with it; choose another --workdir"
+        )
+    total_steps = run.length(sets).total_steps
+    if steps[-1] > total_steps:
+        raise ValueError(
+            f"{folder} has reached step {steps[-1]}, past the {total_steps} steps of this run; "
+            "train for more epochs or choose another --workdir"
+        )
     configuration.tell_resumed_with(changed)
 
 
-def _settings(run: FinetuneRun) -> dict[str, Any]:
-    """Returns the configuration that a checkpoint stores, with the model that it holds."""
+def _metadata(run: FinetuneRun, sets: Sets) -> dict[str, Any]:
+    """Returns what a checkpoint says of itself: configuration, classes and data sets."""
+    # Where the head reads an earlier layer, the checkpoint holds the layers up to it only.
     model = backbone_config(run.config.model, run.config.head)
-    return dataclasses.asdict(dataclasses.replace(run.config, model=model))
+    return {
+        "config": dataclasses.asdict(dataclasses.replace(run.config, model=model)),
+        "class_names": list(run.class_names),
+        "data": sets.train.clips.identity | sets.valid.clips.identity,
+    }

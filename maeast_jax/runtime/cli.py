@@ -258,8 +258,8 @@ def _call(main: Callable[[], int | None], interrupted: str) -> int:
     if not is_verbose:
         # absl shows INFO by default, at which Orbax reports each file that it writes.
         logging.set_verbosity(logging.WARNING)
-        # Orbax's threads log pages about an error that is then raised here and told in one line.
-        logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
+        # Orbax and asyncio log pages about an error that is then raised here and told in one line.
+        logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
     try:
         with _ending_where_ctrl_c_is_ignored(interrupted):
             return main() or 0
@@ -282,8 +282,26 @@ def _call(main: Callable[[], int | None], interrupted: str) -> int:
         remedy = f"pip install -r requirements.txt, into the environment of {sys.executable}"
         return _told(f"{error}: {remedy}", EXIT_USAGE)
     except Exception:
+        if reason := _missing_device():
+            return _told(reason, EXIT_SYSTEM)
         traceback.print_exc()
         return EXIT_UNKNOWN
+
+
+def _missing_device() -> str | None:
+    """Returns a message if JAX_PLATFORMS names a device that jax does not find, else None."""
+    platforms, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not platforms or jax is None:
+        return None
+    try:
+        jax.devices()
+    except Exception as error:  # AssertionError without a word where there is no GPU
+        reason = f" ({terminal.one_line(error)})" if str(error) else ""
+        return (
+            f"JAX_PLATFORMS={platforms}, but jax finds no such device{reason}; unset it, or "
+            "install the driver and jax's package for that device"
+        )
+    return None
 
 
 def _told(message: object, exit_code: int) -> int:

@@ -181,8 +181,8 @@ def reaching(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the libraries that reach gs://: they log a traceback for each error they raise."""
-    loggers = [logging.getLogger(name) for name in ("gcsfs", "google.auth")]
+    """Silences the libraries that read files, which also log pages about each error they raise."""
+    loggers = [logging.getLogger(name) for name in ("gcsfs", "google.auth", "absl")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

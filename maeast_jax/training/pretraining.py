@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
-from maeast_jax.data import Batch, DataConfig, pipeline
+from maeast_jax.data import Batch, DataConfig, mixture, pipeline
 from maeast_jax.evaluation import open_knn, plots
 from maeast_jax.inference import Pretrained, pretrained
 from maeast_jax.model import ModelConfig, masking, tokens
@@ -212,11 +213,12 @@ class Pretraining:
             values |= self._ask_neighbours(state)
         return loop.Evaluation(state, values, pictures)
 
-    def describe_data(self) -> list[str]:
-        """Returns names and sizes of the data sets, for processes to compare."""
-        return [
-            clips.describe() for clips in (self.train_clips, self.eval_clips) if clips is not None
-        ]
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of itself: configuration and data sets."""
+        opened = [clips.identity for clips in (self.train_clips, self.eval_clips) if clips]
+        data = functools.reduce(operator.or_, opened, {})
+        return {"config": dataclasses.asdict(self.config), "data": data}
 
     def _initial_state(self) -> TrainState:
         return steps.init_state(self.config.model, self._optimizer, self.config.seed)
@@ -339,11 +341,12 @@ def settle_architecture(
     return dataclasses.replace(config, model=ModelConfig(**settings)), source
 
 
-def check_resume(config: PretrainConfig, workdir: epath.Path, step: int) -> None:
-    """Prints the settings that differ from those of the checkpoint at `step`.
+def check_resume(run: Pretraining, workdir: epath.Path, step: int) -> None:
+    """Prints the settings and the data sets that differ from those of the checkpoint at `step`.
 
     Raises ValueError, in one line, where the run cannot go on from it.
     """
+    config = run.config
     newest = pretrained.read(workdir)
     folder = epath.Path(newest.path)
     if not checkpoint.has_part(folder, "progress"):
@@ -363,5 +366,8 @@ def check_resume(config: PretrainConfig, workdir: epath.Path, step: int) -> None
             f"{workdir} has reached step {step}, past total_steps={config.total_steps}; "
             "raise total_steps or choose another --workdir"
         )
-    old = checkpoint.metadata(folder)["config"]
-    configuration.tell_resumed_with(configuration.differences(old, dataclasses.asdict(config)))
+    old, new = checkpoint.metadata(folder), run.metadata
+    configuration.tell_resumed_with(configuration.differences(old["config"], new["config"]))
+    # Checkpoints of earlier versions do not hold the data sets.
+    for line in mixture.rebuilt(old.get("data", {}), new["data"]):
+        print(line, flush=True)

@@ -189,6 +189,21 @@ def test_a_missing_shard_is_named(tmp_path):
     assert len(dataset.open_split("birds", "valid", tmp_path)) == 3
 
 
+def test_a_damaged_shard_or_one_of_another_build_is_named(tmp_path):
+    (shard,) = write(tmp_path).glob("*train*")
+    (other,) = (tmp_path / "birds" / "1.0.0").glob("*valid*")
+    whole = shard.read_bytes()
+    for content, reason in (
+        (whole[: len(whole) // 2], "0 records, not 20"),
+        (other.read_bytes(), "3 records, not 20"),
+        (whole[:500] + bytes(99) + whole[599:], "Corrupted"),
+    ):
+        shard.write_bytes(content)
+        split = dataset.open_split("birds", "train", tmp_path)
+        with pytest.raises(dataset.DataError, match=f"shard {shard} is damaged .*{reason}.*: copy"):
+            split.read(range(20))
+
+
 RECORD = {"audio": np.array([5, -6, 7]), "label": 2}
 FEATURES = {
     "audio": tfds.features.Audio(sample_rate=8000),
@@ -241,6 +256,15 @@ def test_a_set_without_audio_is_refused(tmp_path):
     assert "its features are audio, speech" in error_of("silent", "train", tmp_path)
 
 
+def test_a_set_of_channels_before_samples_is_refused(tmp_path):
+    """The average over channels would be one over time, and leave two samples of a clip."""
+    features = FEATURES | {"audio": tfds.features.Tensor(shape=(2, None), dtype=np.float32)}
+    prepare(
+        "torch_like", features, [{"audio": np.zeros((2, 500), np.float32), "label": 0}], tmp_path
+    )
+    assert "'audio' as [2 channels, samples]" in error_of("torch_like", "train", tmp_path)
+
+
 def test_a_config_must_be_named(tmp_path):
     prepare("many", FEATURES, [RECORD], tmp_path, configs=("clean", "other"))
     message = error_of("many", "train", tmp_path)
@@ -281,7 +305,9 @@ def files(tmp_path_factory):
             writer.write(record(file, number))
         writer.close()
     return [
-        types.SimpleNamespace(filename=folder / str(file), skip=skip, take=take)
+        types.SimpleNamespace(
+            filename=folder / str(file), skip=skip, take=take, examples_in_shard=SIZES[file]
+        )
         for file, (skip, take) in enumerate(PARTS)
     ]
 

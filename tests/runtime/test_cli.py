@@ -149,6 +149,18 @@ def test_an_unexpected_error_and_with_verbosity_a_mistake_keep_their_traceback(
     assert got == code and "Traceback" in told and str(error) in told
 
 
+@pytest.mark.parametrize("platform", ["cuda", "gpuu"])
+def test_a_device_that_is_not_there_is_one_line(platform):
+    program = "import jax; from maeast_jax.runtime import cli; cli.run_flags(jax.devices, ())"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": platform},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    told = f"error: JAX_PLATFORMS={platform}, but jax finds no such device"
+    assert result.returncode == 1 and result.stderr.startswith(told)
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_program_of_several_processes_joins_them_first(run, config):
     calls = []
     options = {"main": lambda *_: calls.append("main"), "join": lambda *given: calls.append(given)}
