@@ -40,8 +40,9 @@ class Labelled:
       is_multi_label: whether a clip has any number of classes.
       renumbering: for each set, the class of each of the set's own numbers.
       index: numbers of the clips that belong to this, ascending, counted through all sets.
-      known: (classes, whether it holds sound) of each clip that was looked at, by its number;
-        subsets share it, so that no clip is looked at twice.
+      known: (classes, hash of the samples) of each clip that was looked at, by its number; the hash
+        is None where the clip holds no sound. Subsets share this, so that no clip is looked at
+        twice.
     """
 
     text: str
@@ -50,7 +51,7 @@ class Labelled:
     is_multi_label: bool
     renumbering: tuple[np.ndarray, ...]
     index: np.ndarray
-    known: dict[int, tuple[np.ndarray, bool]] = dataclasses.field(default_factory=dict)
+    known: dict[int, tuple[np.ndarray, int | None]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -67,8 +68,8 @@ class Labelled:
     def classes(self) -> list[np.ndarray]:
         """The classes of every clip in order.
 
-        This and `has_sound` read every record once, 0.2 to 0.4 ms per clip of 5 s on a local disk,
-        and convert no samples.
+        The first use reads every record, 0.2 to 0.4 ms per clip of 5 s on a local disk, and does not
+        convert samples. `has_sound`, `truth` and `count_shared` need the same reading.
 
         Raises:
           DataError: a label that is not a class.
@@ -78,7 +79,7 @@ class Labelled:
     @property
     def has_sound(self) -> np.ndarray:
         """bool [n]: whether a clip fills a frame of 25 ms and is not the same value throughout."""
-        return np.array([has_sound for _, has_sound in self._look()])
+        return np.array([sound is not None for _, sound in self._look()])
 
     @property
     def truth(self) -> np.ndarray:
@@ -88,8 +89,9 @@ class Labelled:
         return np.array([of_clip[0] for of_clip in self.classes], np.int64)
 
     def count_shared(self, other: "Labelled") -> int:
-        """Returns how many clips of this are clips of `other` too."""
-        return mixture.count_shared(self.clips.places(self.index), other.clips.places(other.index))
+        """Returns how many clips of this hold the same samples as a clip of `other`."""
+        others = {sound for _, sound in other._look()} - {None}
+        return sum(sound in others for _, sound in self._look())
 
     def read(self, places: np.ndarray) -> Iterator[Clip]:
         """Yields the clips at `places`, in that order.
@@ -101,16 +103,17 @@ class Labelled:
             samples = pipeline.samples_of(self.clips.splits[component], record["audio"], example)
             yield Clip(record["id"], samples, self._classes(component, record))
 
-    def _look(self) -> list[tuple[np.ndarray, bool]]:
-        """Returns (classes, whether it holds sound) of every clip in order."""
+    def _look(self) -> list[tuple[np.ndarray, int | None]]:
+        """Returns what is known of every clip in order, once it has been read."""
         places = np.flatnonzero([number not in self.known for number in self.index])
         for place, (component, _, record) in zip(places, self._records(places), strict=True):
             split, stored = self.clips.splits[component], record["audio"]
             is_long = (
                 len(stored) * fbank.SAMPLE_RATE_HZ >= fbank.FRAME_LENGTH * split.sample_rate_hz
             )
-            has_sound = is_long and bool(stored.min() != stored.max())
-            self.known[self.index[place]] = (self._classes(component, record), has_sound)
+            has_sound = is_long and stored.min() != stored.max()
+            sound = hash(stored.tobytes()) if has_sound else None
+            self.known[self.index[place]] = (self._classes(component, record), sound)
         return [self.known[number] for number in self.index]
 
     def _records(self, places: np.ndarray) -> Iterator[tuple[int, int, dict]]:

@@ -25,8 +25,10 @@ NEIGHBOURS = 8
 # Sets of fewer clips (5 GB) stay in a host's memory once read; their clips are shuffled singly.
 FEW_CLIPS = 2**14
 
-_TERM = re.compile(
-    r"\s*(?P<name>[^@*]+?)\s*(@(?P<split>[^*]+?))?\s*"
+# What follows a name. A split holds no slash, so that an @ in a path starts none, and commas only
+# inside the brackets of a slice.
+_REST = re.compile(
+    r"\s*(@(?P<split>([^*@/,\[]|\[[^\]]*\])+?))?\s*"
     r"(\*\s*(?P<weight>(\d+\.?\d*|\.\d+)(e-?\d+)?))?\s*"
 )
 
@@ -61,18 +63,6 @@ class Clips:
         which = np.searchsorted(ends, index, side="right")
         return which, index - np.concatenate([[0], ends])[which]
 
-    def places(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the record numbers of these clips in each shard, by the shard's absolute path."""
-        found: dict[str, np.ndarray] = {}
-        which, example = self.find(index)
-        for component in np.unique(which):
-            split = self.splits[component]
-            files, numbers = split.records.find(example[which == component])
-            for file in np.unique(files):
-                path = os.fspath(storage.absolute(split.files[file]))
-                found[path] = np.union1d(found.get(path, []), numbers[files == file])
-        return found
-
     def read(self, which: np.ndarray, example: np.ndarray) -> list[dict]:
         """Returns the records of clips by data set and example, in order, as `Split.read` does."""
         records: list[dict] = [{}] * len(which)
@@ -101,12 +91,19 @@ class Clips:
         return "; ".join(terms)
 
 
-def count_shared(mine: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> int:
-    """Returns how many of my clips are among the others: the same record of the same shard.
+def count_shared(mine: Clips, others: Clips) -> int:
+    """Returns how many clips of `mine` are among `others`: the same records of the same shards."""
 
-    Both are results of `Clips.places`.
-    """
-    return sum(len(np.intersect1d(mine[path], others[path])) for path in mine.keys() & others)
+    def files(clips: Clips) -> list:
+        return [file for split in clips.splits for file in split.records.files]
+
+    overlaps = (
+        min(a.skip + a.take, b.skip + b.take) - max(a.skip, b.skip)
+        for a in files(mine)
+        for b in files(others)
+        if a.filename == b.filename
+    )
+    return sum(overlap for overlap in overlaps if overlap > 0)
 
 
 def rebuilt(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
@@ -122,23 +119,45 @@ def rebuilt(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
 def parse_mixture(text: str, default_split: str) -> list[Component]:
     """Returns the terms of `data.train` or `data.eval`.
 
+    A directory on this machine that exists wins over the syntax: its path may hold `,`, `@` and
+    `*`.
+
     Raises:
       ValueError: a term does not parse, or only some terms have weights.
     """
     components = []
-    # Commas inside the brackets of a split's slice belong to it.
-    for term in re.split(r",(?![^\[]*\])", text):
-        match = _TERM.fullmatch(term)
-        weight = float(match["weight"]) if match and match["weight"] else None
-        if match is None or weight == 0.0:
+    pieces = re.split(r",(?![^\[]*\])", text)
+    while pieces:
+        # The most pieces that name a directory are one term, or else one piece is.
+        for count in range(len(pieces), 0, -1):
+            readings = _readings(",".join(pieces[:count]))
+            chosen = [reading for reading in readings if _is_directory(reading[0])]
+            if chosen:
+                break
+        chosen += [reading for reading in readings[::-1] if re.match(r"[^@*][^*]*$", reading[0])]
+        name, rest = chosen[0] if chosen else ("", None)
+        weight = float(rest["weight"]) if rest and rest["weight"] else None
+        if not name or weight == 0.0:
             raise ValueError(
-                f"{term.strip()!r} in {text!r} must read NAME_OR_DIRECTORY[@SPLIT][*WEIGHT], the "
-                "weight a number above 0"
+                f"{pieces[0].strip()!r} in {text!r} must read NAME_OR_DIRECTORY[@SPLIT][*WEIGHT],"
+                " the weight a number above 0"
             )
-        components.append(Component(match["name"], match["split"] or default_split, weight))
+        components.append(Component(name, rest["split"] or default_split, weight))
+        pieces = pieces[count:]
     if len({component.weight is None for component in components}) > 1:
         raise ValueError(f"{text!r} gives weights to some data sets only; give all or none")
     return components
+
+
+def _readings(term: str) -> list[tuple[str, re.Match]]:
+    """Returns the ways to part a term into a name and the rest, the longest name first."""
+    ends = [len(term), *(mark.start() for mark in reversed([*re.finditer("[@*]", term)]))]
+    parted = [(term[:end].strip(), _REST.fullmatch(term[end:])) for end in ends]
+    return [(name, rest) for name, rest in parted if name and rest]
+
+
+def _is_directory(name: str) -> bool:
+    return not storage.is_remote(name) and os.path.isdir(os.path.expanduser(name))
 
 
 def open_clips(

@@ -4,7 +4,6 @@ import math
 import os
 
 import jax
-import numpy as np
 
 from maeast_jax import checkpoint
 from maeast_jax.data import mixture, pipeline
@@ -85,8 +84,7 @@ def _describe_eval(run: Pretraining) -> str:
         sets = f"{count:,} clips, spread over {sets}"
     if run.train_clips is None:
         return sets
-    every = [clips.places(np.arange(len(clips))) for clips in (run.eval_clips, run.train_clips)]
-    shared = mixture.count_shared(*every)
+    shared = mixture.count_shared(run.eval_clips, run.train_clips)
     return sets + (f"\n{shared:,} of these clips are trained on too" if shared else "")
 
 
