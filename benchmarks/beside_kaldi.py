@@ -31,7 +31,7 @@ def clips(folder: Path | None, count: int) -> np.ndarray:
     random = np.random.default_rng(0)
     if folder is None:
         return random.integers(-8192, 8192, (count, NUM_SAMPLES), np.int16)
-    files = sources.list_folder(folder)
+    files = sources.list_folder(folder).files
     heard, missing = [], count * NUM_SAMPLES
     for index in random.permutation(len(files)):
         try:

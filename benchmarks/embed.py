@@ -41,7 +41,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
     """Returns files drawn from a folder, without the files that are too short for s3prl."""
-    files = [Path(file.path) for file in sources.list_folder(folder)]
+    files = [Path(file.path) for file in sources.list_folder(folder).files]
     chosen = []
     for index in np.random.default_rng(0).permutation(len(files)):
         try:

@@ -8,6 +8,10 @@
 speech_commands_v1 (12 classes; --test_dir), speech_commands_v2 (35 words), voxceleb1, iemocap.
 ingest/layouts.py lists the files that each folder has to hold. Clips of a layout stay whole.
 
+Folders named train, valid and test (in any case; training, val, validation, dev, testing, eval and
+evaluation as well) give the files below them their splits, where there are two of these. The build
+says so, and what it leaves out by name.
+
 A file that no decoder reads is skipped, and clips that a layout's lists name may be missing. Both
 are counted, and listed in skipped.tsv in the data set's folder. An interrupted build leaves nothing
 that opens: run it again.
@@ -34,8 +38,8 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "manifest",
         None,
-        "TSV with a column `path` (and optionally `split` and `label`, or `labels` with `;` between"
-        " them), or fairseq's format."
+        "TSV or CSV with a column `path` (and optionally `split` and `label`, or `labels` with `;`"
+        " between them), a bare list of paths, or fairseq's format; UTF-8."
         " Relative paths start at --audio_dir where given, else at the manifest's folder.",
     )
     flags.DEFINE_enum(
@@ -48,12 +52,16 @@ def _define_flags() -> None:
         "Folder of data sets; this one goes to a subfolder. With Beam it may be gs://BUCKET/...",
     )
     flags.DEFINE_string("name", None, "The data set's name, lower snake case.")
-    flags.DEFINE_bool("label_from_folder", False, "A file's label is the name of its folder.")
+    flags.DEFINE_bool(
+        "label_from_folder",
+        False,
+        "A file's label is the name of its folder (of the innermost one, apart from a split's).",
+    )
     flags.DEFINE_float(
         "valid_percent",
         BuildOptions.valid_percent,
-        "Share of files in split `valid`, by a hash of the path; splits of a manifest or layout"
-        " win.",
+        "Share of files in split `valid`, by a hash of the path; splits of a manifest, folders or a"
+        " layout win.",
         lower_bound=0,
         upper_bound=100,
     )

@@ -77,7 +77,7 @@ def embed(
 
     output = Path(output).expanduser()
     embedding_file.check(output, overwrite)
-    files = sources.list_named(paths)
+    files, notes = sources.list_named(paths)
     source = pretrained.read(checkpoint)
     patch_frames, _ = source.config.patch_shape
     embedder = Embedder(
@@ -99,7 +99,8 @@ def embed(
         "window_seconds": embedder.window_frames / _FRAMES_PER_SECOND,
         "stride_seconds": embedder.stride_frames / _FRAMES_PER_SECOND,
     }
-    print(terminal.announce(_plan(len(files), embedder, settings, output)), flush=True)
+    plan = _plan(len(files), notes, embedder, settings, output)
+    print(terminal.announce(plan), flush=True)
     outcome = Outcome()
     start = time.monotonic()
     with (
@@ -132,7 +133,7 @@ def _decoded(
     """Yields the samples of the files that can be embedded, and reports the others."""
     for file, samples in zip(files, decode_pool.decode(files), strict=True):
         # File names are arbitrary bytes, but the output holds UTF-8.
-        name = file.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = os.fsencode(file).decode("utf-8", "backslashreplace")
         if isinstance(samples, str):
             reason = samples
         elif len(samples) < fbank.FRAME_LENGTH:
@@ -160,7 +161,11 @@ def _whole_tokens(flag: str, seconds: float | None, patch_frames: int) -> int | 
 
 
 def _plan(
-    num_files: int, embedder: "Embedder", settings: dict[str, Any], output: Path
+    num_files: int,
+    notes: list[str],
+    embedder: "Embedder",
+    settings: dict[str, Any],
+    output: Path,
 ) -> dict[str, str]:
     sizes = {"layers": embedder.num_layers, "steps": "steps", "size": embedder.embedding_size}
     shape = ", ".join(str(sizes[axis]) for axis in embedder.axes)
@@ -175,7 +180,7 @@ def _plan(
         layers = f"layer {embedder.layer} (0 to {embedder.num_layers - 1})"
     window = f"{settings['window_seconds']:g} s every {settings['stride_seconds']:g} s"
     return {
-        "files": str(num_files),
+        "files": "\n".join([str(num_files), *notes]),
         "checkpoint": settings["checkpoint"],
         "model": f"{settings['tokens']} tokens, {embedder.num_layers} layers, {settings['dtype']}",
         "windows": window if embedder.window_frames else "none: files are never cut",

@@ -66,6 +66,25 @@ def test_flags_become_options_of_the_build(tmp_path):
     assert "--[no]label_from_folder" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["--audio_dir={} --label_from_folder", "--manifest={}/list.csv"])
+def test_names_are_utf8_where_terminal_and_files_are_not(tmp_path, source):
+    folder = tmp_path / "in"
+    for name in ("日本", "cow"):
+        write_wav(folder / name / "a.wav", 0.1)
+    (folder / "list.csv").write_text("path,label\n日本/a.wav,日本\ncow/a.wav,cow\n", "utf-8")
+    environment = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        command(*source.format(folder).split(), "--data_dir", tmp_path, "--name=farm",
+                "--valid_percent=0", "--num_processes=1"),
+        capture_output=True, encoding="ascii", cwd=REPOSITORY, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert r"2 labels: cow, \u65e5\u672c" in done.stdout
+    found = {name: label for name, (_, label) in records(tmp_path, "train").items()}
+    assert found == {"日本/a.wav": "日本", "cow/a.wav": "cow"}
+
+
 @pytest.fixture
 def long_build(tmp_path):
     """A build that has written some of its clips and needs many more seconds."""

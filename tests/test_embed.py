@@ -35,6 +35,7 @@ def sounds(tmp_path_factory):
                     48_000)  # fmt: skip
     write_wav(root / "short.wav", 0.02)
     (root / "broken.mp3").write_bytes(b"ID3 of no kind")
+    (root / "a" / "words.txt").touch()
     return root
 
 
@@ -100,9 +101,9 @@ def test_every_step_of_every_layer_becomes_a_parquet_file(sounds, model, tmp_pat
 
 def test_files_are_listed_once_as_first_named(sounds, monkeypatch):
     monkeypatch.chdir(sounds)
-    assert sources.list_named(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav"]) == [
-        "a/1.wav", "a/0.wav", str(sounds / "2.wav"),
-    ]  # fmt: skip
+    files, notes = sources.list_named(["a/1.wav", "a", sounds / "2.wav", "a/../2.wav"])
+    assert files == ["a/1.wav", "a/0.wav", str(sounds / "2.wav")]
+    assert notes == ["a: left out by their names: 1 .txt"]
     with pytest.raises(ValueError, match="gone is not there; check the path"):
         sources.list_named(["a", "gone"])
 

@@ -21,9 +21,14 @@ from maeast_jax.runtime import terminal
 
 # fmt: off
 AUDIO_SUFFIXES = frozenset({
-    ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a",
-    ".m4b", ".mka", ".mkv", ".mov", ".mp3", ".mp4", ".oga", ".ogg", ".ogv", ".opus", ".rf64",
-    ".snd", ".spx", ".w64", ".wav", ".webm", ".wma", ".wv",
+    ".3g2", ".3gp", ".8svx", ".aa3", ".aac", ".ac3", ".adts", ".aif", ".aifc", ".aiff", ".amr",
+    ".ape", ".asf", ".au", ".avi", ".avr", ".awb", ".bwf", ".caf", ".dff", ".dsf", ".dts", ".eac3",
+    ".ec3", ".f4v", ".flac", ".flv", ".g722", ".gsm", ".ircam", ".loas", ".m2a", ".m2ts", ".m4a",
+    ".m4b", ".m4r", ".m4v", ".mka", ".mkv", ".mmf", ".mov", ".mp1", ".mp2", ".mp3", ".mp4", ".mpa",
+    ".mpc", ".mpeg", ".mpg", ".mpga", ".mts", ".mxf", ".nist", ".nut", ".oga", ".ogg", ".ogv",
+    ".ogx", ".oma", ".opus", ".paf", ".pvf", ".qcp", ".ra", ".rf64", ".rm", ".sd2", ".sds", ".sf",
+    ".shn", ".snd", ".sph", ".spx", ".tak", ".tta", ".vob", ".voc", ".w64", ".wav", ".wave",
+    ".weba", ".webm", ".wma", ".wmv", ".wv", ".wv1", ".wv2", ".wve",
 })
 # fmt: on
 

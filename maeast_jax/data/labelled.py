@@ -68,8 +68,8 @@ class Labelled:
     def classes(self) -> list[np.ndarray]:
         """The classes of every clip in order.
 
-        The first use reads every record, 0.2 to 0.4 ms per clip of 5 s on a local disk, and does not
-        convert samples. `has_sound`, `truth` and `count_shared` need the same reading.
+        The first use reads every record, 0.2 to 0.4 ms per clip of 5 s on a local disk, without
+        converting the samples. `has_sound`, `truth` and `count_shared` need the same reading.
 
         Raises:
           DataError: a label that is not a class.

@@ -6,6 +6,7 @@ no reference to it.
 
 import io
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -119,7 +120,8 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """Draws a confusion matrix: true classes as rows, predicted classes as columns.
 
     Colours are the shares of a row's examples; numbers are counts. With more than 50 classes only
-    the 50 most confused are drawn; their shares are still of all their examples.
+    the 50 most confused are drawn; their shares are still of all their examples. A name with a
+    character that no font of the machine has is drawn as its place in `classes` of results.json.
 
     Args:
       matrix: int [C, C], counts.
@@ -133,11 +135,16 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
 
     chosen = _most_confused(matrix, _MOST_CLASSES)
     names = [_shortened(str(class_names[i])) for i in chosen]
+    families, undrawable = _fonts(names)
+    names = [
+        name if undrawable.isdisjoint(name) else f"classes[{i}]"
+        for i, name in zip(chosen, names, strict=True)
+    ]
     counts = matrix[np.ix_(chosen, chosen)]
     shares = counts / np.maximum(matrix[chosen].sum(axis=1, keepdims=True), 1)
     is_numbered = len(chosen) <= _MOST_NUMBERED_CLASSES
     inches = max(len(chosen) * (0.42 if is_numbered else 0.19), 2.0)
-    name_inches = 0.075 * max(map(len, names))
+    name_inches = 0.075 * max(map(_columns, names))
     picture = figure(
         inches + name_inches + 1.1,
         inches + name_inches + 0.8,
@@ -157,13 +164,15 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     if is_numbered:
         for text, count, share in zip(display.text_.flat, counts.flat, shares.flat, strict=True):
             text.set(text=count or "", color="white" if share > 0.3 else "black")
-    axis.tick_params(labelsize=7, length=0)
+    axis.tick_params(labelsize=7, length=0, labelfontfamily=families)
     axis.set_xlabel("predicted", fontsize=8)
     axis.set_ylabel("true", fontsize=8)
     count = matrix.sum()
     title = f"{count:,} examples, {np.trace(matrix) / count:.1%} right"
     if len(chosen) < len(matrix):
         title += f"; the {len(chosen)} most confused of {len(matrix)} classes"
+    if undrawable:
+        title += "\nno font here for classes[N] of results.json"
     axis.set_title(title, fontsize=9)
     bar = picture.colorbar(display.im_, ax=axis, fraction=0.03, pad=0.02)
     bar.ax.tick_params(labelsize=7)
@@ -225,6 +234,41 @@ def _most_confused(matrix: np.ndarray, count: int) -> np.ndarray:
     classes = np.stack(np.unravel_index(pairs, errors.shape), axis=1).ravel()
     _, places = np.unique(classes, return_index=True)
     return np.sort(classes[np.sort(places)[:count]])
+
+
+def _fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Returns font families that draw texts, and the characters that no font of the machine has.
+
+    The first family is matplotlib's own; the others draw characters that it lacks.
+    """
+    from matplotlib import font_manager
+
+    usual = font_manager.FontProperties()
+    families = list(usual.get_family())
+    own = font_manager.get_font(font_manager.findfont(usual)).get_charmap()
+    lacking = {character for character in "".join(texts) if ord(character) not in own}
+    fonts = []
+    for path in font_manager.findSystemFonts() if lacking else ():
+        try:
+            font = font_manager.get_font(path)
+        except (OSError, RuntimeError):  # a damaged file, or a kind that matplotlib cannot read
+            continue
+        # Fonts "Last Resort" draw a box for any character; those of bitmaps have one size.
+        if font.scalable and "lastresort" not in os.path.basename(path).lower():
+            charmap = font.get_charmap()
+            has = {character for character in lacking if ord(character) in charmap}
+            fonts.append((len(has), font.style_name == "Regular", path, font.family_name, has))
+    for *_, path, family, has in sorted(fonts, reverse=True):
+        if has & lacking:
+            font_manager.fontManager.addfont(path)  # matplotlib's list may be older than the font
+            families.append(family)
+            lacking -= has
+    return families, lacking
+
+
+def _columns(text: str) -> int:
+    """Returns the width of a text in Latin letters: characters of East Asia are twice as wide."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def _shortened(name: str) -> str:

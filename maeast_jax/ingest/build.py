@@ -68,6 +68,8 @@ def build_dataset(options: BuildOptions) -> epath.Path:
     print(f"{len(files)} files from {source} to {data_dir / name}, {workers}")
     if listing.missing:
         print(f"not in the folder: {len(listing.missing)} more that the lists name")
+    for note in listing.notes:
+        print(note)
     sys.stdout.flush()  # before the progress bar, also in a pipe
 
     skipped = data_dir / f"{name}.skipped.tsv"
@@ -123,8 +125,8 @@ def _list(options: BuildOptions) -> Listing:
     if options.layout:
         return layouts.list_layout(options.layout, options.audio_dir, options.test_dir)
     if options.manifest:
-        return Listing.of(sources.read_manifest(options.manifest, options.audio_dir))
-    return Listing.of(sources.list_folder(options.audio_dir, options.label_from_folder))
+        return sources.read_manifest(options.manifest, options.audio_dir)
+    return sources.list_folder(options.audio_dir, options.label_from_folder)
 
 
 def _write(

@@ -91,7 +91,7 @@ def list_audioset(root: Path) -> Listing:
     with _reading(root / "class_labels_indices.csv") as file:
         names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
     paths = {}
-    for path in audio_below(root):
+    for path in audio_below(root)[0]:
         if match := _AUDIOSET_STEM.fullmatch(path.stem):
             paths.setdefault(match["id"], str(path))
     files, missing = [], []

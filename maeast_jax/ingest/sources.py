@@ -1,16 +1,29 @@
 """Which files go into a data set: a folder tree or a manifest, with ids, labels and splits."""
 
+import codecs
+import collections
+import csv
 import dataclasses
-import glob
 import hashlib
+import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from etils import epath
 
 from maeast_jax.data import AUDIO_SUFFIXES
 from maeast_jax.runtime import storage, terminal
+
+# Names that lists and folders have for the same split; their case does not matter.
+_SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+# Names that lists have for the column of paths, without "_", "-" and spaces. The first one counts.
+_PATH_COLUMNS = ("path", "file", "filename", "filepath", "audio", "wav")
 
 
 class ManifestError(ValueError):
@@ -45,20 +58,22 @@ class Listing:
       files: at least one.
       label_names: the classes in the order of their numbers, None for a set without labels.
       missing: (id, split) of the clips that the data set's own lists name and its folder lacks.
+      notes: lines for the terminal that say what the listing leaves out, renames or repeats.
     """
 
     files: list[AudioFile]
     label_names: tuple[str, ...] | None
     missing: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notes: Sequence[str] = ()
 
     @classmethod
-    def of(cls, files: list[AudioFile]) -> "Listing":
+    def of(cls, files: list[AudioFile], notes: Sequence[str] = ()) -> "Listing":
         """Returns the listing of files whose classes are numbered in alphabetical order."""
         if isinstance(files[0].label, tuple):
             names = {name for file in files for name in file.label}
         else:
             names = {file.label for file in files} - {None}
-        return cls(files, tuple(sorted(names)) or None)
+        return cls(files, tuple(sorted(names)) or None, notes=notes)
 
     @property
     def by_split(self) -> dict[str, list[AudioFile]]:
@@ -72,11 +87,15 @@ class Listing:
         return isinstance(self.files[0].label, tuple)
 
 
-def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -> list[AudioFile]:
-    """Returns every audio file below a folder, which may be on gs://, sorted, without hidden ones.
+def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -> Listing:
+    """Lists every audio file below a folder, which may be on gs://, sorted, without hidden ones.
+
+    Where each file lies in a folder whose name is a split's, and these folders name two splits or
+    more, they give the files their splits.
 
     Args:
-      label_from_folder: a file's label is the name of the folder that it lies in.
+      label_from_folder: a file's label is the name of the innermost folder that it lies in, apart
+        from the folder that names its split.
 
     Raises:
       ManifestError: the folder does not exist or holds no audio file; or a file lies in no
@@ -86,88 +105,170 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
     with storage.reaching(root):
         if not root.is_dir():
             raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
-        found = audio_below(root)
-    if not found:
-        raise ManifestError(
-            f"no audio file below {audio_dir}: check the path"
-            f" (looked for {' '.join(sorted(AUDIO_SUFFIXES))})"
+        paths, notes = audio_below(root)
+    split_folders, split_notes = _split_folders(paths)
+    files, bare = [], []
+    for path, split_folder in zip(paths, split_folders, strict=True):
+        labels = list(path.parent.parts)
+        if split_folder:
+            labels.remove(split_folder)
+        if not labels:
+            bare.append(path)
+        files.append(
+            AudioFile(
+                str(root / path),
+                printable(str(path)),
+                printable(labels[-1]) if label_from_folder and labels else None,
+                split_folder and split_name(split_folder),
+            )
         )
-    bare = [path for path in found if not path.parent.name]
     if label_from_folder and bare:
         raise ManifestError(
-            f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in {audio_dir} itself and"
-            " so have no label: move them into folders, or drop the flag"
+            f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in no folder that could"
+            f" be their label: move them into folders below {audio_dir}, or drop the flag"
         )
-    return [
-        AudioFile(
-            str(root / path),
-            printable(str(path)),
-            printable(path.parent.name) if label_from_folder else None,
-        )
-        for path in found
-    ]
+    return Listing.of(files, notes + split_notes)
 
 
-def list_named(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Returns the named files and the audio files in the named folders, each once.
+def list_named(paths: Sequence[str | os.PathLike]) -> tuple[list[str], list[str]]:
+    """Returns the named files and the audio files in the named folders, each once; and notes.
+
+    The notes are lines for the terminal that say what is left out of the folders.
 
     Raises ValueError where no path is given, a path does not exist, or a folder has no audio file.
     """
     if not paths:
         raise ValueError("no FILE: name audio files, or folders of them")
     found: dict[str, str] = {}
+    notes: list[str] = []
     for path in map(os.path.expanduser, paths):
         if not os.path.exists(path):
             raise ValueError(f"{path} is not there; check the path")
-        is_folder = os.path.isdir(path)
-        for file in [file.path for file in list_folder(path)] if is_folder else [path]:
+        files = [path]
+        if os.path.isdir(path):
+            below, of_folder = audio_below(Path(path))
+            files = [os.path.join(path, file) for file in below]
+            notes += [f"{path}: {note}" for note in of_folder]
+        for file in files:
             found.setdefault(os.path.abspath(file), file)
-    return list(found.values())
+    return list(found.values()), notes
 
 
-def audio_below(root: Path | epath.Path) -> list[PurePosixPath]:
-    """Returns the audio files below a folder, sorted, as paths below it, without hidden ones."""
+def audio_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]]:
+    """Returns the audio files below a folder, as sorted paths below it, without hidden ones; notes.
+
+    Raises ManifestError where there is none.
+    """
+    below, notes = _files_below(root)
+    found = sorted(path for path in below if _is_audio(path))
+    others = collections.Counter(
+        path.suffix.lower() or "without a suffix" for path in below if not _is_audio(path)
+    )
+    if others:
+        commonest = sorted(others, key=lambda suffix: (-others[suffix], suffix))
+        shown = ", ".join(f"{others[suffix]} {suffix}" for suffix in commonest[:8])
+        notes.append(f"left out by their names: {shown}{', ...' if len(others) > 8 else ''}")
+    if not found:
+        raise ManifestError("; ".join([f"no audio file below {root}: check the path", *notes]))
+    return found, notes
+
+
+def _is_audio(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in AUDIO_SUFFIXES
+
+
+def _files_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]]:
+    """Returns the files below a folder, without hidden ones; and notes. Links are followed."""
     if storage.is_remote(root):
         import fsspec
 
         filesystem, folder = fsspec.core.url_to_fs(str(root))
         found = [PurePosixPath(name).relative_to(folder) for name in filesystem.find(folder)]
-        found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
-    else:
-        found = map(PurePosixPath, glob.iglob("**/*", root_dir=root, recursive=True))
-    return sorted(path for path in found if path.suffix.lower() in AUDIO_SUFFIXES)
+        return [p for p in found if not any(part.startswith(".") for part in p.parts)], []
+    found, failed = [], []
+    names = collections.defaultdict(list)  # of each folder, by its real path
+    above = {os.fspath(root): ()}  # the real paths above a folder
+    for folder, folders, files in os.walk(root, onerror=failed.append, followlinks=True):
+        below, real = PurePosixPath(os.path.relpath(folder, root)), os.path.realpath(folder)
+        if real in above[folder]:  # a link that leads back up, round and round
+            folders.clear()
+            continue
+        names[real].append(below)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        above |= {os.path.join(folder, name): (*above[folder], real) for name in folders}
+        found += [below / name for name in files if not name.startswith(".")]
+    notes = [f"left out: {error.filename}, {terminal.one_line(error)}" for error in failed]
+    if repeated := sorted(map(sorted, (same for same in names.values() if len(same) > 1))):
+        first = " and ".join(map(str, repeated[0]))
+        notes.append(
+            f"folders that links repeat: {len(repeated)}, e.g. {first} are one folder; its files"
+            " are taken once per name"
+        )
+    return found, notes
+
+
+# --- splits ------------------------------------------------------------------------------------
+
+
+def split_name(name: str) -> str:
+    """Returns the split's name in data sets: lower case, and one name where there are several."""
+    return _SPLIT_NAMES.get(name.lower(), name.lower())
+
+
+def _split_folders(paths: Sequence[PurePosixPath]) -> tuple[list[str | None], list[str]]:
+    """Returns for each file the outermost folder that names its split, or None for all; and notes.
+
+    One folder `train` may be a class. Folders are splits where they name two or more, and each
+    file lies in one of them.
+    """
+    folders = [
+        next((part for part in path.parent.parts if part.lower() in _SPLIT_NAMES), None)
+        for path in paths
+    ]
+    names = sorted({*folders} - {None})
+    none = [None] * len(paths)
+    if len({*map(split_name, names)}) < 2:
+        return none, []
+    if None in folders:
+        return none, [
+            f"splits are not taken from the folders {', '.join(names)}: {folders.count(None)}"
+            f" files, e.g. {paths[folders.index(None)]}, lie in none of them"
+        ]
+    return folders, [f"splits are taken from the folders {', '.join(names)}", *_renamed(names)]
+
+
+def _renamed(names: Iterable[str]) -> list[str]:
+    """Returns a note on the splits that a data set has under another name."""
+    renamed = [f"{name} is {split_name(name)}" for name in sorted({*names})
+               if name != split_name(name)]  # fmt: skip
+    return [f"split names: {', '.join(renamed)}"] if renamed else []
+
+
+# --- manifests ---------------------------------------------------------------------------------
 
 
 def read_manifest(
     manifest: str | os.PathLike, audio_dir: str | os.PathLike | None = None
-) -> list[AudioFile]:
-    """Returns the files that a manifest lists, in its order; list and files may lie on gs://.
+) -> Listing:
+    """Lists the files that a manifest names, in its order; list and files may lie on gs://.
 
-    The manifest is tab-separated, with a header that has the column `path` and optionally `label`
-    and `split`; other columns are ignored. Where a clip may be of several classes, the column is
-    `labels`, with `;` between the classes and an empty cell for no class. The authors' format,
-    fairseq's, serves as well: a directory on the first line, then lines of path and length in
-    samples (the length is ignored).
+    The manifest is separated by tabs, commas or semicolons, and has a header with the column `path`
+    (or one of _PATH_COLUMNS) and optionally `label` and `split`; other columns are left out. Where
+    a clip may be of several classes, the column is `labels`, with `;` between the classes and an
+    empty cell for no class. Cells may be quoted. Two formats go without a header: one path per
+    line, and the authors' format, fairseq's: a directory on the first line, then lines of path and
+    length in samples, which is left out. No line is a comment, because names may start with #.
 
     Args:
       audio_dir: where relative paths start; None is the manifest's folder or, in fairseq's format,
         the directory on its first line.
 
     Raises:
-      ManifestError: unreadable, neither format, no rows, an empty cell, a path listed twice.
+      ManifestError: unreadable, no such format, no rows, an empty cell, cells without a column, a
+        path listed twice.
     """
     manifest = storage.path(manifest)
-    lines = _read_lines(manifest)
-    header = _cells(lines[0][1])
-    if "path" in header:
-        base, rows = manifest.parent, lines[1:]
-    elif len(header) == 1 and len(lines) > 1 and _is_fairseq_row(lines[1][1]):
-        base, rows, header = _join(manifest.parent, header[0]), lines[1:], ["path", "length"]
-    else:
-        raise ManifestError(
-            f"{manifest}: no column `path` in its first line ({', '.join(header)[:80]}), nor is it"
-            " fairseq's format (a directory, then lines of path, tab, samples): add a header line"
-        )
+    columns, rows, base = _table(manifest)
     if not rows:
         raise ManifestError(f"{manifest} lists no files: add lines below its header")
     base = storage.path(audio_dir) if audio_dir else base
@@ -177,51 +278,121 @@ def read_manifest(
                 f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
             )
     files = []
-    for number, line in rows:
-        row = dict(zip(header, _cells(line), strict=False))
+    for number, cells in rows:
+        if any(cells[len(columns) :]):
+            raise ManifestError(
+                f"{manifest}, line {number}: {len(cells)} cells under {len(columns)} columns; put"
+                " quotes around a cell that holds the separator"
+            )
+        row = dict(zip(columns, cells, strict=False))
         for column in ("path", "label", "split"):
-            if column in header and not row.get(column):
+            if column in columns and not row.get(column):
                 raise ManifestError(
                     f"{manifest}, line {number}: no {column}; fill it in, or drop the line or"
                     " column"
                 )
         label = row.get("label")
-        if "labels" in header:
+        if "labels" in columns:
             names = [name.strip() for name in row.get("labels", "").split(";")]
             label = tuple(filter(None, names))
         path = _join(base, row["path"])
         name = path.relative_to(base) if path.is_relative_to(base) else path
         files.append(AudioFile(str(path), printable(str(name)), label, row.get("split")))
     check_unique(manifest, files)
-    return files
+    notes = []
+    known = ("", "path", "label", "labels", "split")
+    if others := [name for name in columns if name not in known]:
+        notes.append(f"columns left out: {', '.join(others)[:80]}")
+    if "split" in columns:
+        notes += _renamed(file.split for file in files)
+        files = [dataclasses.replace(file, split=split_name(file.split)) for file in files]
+    return Listing.of(files, notes)
 
 
-def _read_lines(manifest: epath.Path) -> list[tuple[int, str]]:
-    """Returns (number from 1, text) of the lines that are not blank."""
+def _table(manifest: epath.Path) -> tuple[list[str], list[tuple[int, list[str]]], epath.Path]:
+    """Returns a manifest's columns, its rows with their line numbers, and where paths start."""
+    text = _read_text(manifest)
+    rows = list(_rows(manifest, text, "\t"))
+    if not rows:
+        raise ManifestError(f"{manifest} is empty: list the audio files in it")
+    (_, first), *others = rows
+    second = others[0][1] if others else []
+    if len(first) == 1 and len(second) == 2 and second[1].isdigit():
+        return ["path", "samples"], others, _join(manifest.parent, first[0])
+    if len(first) == 1 and _is_audio(PurePosixPath(first[0])):
+        return ["path"], rows, manifest.parent
+    for separator in "\t,;":
+        lines = _rows(manifest, text, separator)
+        _, header = next(lines, (0, []))
+        columns = [name.lower() for name in header]
+        plain = [re.sub(r"[\W_]+", "", name) for name in columns]
+        if found := [name for name in _PATH_COLUMNS if name in plain]:
+            columns[plain.index(found[0])] = "path"
+            return columns, list(lines), manifest.parent
+    raise ManifestError(
+        f"{manifest}: no column `path` in its first line ({', '.join(first)[:80]}), nor is it a"
+        " bare list of audio files or fairseq's format (a directory, then lines of path, tab,"
+        " samples): add a header line, such as path,label"
+    )
+
+
+def _read_text(manifest: epath.Path) -> str:
     try:
         with storage.reaching(manifest):
-            text = manifest.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+            data = manifest.read_bytes()
+    except OSError as error:
         raise ManifestError(
             f"cannot read --manifest={manifest}: {terminal.one_line(error)}"
         ) from None
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ManifestError(f"{manifest} is empty: list the audio files in it")
-    return lines
+    # Spreadsheets save "Unicode text" as UTF-16 behind its mark.
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        place = text.find("\0")  # UTF-16 without its mark
+    except UnicodeDecodeError as error:
+        place = error.start
+    if place >= 0:
+        line = data.count(b"\n", 0, place) + 1
+        raise ManifestError(
+            f"{manifest}, line {line}: byte {place} (0x{data[place]:02x}) is not text in UTF-8;"
+            " save the list as UTF-8"
+        )
+    return text
 
 
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.split("\t")]
+def _rows(manifest: epath.Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number from 1, cells) of the lines that are not blank."""
+    # Tab-separated corpora hold sentences with a lone quote, which must not swallow the next lines.
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, quoting=quoting,
+        skipinitialspace=True, strict=True,
+    )  # fmt: skip
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if quoting == csv.QUOTE_NONE:
+                cells = [_unquoted(cell) for cell in cells]
+            if any(cells):
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise ManifestError(
+            f"{manifest}, line {reader.line_num}: {error}; quote its cells as a spreadsheet does"
+        ) from None
 
 
-def _is_fairseq_row(line: str) -> bool:
-    cells = _cells(line)
-    return len(cells) == 2 and cells[1].isdigit()
+def _unquoted(cell: str) -> str:
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"') if is_quoted else cell
 
 
 def _join(base: epath.Path, name: str) -> epath.Path:
-    return storage.path(name) if storage.is_remote(name) else base / name
+    if storage.is_remote(name):
+        return storage.path(name)
+    name = os.fsdecode(name.encode())  # UTF-8 as well where the machine has another encoding
+    path = base / name
+    # Lists made on Windows part folders by backslashes, which names of files may hold here.
+    return base / name.replace("\\", "/") if "\\" in name and not path.exists() else path
 
 
 def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
@@ -257,6 +428,6 @@ def _hash_percent(text: str) -> float:
 
 
 def printable(text: str) -> str:
-    """Returns text that fits into UTF-8 and a line of TSV; file names are arbitrary bytes."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Returns a file's name as text that fits into UTF-8 and a line of TSV; names are any bytes."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
     return text.replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")

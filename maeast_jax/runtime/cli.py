@@ -1,5 +1,6 @@
 """The edge of programs: flags go in, one-line errors and exit codes come out."""
 
+import io
 import os
 import re
 import signal
@@ -208,6 +209,8 @@ def _check_given(names: Sequence[str]) -> None:
 def _flag_error(error: flags.Error) -> str:
     # ml_collections puts a whole traceback behind the first line, and the reason into the last.
     first, *others = str(error).strip().splitlines()
+    if file := next((w for w in sys.argv[1:] if w.startswith("-") and os.path.exists(w)), None):
+        return f"{first}; to name the file, write ./{file}"
     return f"{first} {others[-1] if others else '(--help lists the flags)'}"
 
 
@@ -231,6 +234,10 @@ def _config_error(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
+    # A character that the terminal's encoding lacks is no reason to end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors="backslashreplace")
     # TensorFlow, which reads the data, prints a page at its import unless this is set. It
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -67,7 +67,7 @@ def initialize(
         # processes. Until the loop catches it, SIGTERM ends the program.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if is_silent:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
 
 
 def is_first() -> bool:

@@ -112,6 +112,37 @@ def test_compressed_files_give_the_tone_that_went_in(tmp_path, name, codec, rate
     assert np.abs(decoded[4000:12_000]).max() == pytest.approx(16_384, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "writer", "rate_hz"),
+    [
+        (".sph", "NIST", 16_000), (".nist", "NIST", 16_000), (".wv1", "NIST", 16_000),
+        (".voc", "VOC", 16_000), (".avr", "AVR", 16_000), (".paf", "PAF", 16_000),
+        (".pvf", "PVF", 16_000), (".sf", "IRCAM", 16_000), (".8svx", "SVX", 16_000),
+        (".sds", "SDS", 16_000), (".wve", "WVE", 8_000), (".bwf", "WAV", 16_000),
+        (".gsm", "RAW", 8_000),
+        (".mp2", "mp2", 16_000), (".mpa", "mp2", 48_000), (".tta", "tta", 16_000),
+        (".g722", "g722", 16_000), (".eac3", "eac3", 44_100), (".3g2", "aac", 16_000),
+        (".avi", "mp2", 16_000), (".wmv", "pcm_s16le", 16_000),
+        (".mpg", "mp2", 16_000), (".m4v", "aac", 16_000), (".f4v", "aac", 16_000),
+        (".flv", "mp3", 44_100),
+        (".m2ts", "mp2", 16_000), (".ra", "ac3", 44_100), (".mmf", "adpcm_yamaha", 44_100),
+    ],
+)  # fmt: skip
+def test_files_of_other_suffixes_that_folders_are_searched_for_decode(
+    tmp_path, suffix, writer, rate_hz
+):
+    path = tmp_path / f"a{suffix}"
+    if writer.isupper():
+        subtype = {"WVE": "ALAW", "RAW": "GSM610"}.get(writer, "PCM_16")
+        soundfile.write(path, sine(1, rate_hz), rate_hz, format=writer, subtype=subtype)
+    else:
+        write_av(path, writer, rate_hz, sine(1, rate_hz))
+    decoded = audio.decode(path)
+    assert suffix in audio.AUDIO_SUFFIXES
+    assert len(decoded) == pytest.approx(16_000, abs=0.15 * 16_000)
+    assert loudest_hz(decoded) == pytest.approx(440, abs=2)
+
+
 @pytest.mark.parametrize(("codec", "step"), [("pcm_u8", 256), ("pcm_s32le", 1), ("pcm_f64le", 1)])
 def test_pyav_is_exact_where_the_codec_is(tmp_path, codec, step):
     samples = np.random.default_rng(1).integers(-32768 // step, 32767 // step, 3000) * step

@@ -137,6 +137,36 @@ def test_mixtures_parse():
     assert parse_mixture("mine", "train") == [Component("mine", "train", None)]
 
 
+@pytest.mark.parametrize(
+    ("text", "components"),
+    [
+        ("/home/user@domain/data", [("/home/user@domain/data", "valid", None)]),
+        ("/home/user@domain/data@train[:9%] *2", [("/home/user@domain/data", "train[:9%]", 2.0)]),
+        ("user@domain@train,b", [("user@domain", "train", None), ("b", "valid", None)]),
+        ("gs://b/u@d/x@test", [("gs://b/u@d/x", "test", None)]),
+    ],
+)
+def test_a_split_holds_no_slash_so_that_a_path_may_hold_an_at(text, components):
+    assert parse_mixture(text, "valid") == [Component(*fields) for fields in components]
+
+
+def test_a_directory_that_exists_wins_over_the_syntax(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine@train", "a, b", "x*2", "c@d,e*3@f", "plain"):
+        (tmp_path / name).mkdir()
+    text = f"mine@train, a, b, x*2,{tmp_path}/c@d,e*3@f , plain, a"
+    assert parse_mixture(text, "valid") == [
+        Component(name, "valid", None)
+        for name in ("mine@train", "a, b", "x*2", f"{tmp_path}/c@d,e*3@f", "plain", "a")
+    ]
+    assert parse_mixture("a, b@train[:9,]*2,x*2@test*1,plain@x*1,e@y*1", "valid") == [
+        Component("a, b", "train[:9,]", 2.0),
+        Component("x*2", "test", 1.0),
+        Component("plain", "x", 1.0),
+        Component("e", "y", 1.0),
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "a,", "@train", "a*0", "a*1.2.3", "a*nan", "a*0.5,b"])
 def test_mixtures_that_do_not_parse_are_one_line(text):
     with pytest.raises(ValueError, match=r"must read NAME_OR|give all or none") as error:

@@ -1,8 +1,13 @@
 """Pictures show the values they were given: the tests look at pixels and at matplotlib's axes."""
 
+import warnings
+
+import fontTools.fontBuilder
 import matplotlib.pyplot
 import numpy as np
 import pytest
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from matplotlib.image import imread
 
 from maeast_jax.evaluation import plots
@@ -187,6 +192,61 @@ def test_the_most_confused_classes_come_in_pairs():
 def test_long_names_are_cut_and_dollars_are_no_formulas(drawn):
     plots.confusion(counts_of(4), ["a" * 24, "b" * 25, "cash $ or $x_$", "a\ttab"])
     assert names(drawn[0].axes[0]) == ["a" * 24, "b" * 23 + "…", r"cash \$ or \$x_\$", "a tab"]
+
+
+NAMES = ["cow", "日本", "🐶"]
+
+
+def test_a_name_that_no_font_draws_is_its_place_in_results_json(drawn, monkeypatch):
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    with warnings.catch_warnings(action="error"):
+        plots.confusion(counts_of(3), NAMES)
+    axis = drawn[0].axes[0]
+    assert names(axis) == ["cow", "classes[1]", "classes[2]"]
+    assert axis.get_title().endswith("right\nno font here for classes[N] of results.json")
+
+
+def test_a_name_that_matplotlibs_font_lacks_is_drawn_in_a_font_of_the_machine(
+    drawn, monkeypatch, tmp_path
+):
+    squares = write_font(tmp_path / "squares.ttf", "Squares", "日本")
+    # macOS has a font with a box for any character.
+    boxes = write_font(tmp_path / "LastResort.otf", "Boxes", "日本🐶")
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    fonts = [boxes, str(tmp_path / "damaged.ttf"), squares]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: fonts)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist])
+    with warnings.catch_warnings(action="error"):
+        image = plots.confusion(counts_of(3), NAMES)
+    axis = drawn[0].axes[0]
+    assert names(axis) == ["cow", "日本", "classes[2]"]
+    # Each of the two characters is a black square, beside the row and below the column.
+    label = axis.get_yticklabels()[1].get_window_extent()
+    top, bottom = (image.shape[0] - round(y) for y in (label.y1, label.y0))
+    drawn_label = image[top:bottom, round(label.x0) : round(label.x1)]
+    assert share(drawn_label, (0, 0, 0)) > 0.5
+    assert label.width > 1.5 * label.height
+
+
+def write_font(path, family, characters):
+    """Writes a font in which each of these characters is a black square; returns its path."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = fontTools.fontBuilder.FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord(character): "square" for character in characters})
+    square = pen.glyph()
+    font.setupGlyf({".notdef": square, "square": square})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return str(path)
 
 
 def test_a_png_file_holds_the_image_and_nothing_lies_beside_it(tmp_path):

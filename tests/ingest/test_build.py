@@ -2,7 +2,7 @@ import re
 
 import numpy as np
 import pytest
-from recordings import build, digests, noise, records, visible, write_wav
+from recordings import build, digests, noise, records, touch, visible, write_wav
 
 from maeast_jax.data import DataError, dataset
 
@@ -83,6 +83,26 @@ def test_a_manifest_with_several_labels_per_file(farm, tmp_path, capsys):
     labels = {record["id"]: record["label"].tolist() for record in split.read(range(3))}
     assert labels == {"cow/0.wav": [2], "crow/1.wav": [0, 1, 2], "cow/2.wav": []}
     assert "3 labels, any number of them per clip: bark, caw, moo\n" in capsys.readouterr().out
+
+
+def test_splits_that_folders_name_are_kept_apart_and_what_is_left_out_is_told(tmp_path, capsys):
+    for seed, name in enumerate(["Train/cow/0.wav", "Train/crow/1.wav", "test/cow/2.wav"]):
+        write_wav(tmp_path / "in" / name, 0.1, seed)
+    touch(tmp_path / "in", "Train/words.txt")
+    build(audio_dir=tmp_path / "in", data_dir=tmp_path, label_from_folder=True)
+    found = {split: records(tmp_path, split) for split in ("train", "test")}
+    assert {split: {name: label for name, (_, label) in clips.items()}
+            for split, clips in found.items()} == {
+        "train": {"Train/cow/0.wav": "cow", "Train/crow/1.wav": "crow"},
+        "test": {"test/cow/2.wav": "cow"},
+    }  # fmt: skip
+    told = capsys.readouterr().out
+    assert (
+        "left out by their names: 1 .txt\n"
+        "splits are taken from the folders Train, test\n"
+        "split names: Train is train\n"
+    ) in told
+    assert "--config.data.train=farm --config.data.test=farm@test\n" in told
 
 
 def test_too_many_broken_files_fail_the_build_and_are_listed(farm, tmp_path):

@@ -198,7 +198,7 @@ def test_a_joined_process_waits_for_the_others_only_at_an_end_they_share(
     assert left == ([] if waits else [code])
 
 
-def test_a_program_of_flags_alone_gets_the_other_arguments(run):
+def test_a_program_of_flags_alone_gets_the_other_arguments(run, monkeypatch, tmp_path):
     def start(main, required):
         flags.DEFINE_string("output", None, "")
         cli.run_flags(main, required)
@@ -213,12 +213,23 @@ def test_a_program_of_flags_alone_gets_the_other_arguments(run):
     assert run("a.wav", "--output=", **options) == missing
     code, told = run("--ouptut=x", **options)
     assert code == 2 and "'ouptut'. Did you mean: output ? (--help lists the flags)\n" in told
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-a.wav").touch()
+    code, told = run("-a.wav", "--output=x", **options)
+    assert code == 2 and told.endswith("'a.wav'; to name the file, write ./-a.wav\n")
 
 
-def run_program(text, *argv):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def run_program(text, *argv, **variables):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, "-c", text, *map(str, argv)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=60,
+    )
 
 
 def test_ctrl_c_ends_a_program_where_python_drops_its_exception():
@@ -260,6 +271,29 @@ cli.run_flags(main, required=())
     assert (done.returncode, done.stdout) == (130, "cleaned up\n")
     assert done.stderr == "error: interrupted, nothing was written\n"
     assert run_program(text, "ignored").returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_ends_no_program(encoding):
+    done = run_program(
+        """
+import sys
+import tqdm
+from maeast_jax.runtime import cli
+
+def main(arguments):
+    for _ in tqdm.tqdm(range(3), desc="folds"):
+        print("日本  84.5 ± 1.0 (5)")
+    raise ValueError("no class 日本")
+
+cli.run_flags(main, required=())
+""",
+        PYTHONIOENCODING=encoding,
+    )
+    sign = "±".encode(encoding, "backslashreplace").decode("utf-8", "replace")
+    assert done.stdout == rf"\u65e5\u672c  84.5 {sign} 1.0 (5)" "\n" * 3
+    assert done.returncode == 2 and "3/3" in done.stderr
+    assert done.stderr.endswith("error: no class \\u65e5\\u672c\n")
 
 
 # Orbax logs a page per thread about a full disk, and then raises the exception itself.
