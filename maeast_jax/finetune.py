@@ -58,7 +58,7 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
                 print(f"\nfold {sets.name}", flush=True)
             scored = _probe(run, sets, features) if features else _train(run, sets, folder)
             found[sets.name] = {
-                name: _evaluate(run, folder / name, name, of_set) for name, of_set in scored.items()
+                name: _evaluate(run, sets, name, of_set) for name, of_set in scored.items()
             }
         if len(run.folds) > 1:
             print(f"\n{_fold_table(found)}", flush=True)
@@ -111,10 +111,19 @@ def _tests(sets: Sets) -> dict[str, Labelled]:
     return named
 
 
-def _evaluate(run: FinetuneRun, folder: Path, name: str, scored: Scored) -> Evaluation:
+def _evaluate(run: FinetuneRun, sets: Sets, name: str, scored: Scored) -> Evaluation:
+    folder = run.workdir / sets.name / name
     evaluation = metrics.evaluate(scored.probabilities, scored.targets, run.class_names)
     settings = {"config": dataclasses.asdict(run.config), "set": name}
-    results.write(folder, evaluation, scored.ids, scored.probabilities, scored.targets, settings)
+    results.write(
+        folder,
+        evaluation,
+        scored.ids,
+        scored.probabilities,
+        scored.targets,
+        settings,
+        sets.warnings,
+    )
     print(f"\n{name}: {results.report(evaluation)}\n\nfiles: {folder}", flush=True)
     return evaluation
 
@@ -141,8 +150,6 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
         "valid": f"{sets.valid.text}: {len(sets.valid):,} clips",
         "test": "; ".join(f"{clips.text}: {len(clips):,} clips" for clips in sets.tests),
     }
-    if sets.tests == (sets.valid,):
-        lines["test"] += " (settings are chosen on them too: name data.test for a fair score)"
     if len(run.folds) > 1:
         lines["folds"] = f"{len(run.folds)}, each tested once: {config.data.folds}"
     if config.mode == "finetune":
@@ -157,6 +164,13 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
         lines["features"] = ", ".join(
             f"{name} {value}" for name, value in dataclasses.asdict(config.features).items()
         )
+    warnings = [
+        f"fold {sets.name}: {line}" if sets.name else line
+        for sets in run.folds
+        for line in sets.warnings
+    ]
+    if warnings:
+        lines["warnings"] = "\n".join(warnings)
     lines["workdir"] = os.fspath(run.workdir)
     return lines
 

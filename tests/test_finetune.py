@@ -280,7 +280,31 @@ def test_a_test_on_the_validation_clips_is_said_to_be_one(tmp_path, data_dir, ca
     config.data.test = ""
     found = finetune(config, tmp_path)
     assert found[""]["tones"].num_examples == 9
-    assert "settings are chosen on them too" in capsys.readouterr().out
+    (line,) = json.loads((tmp_path / "tones" / "results.json").read_text())["warnings"]
+    assert line == (
+        "9 of the 9 test clips of 'tones' are validation clips too, on which settings are chosen: "
+        "for a fair score name other clips"
+    )
+    said = capsys.readouterr().out
+    assert said.index(line) < said.index("chosen on validation")
+
+
+def test_warnings_are_said_of_the_folds_that_they_are_about(tmp_path, data_dir, capsys):
+    config = small(data_dir, mode="linear")
+    config.features.source = "fbank"
+    config.data.update(train="folds", valid="folds@fold0[:4]", test="", folds="fold0+fold1")
+    finetune(config, tmp_path)
+    warnings = {
+        fold: json.loads((tmp_path / fold / f"folds_{fold}" / "results.json").read_text())[
+            "warnings"
+        ]
+        for fold in ("fold0", "fold1")
+    }
+    said = capsys.readouterr().out
+    for fold, use, other in (("fold0", "9 test", "validation"), ("fold1", "4 validation", "train")):
+        (line,) = (line for line in warnings[fold] if "clips too" in line)
+        assert line.startswith("4 of the ") and f"{use} clips" in line and other in line
+        assert said.index(f"fold {fold}: {line}") < said.index(f"\nfold {fold}\n")
 
 
 def test_a_share_of_the_labels_is_trained_on(tmp_path, data_dir):
@@ -327,6 +351,11 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("head.layer", "7", "head.layer='7' is not one of the model's 3"),
         ("data.train", "", "data.train is empty: name a labelled data set"),
         ("data.train", "nothing", "no data set 'nothing'"),
+        (
+            "data.train",
+            "tones@train[:1]",
+            r"all 1 training clips of 'tones@train\[:1\]' have the class '\w+', so there is",
+        ),
         ("data.test", "tones@train*3", r"data.test='tones@train\*3' has weights, .* drop"),
         ("data.train_percent", 0.0, r"data.train_percent=0.0 must be in \(0, 100\]"),
         ("data.folds", "a+b", "data.test='tones@test' has no meaning with data.folds='a\\+b'"),

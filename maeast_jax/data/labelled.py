@@ -40,6 +40,9 @@ class Labelled:
       is_multi_label: whether a clip has any number of classes.
       renumbering: for each set, the class of each of the set's own numbers.
       index: numbers of the clips that belong to this, ascending, counted through all sets.
+      known: (classes, hash of the samples) of each clip that was looked at, by its number; the hash
+        is None where the clip holds no sound. Subsets share this, so that no clip is looked at
+        twice.
     """
 
     text: str
@@ -48,6 +51,7 @@ class Labelled:
     is_multi_label: bool
     renumbering: tuple[np.ndarray, ...]
     index: np.ndarray
+    known: dict[int, tuple[np.ndarray, int | None]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -60,6 +64,35 @@ class Labelled:
         """Returns the same with the clips at `places` only."""
         return dataclasses.replace(self, index=np.sort(self.index[places]))
 
+    @property
+    def classes(self) -> list[np.ndarray]:
+        """The classes of every clip in order.
+
+        The first use reads every record, 0.2 to 0.4 ms per clip of 5 s on a local disk, without
+        converting the samples. `has_sound`, `truth` and `count_shared` need the same reading.
+
+        Raises:
+          DataError: a label that is not a class.
+        """
+        return [classes for classes, _ in self._look()]
+
+    @property
+    def has_sound(self) -> np.ndarray:
+        """bool [n]: whether a clip fills a frame of 25 ms and is not the same value throughout."""
+        return np.array([sound is not None for _, sound in self._look()])
+
+    @property
+    def truth(self) -> np.ndarray:
+        """The targets of metrics: int labels [n], or float32 [n, classes] of 0 and 1."""
+        if self.is_multi_label:
+            return _several_hot(self.classes, self.num_classes)
+        return np.array([of_clip[0] for of_clip in self.classes], np.int64)
+
+    def count_shared(self, other: "Labelled") -> int:
+        """Returns how many clips of this hold the same samples as a clip of `other`."""
+        others = {sound for _, sound in other._look()} - {None}
+        return sum(sound in others for _, sound in self._look())
+
     def read(self, places: np.ndarray) -> Iterator[Clip]:
         """Yields the clips at `places`, in that order.
 
@@ -69,6 +102,19 @@ class Labelled:
         for component, example, record in self._records(places):
             samples = pipeline.samples_of(self.clips.splits[component], record["audio"], example)
             yield Clip(record["id"], samples, self._classes(component, record))
+
+    def _look(self) -> list[tuple[np.ndarray, int | None]]:
+        """Returns what is known of every clip in order, once it has been read."""
+        places = np.flatnonzero([number not in self.known for number in self.index])
+        for place, (component, _, record) in zip(places, self._records(places), strict=True):
+            split, stored = self.clips.splits[component], record["audio"]
+            is_long = (
+                len(stored) * fbank.SAMPLE_RATE_HZ >= fbank.FRAME_LENGTH * split.sample_rate_hz
+            )
+            has_sound = is_long and stored.min() != stored.max()
+            sound = hash(stored.tobytes()) if has_sound else None
+            self.known[self.index[place]] = (self._classes(component, record), sound)
+        return [self.known[number] for number in self.index]
 
     def _records(self, places: np.ndarray) -> Iterator[tuple[int, int, dict]]:
         """Yields (data set, example, record with an id) of each clip, in order."""
@@ -146,12 +192,6 @@ def _renumber(split, class_names: tuple[str, ...]) -> np.ndarray:
 # --- whole sets -------------------------------------------------------------------------------
 
 
-def read_classes(labelled: Labelled) -> list[np.ndarray]:
-    """Returns the classes of every clip in order, without converting the samples."""
-    records = labelled._records(np.arange(len(labelled)))
-    return [labelled._classes(component, record) for component, _, record in records]
-
-
 def embedded(
     labelled: Labelled, embed: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -162,25 +202,16 @@ def embedded(
         padded to one with silence.
     """
     ids: list[str] = []
-    classes: list[np.ndarray] = []
 
     def samples() -> Iterator[np.ndarray]:
         for clip in labelled.read(np.arange(len(labelled))):
             # Not the clip itself: the samples of the whole set would stay in memory.
             ids.append(clip.id)
-            classes.append(clip.classes)
             missing = max(0, fbank.FRAME_LENGTH - len(clip.samples))
             yield np.pad(clip.samples, (0, missing))
 
     vectors = np.stack(list(embed(samples())))
-    return vectors, truth(labelled, classes), ids
-
-
-def truth(labelled: Labelled, classes: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the targets of metrics: int labels [n], or float32 [n, classes] of 0 and 1."""
-    if not labelled.is_multi_label:
-        return np.array([of_clip[0] for of_clip in classes], np.int64)
-    return _several_hot(classes, labelled.num_classes)
+    return vectors, labelled.truth, ids
 
 
 def _several_hot(classes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:

@@ -126,7 +126,7 @@ class FoldTrainer:
     def score(self, params: Any, statistics: Any, clips: Labelled) -> Scored:
         """Returns probabilities of every clip of a set, in evaluation mode."""
         config = self._run.config
-        ids, rows, classes = [], [], []
+        ids, rows = [], []
         for batch, real in labelled.eval_batches(
             clips,
             batch_size=config.batch_size,
@@ -137,14 +137,13 @@ class FoldTrainer:
             placed = sharding.put_batch(self._run.mesh, batch, config.batch_size)
             rows.append(np.asarray(self._predict(params, statistics, placed))[: len(real)])
             ids += [clip.id for clip in real]
-            classes += [clip.classes for clip in real]
-        return Scored(ids, np.concatenate(rows), labelled.truth(clips, classes))
+        return Scored(ids, np.concatenate(rows), clips.truth)
 
     def _train_batches(self, start_step: int) -> Iterator[DeviceBatch]:
         config, train = self._run.config, self._sets.train
         chances = None
         if config.data.balanced:
-            chances = labelled.rarity(labelled.read_classes(train), train.num_classes)
+            chances = labelled.rarity(train.classes, train.num_classes)
         for batch in labelled.train_batches(
             train,
             seed=config.seed,

@@ -107,7 +107,7 @@ def test_an_unknown_label_is_an_error_that_names_its_clip(data_dir):
     broken = dataclasses.replace(animals, clips=clips)
     assert len(list(broken.read(np.array([3])))) == 1
     with pytest.raises(DataError, match=rf"clip '{name}' .* has the label -1, .* 0 to 2;"):
-        labelled.read_classes(broken)
+        _ = broken.classes
 
 
 def test_every_epoch_holds_each_clip_once_in_its_own_order():
@@ -234,4 +234,27 @@ def test_classes_are_read_without_the_samples(data_dir, monkeypatch):
     found = open_one(data_dir)
     wanted = [clip.classes for clip in all_of(found)]
     monkeypatch.setattr(labelled.pipeline, "samples_of", None)
-    np.testing.assert_array_equal(labelled.read_classes(found), wanted)
+    np.testing.assert_array_equal(found.classes, wanted)
+    np.testing.assert_array_equal(found.truth, np.concatenate(wanted))
+    # A subset, and the whole again, read no record that was read before.
+    monkeypatch.setattr(labelled.Clips, "read", None)
+    np.testing.assert_array_equal(found.subset(np.array([7, 2])).truth, found.truth[[2, 7]])
+
+
+def test_a_clip_that_is_constant_or_shorter_than_a_frame_holds_no_sound(tmp_path):
+    lengths = {"long": 400, "short": 399, "constant": 9_000}
+
+    def examples():
+        for name, length in lengths.items():
+            yield name, np.arange(length, dtype=np.int16) * (name != "constant") + 5, "dog"
+
+    writer.write("three", tmp_path, {"train": examples}, label_names=NAMES)
+    found = open_one(tmp_path, "three")
+    ids = [clip.id for clip in all_of(found)]
+    assert dict(zip(ids, found.has_sound, strict=True)) == {
+        "long": True, "short": False, "constant": False
+    }  # fmt: skip
+    (split,) = found.clips.splits
+    slow = dataclasses.replace(split, sample_rate_hz=8_000)  # 399 samples are 50 ms
+    slow = dataclasses.replace(found, clips=Clips((slow,), None), known={})
+    assert np.count_nonzero(slow.has_sound) == 2
