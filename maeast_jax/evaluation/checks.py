@@ -1,5 +1,6 @@
 """What is wrong with labelled clips before anything is trained on them or scored with them."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,7 +10,12 @@ from maeast_jax.data import Labelled
 _SHOWN = 5  # names of classes in a line
 
 
-def check(train: Labelled, valid: Labelled, tests: Sequence[Labelled] = ()) -> list[str]:
+def check(
+    train: Labelled,
+    valid: Labelled,
+    tests: Sequence[Labelled] = (),
+    longest_seconds: float = math.inf,
+) -> list[str]:
     """Returns a line for each thing that makes scores worth less than they seem.
 
     It reads every clip once, as `Labelled.classes` says.
@@ -18,6 +24,7 @@ def check(train: Labelled, valid: Labelled, tests: Sequence[Labelled] = ()) -> l
       train: the clips to train on.
       valid: the clips on which settings are chosen.
       tests: the sets to score; `valid` may be one of them.
+      longest_seconds: a longer clip is scored by this much of its middle.
 
     Raises:
       ValueError: no score has a meaning, because the training clips have nothing to tell apart, or
@@ -28,6 +35,12 @@ def check(train: Labelled, valid: Labelled, tests: Sequence[Labelled] = ()) -> l
     for use, clips in [("training", train), *held_out]:
         lines += _of_sound(use, clips)
         lines += _of_classes(use, clips)
+    for use, clips in held_out:
+        if cropped := sum(look.seconds > longest_seconds for look in clips.looks):
+            lines.append(
+                f"{cropped:,} of the {len(clips):,} {use} clips of {clips.text!r} are longer than "
+                f"{longest_seconds:g} s, and only their middle is scored: raise max_frames"
+            )
     overlaps = [
         (use, clips, "training", train, "which the model has learnt") for use, clips in held_out
     ]

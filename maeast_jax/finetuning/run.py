@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
+from maeast_jax import fbank
 from maeast_jax.data import Labelled, labelled, mixture
 from maeast_jax.evaluation import checks
 from maeast_jax.finetuning.augment import AugmentConfig
@@ -165,9 +166,9 @@ class Sets:
     tests: tuple[Labelled, ...]
     warnings: tuple[str, ...] = ()
 
-    def checked(self) -> "Sets":
+    def checked(self, longest_seconds: float) -> "Sets":
         """Returns the same with its warnings; raises ValueError for sets that cannot be scored."""
-        warnings = checks.check(self.train, self.valid, self.tests)
+        warnings = checks.check(self.train, self.valid, self.tests, longest_seconds)
         return dataclasses.replace(self, warnings=tuple(warnings))
 
 
@@ -236,7 +237,10 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     if typed.mode == "finetune" and typed.select == "average":
         _check_average(run)
     # It reads every clip, so it comes after all that needs none.
-    run = dataclasses.replace(run, folds=tuple(sets.checked() for sets in folds))
+    longest = math.inf  # probes embed clips of any length
+    if typed.mode == "finetune":
+        longest = fbank.num_samples(typed.num_frames or typed.max_frames) / fbank.SAMPLE_RATE_HZ
+    run = dataclasses.replace(run, folds=tuple(sets.checked(longest) for sets in folds))
     # Last, so that a mistake leaves no empty folder behind.
     storage.make_writable(storage.path(workdir), "--workdir")
     return run
@@ -332,15 +336,15 @@ def _share(config: FinetuneConfig, train: Labelled) -> tuple[Labelled, Labelled]
     if section.valid:
         valid = _open(section, section.valid, "valid", train)
     else:
-        drawn = labelled.draw_share(train.classes, section.valid_percent, config.seed, leave=1)
+        drawn = labelled.draw_share(train.looks, section.valid_percent, config.seed, leave=1)
         if not len(drawn):
             raise ValueError(
-                f"data.train={train.text!r} has {len(train)} clips of as many classes: none can be "
-                "held out; name a set as data.valid, or add clips"
+                f"data.train={train.text!r} has one recording per class ({len(train)} clips): none "
+                "can be held out; name a set as data.valid, or add recordings"
             )
         valid = train.subset(drawn)
         train = train.subset(np.setdiff1d(np.arange(len(train)), drawn))
     if section.train_percent < 100.0:
-        drawn = labelled.draw_share(train.classes, section.train_percent, config.seed + 1)
+        drawn = labelled.draw_share(train.looks, section.train_percent, config.seed + 1)
         train = train.subset(drawn)
     return train, valid

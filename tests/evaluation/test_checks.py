@@ -133,3 +133,13 @@ def test_a_recording_that_was_copied_under_another_name_is_counted(data_dir):
     train = labelled.open_labelled("tones@mixed", "train", data_dir)
     copied = labelled.open_labelled("copies,tones@short,tones@valid", "train", data_dir)
     assert copied.count_shared(train) == train.count_shared(copied) == 12
+
+
+def test_held_out_clips_that_are_scored_in_part_are_counted(data_dir):
+    train, valid = (labelled.open_labelled(f"tones@{s}", s, data_dir) for s in ("train", "valid"))
+    seconds = sorted(look.seconds for look in valid.looks)
+    (line,) = checks.check(train, valid, longest_seconds=seconds[2])
+    assert line == (
+        f"3 of the 6 validation clips of 'tones@valid' are longer than {seconds[2]:g} s, and only "
+        "their middle is scored: raise max_frames"
+    )

@@ -73,7 +73,7 @@ def test_few_clips_are_spread_over_the_split(data_dir):
     ("text", "error", "message"),
     [
         ("tones@valid", ValueError, "names a split"),
-        ("bare", DataError, "has no labels"),
+        ("bare", DataError, "has no feature `label`"),
         ("one", ValueError, "all 4 training clips of 'one' have the class 'high', so there is "),
     ],
 )
