@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.data import mixture, pipeline
+from maeast_jax.data import audio, mixture, pipeline
 from maeast_jax.data.dataset import DataError
 from maeast_jax.data.mixture import Clips
 from maeast_jax.data.pipeline import Batch
@@ -111,8 +111,7 @@ class Labelled:
             is_long = (
                 len(stored) * fbank.SAMPLE_RATE_HZ >= fbank.FRAME_LENGTH * split.sample_rate_hz
             )
-            has_sound = is_long and stored.min() != stored.max()
-            sound = hash(stored.tobytes()) if has_sound else None
+            sound = hash(stored.tobytes()) if is_long and audio.has_sound(stored) else None
             self.known[self.index[place]] = (self._classes(component, record), sound)
         return [self.known[number] for number in self.index]
 
