@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maeast_jax import fbank
-from maeast_jax.data import mixture, pipeline
+from maeast_jax.data import audio, mixture, pipeline
 from maeast_jax.data.dataset import DataError
 from maeast_jax.data.mixture import Clips
 from maeast_jax.data.pipeline import Batch
@@ -98,7 +98,7 @@ class Labelled:
         for place, (component, _, record) in zip(places, self._records(places), strict=True):
             split, stored = self.clips.splits[component], record["audio"]
             seconds = len(stored) / split.sample_rate_hz
-            has_sound = seconds >= _FRAME_SECONDS and stored.min() != stored.max()
+            has_sound = seconds >= _FRAME_SECONDS and audio.has_sound(stored)
             self.known[self.index[place]] = Look(
                 self._classes(component, record),
                 hash(stored.tobytes()) if has_sound else None,
