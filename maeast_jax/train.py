@@ -75,6 +75,11 @@ def train(
         if distributed.from_first(_is_done(run, workdir, newest_step)):
             print(f"{workdir} has done its {typed.total_steps} steps already", flush=True)
             return metrics_writer.last_row(workdir, "eval")
+        if newest_step and batches is not None and not callable(batches):
+            raise ValueError(
+                f"{workdir} goes on from step {newest_step}, where an iterator would give its "
+                "first batches again; give a function of the first step that returns an iterator"
+            )
         return _train(run, workdir, newest_step or 0, init_from)
 
 
