@@ -284,12 +284,12 @@ def make_workdir(workdir: str | os.PathLike) -> None:
     """Makes the folder of a run; raises ValueError where the run could not save or be read."""
     _check_name(workdir)
     storage.make_writable(storage.path(workdir), "--workdir")
-    for name in (_LOCK, CHECKPOINTS):
-        file = os.path.join(os.path.expanduser(workdir), name)
-        if os.path.exists(file) and not os.access(file, os.W_OK):
+    folder = Path(os.path.expanduser(workdir))
+    for file in (*folder.glob("*"), *folder.glob(f"{CHECKPOINTS}/*")):
+        if file.exists() and not os.access(file, os.W_OK):
             raise ValueError(
-                f"{file} belongs to another user and cannot be written; choose another --workdir, "
-                "or have its owner give write permission to all files of the run"
+                f"{file} cannot be written by this user; choose another --workdir, or have its "
+                "owner give write permission to all files of the run"
             )
 
 

@@ -250,7 +250,7 @@ def test_a_path_with_other_signs_is_none_of_these(tmp_path):
     assert_holds(workdir, 5)
 
 
-@pytest.mark.parametrize("name", ["lock", "checkpoints"])
+@pytest.mark.parametrize("name", ["lock", "checkpoints", "checkpoints/10"])
 def test_a_run_whose_files_another_user_may_not_write_is_one_line(saved, name, monkeypatch):
     with checkpoint.held(saved):
         pass
@@ -258,7 +258,7 @@ def test_a_run_whose_files_another_user_may_not_write_is_one_line(saved, name, m
     (saved / name).chmod(0o555)
     # Root may write any file, and tests may run as root.
     monkeypatch.setattr(os, "access", lambda path, _: os.stat(path).st_mode & 0o222 != 0)
-    with pytest.raises(ValueError, match=f"{name} belongs to another user .* choose another --w"):
+    with pytest.raises(ValueError, match=f"{name} cannot be written by this .* choose another --w"):
         checkpoint.make_workdir(saved)
 
 
