@@ -1,14 +1,10 @@
-"""Which files go into a data set: a folder tree or a manifest, with ids, labels and splits."""
+"""Which files go into a data set: a folder tree, with ids, labels and splits."""
 
-import codecs
 import collections
-import csv
 import dataclasses
 import hashlib
-import io
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from etils import epath
@@ -22,8 +18,6 @@ _SPLIT_NAMES = {
     "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-# Names that lists have for the column of paths, without "_", "-" and spaces. The first one counts.
-_PATH_COLUMNS = ("path", "file", "filename", "filepath", "audio", "wav")
 
 
 class ManifestError(ValueError):
@@ -160,9 +154,9 @@ def audio_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]
     Raises ManifestError where there is none.
     """
     below, notes = _files_below(root)
-    found = sorted(path for path in below if _is_audio(path))
+    found = sorted(path for path in below if is_audio(path))
     others = collections.Counter(
-        path.suffix.lower() or "without a suffix" for path in below if not _is_audio(path)
+        path.suffix.lower() or "without a suffix" for path in below if not is_audio(path)
     )
     if others:
         commonest = sorted(others, key=lambda suffix: (-others[suffix], suffix))
@@ -173,7 +167,8 @@ def audio_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]
     return found, notes
 
 
-def _is_audio(path: PurePosixPath) -> bool:
+def is_audio(path: PurePosixPath) -> bool:
+    """Returns whether a file's suffix is one of the formats that decode."""
     return path.suffix.lower() in AUDIO_SUFFIXES
 
 
@@ -234,165 +229,20 @@ def _split_folders(paths: Sequence[PurePosixPath]) -> tuple[list[str | None], li
             f"splits are not taken from the folders {', '.join(names)}: {folders.count(None)}"
             f" files, e.g. {paths[folders.index(None)]}, lie in none of them"
         ]
-    return folders, [f"splits are taken from the folders {', '.join(names)}", *_renamed(names)]
+    return folders, [
+        f"splits are taken from the folders {', '.join(names)}",
+        *renamed_splits(names),
+    ]
 
 
-def _renamed(names: Iterable[str]) -> list[str]:
+def renamed_splits(names: Iterable[str]) -> list[str]:
     """Returns a note on the splits that a data set has under another name."""
     renamed = [f"{name} is {split_name(name)}" for name in sorted({*names})
                if name != split_name(name)]  # fmt: skip
     return [f"split names: {', '.join(renamed)}"] if renamed else []
 
 
-# --- manifests ---------------------------------------------------------------------------------
-
-
-def read_manifest(
-    manifest: str | os.PathLike, audio_dir: str | os.PathLike | None = None
-) -> Listing:
-    """Lists the files that a manifest names, in its order; list and files may lie on gs://.
-
-    The manifest is separated by tabs, commas or semicolons, and has a header with the column `path`
-    (or one of _PATH_COLUMNS) and optionally `label` and `split`; other columns are left out. Where
-    a clip may be of several classes, the column is `labels`, with `;` between the classes and an
-    empty cell for no class. Cells may be quoted. Two formats go without a header: one path per
-    line, and the authors' format, fairseq's: a directory on the first line, then lines of path and
-    length in samples, which is left out. No line is a comment, because names may start with #.
-
-    Args:
-      audio_dir: where relative paths start; None is the manifest's folder or, in fairseq's format,
-        the directory on its first line.
-
-    Raises:
-      ManifestError: unreadable, no such format, no rows, an empty cell, cells without a column, a
-        path listed twice.
-    """
-    manifest = storage.path(manifest)
-    columns, rows, base = _table(manifest)
-    if not rows:
-        raise ManifestError(f"{manifest} lists no files: add lines below its header")
-    base = storage.path(audio_dir) if audio_dir else base
-    with storage.reaching(base):
-        if not base.is_dir():
-            raise ManifestError(
-                f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
-            )
-    files = []
-    for number, cells in rows:
-        if any(cells[len(columns) :]):
-            raise ManifestError(
-                f"{manifest}, line {number}: {len(cells)} cells under {len(columns)} columns; put"
-                " quotes around a cell that holds the separator"
-            )
-        row = dict(zip(columns, cells, strict=False))
-        for column in ("path", "label", "split"):
-            if column in columns and not row.get(column):
-                raise ManifestError(
-                    f"{manifest}, line {number}: no {column}; fill it in, or drop the line or"
-                    " column"
-                )
-        label = row.get("label")
-        if "labels" in columns:
-            names = [name.strip() for name in row.get("labels", "").split(";")]
-            label = tuple(filter(None, names))
-        path = _join(base, row["path"])
-        name = path.relative_to(base) if path.is_relative_to(base) else path
-        files.append(AudioFile(str(path), printable(str(name)), label, row.get("split")))
-    check_unique(manifest, files)
-    notes = []
-    known = ("", "path", "label", "labels", "split")
-    if others := [name for name in columns if name not in known]:
-        notes.append(f"columns left out: {', '.join(others)[:80]}")
-    if "split" in columns:
-        notes += _renamed(file.split for file in files)
-        files = [dataclasses.replace(file, split=split_name(file.split)) for file in files]
-    return Listing.of(files, notes)
-
-
-def _table(manifest: epath.Path) -> tuple[list[str], list[tuple[int, list[str]]], epath.Path]:
-    """Returns a manifest's columns, its rows with their line numbers, and where paths start."""
-    text = _read_text(manifest)
-    rows = list(_rows(manifest, text, "\t"))
-    if not rows:
-        raise ManifestError(f"{manifest} is empty: list the audio files in it")
-    (_, first), *others = rows
-    second = others[0][1] if others else []
-    if len(first) == 1 and len(second) == 2 and second[1].isdigit():
-        return ["path", "samples"], others, _join(manifest.parent, first[0])
-    if len(first) == 1 and _is_audio(PurePosixPath(first[0])):
-        return ["path"], rows, manifest.parent
-    for separator in "\t,;":
-        lines = _rows(manifest, text, separator)
-        _, header = next(lines, (0, []))
-        columns = [name.lower() for name in header]
-        plain = [re.sub(r"[\W_]+", "", name) for name in columns]
-        if found := [name for name in _PATH_COLUMNS if name in plain]:
-            columns[plain.index(found[0])] = "path"
-            return columns, list(lines), manifest.parent
-    raise ManifestError(
-        f"{manifest}: no column `path` in its first line ({', '.join(first)[:80]}), nor is it a"
-        " bare list of audio files or fairseq's format (a directory, then lines of path, tab,"
-        " samples): add a header line, such as path,label"
-    )
-
-
-def _read_text(manifest: epath.Path) -> str:
-    try:
-        with storage.reaching(manifest):
-            data = manifest.read_bytes()
-    except OSError as error:
-        raise ManifestError(
-            f"cannot read --manifest={manifest}: {terminal.one_line(error)}"
-        ) from None
-    # Spreadsheets save "Unicode text" as UTF-16 behind its mark.
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-        place = text.find("\0")  # UTF-16 without its mark
-    except UnicodeDecodeError as error:
-        place = error.start
-    if place >= 0:
-        line = data.count(b"\n", 0, place) + 1
-        raise ManifestError(
-            f"{manifest}, line {line}: byte {place} (0x{data[place]:02x}) is not text in UTF-8;"
-            " save the list as UTF-8"
-        )
-    return text
-
-
-def _rows(manifest: epath.Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number from 1, cells) of the lines that are not blank."""
-    # Tab-separated corpora hold sentences with a lone quote, which must not swallow the next lines.
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=separator, quoting=quoting,
-        skipinitialspace=True, strict=True,
-    )  # fmt: skip
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if quoting == csv.QUOTE_NONE:
-                cells = [_unquoted(cell) for cell in cells]
-            if any(cells):
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise ManifestError(
-            f"{manifest}, line {reader.line_num}: {error}; quote its cells as a spreadsheet does"
-        ) from None
-
-
-def _unquoted(cell: str) -> str:
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return cell[1:-1].replace('""', '"') if is_quoted else cell
-
-
-def _join(base: epath.Path, name: str) -> epath.Path:
-    if storage.is_remote(name):
-        return storage.path(name)
-    name = os.fsdecode(name.encode())  # UTF-8 as well where the machine has another encoding
-    path = base / name
-    # Lists made on Windows part folders by backslashes, which names of files may hold here.
-    return base / name.replace("\\", "/") if "\\" in name and not path.exists() else path
+# --- ids ---------------------------------------------------------------------------------------
 
 
 def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
