@@ -18,7 +18,7 @@ from maeast_jax.ingest.sources import (
     ManifestError,
     audio_below,
     check_unique,
-    printable,
+    file_id,
 )
 from maeast_jax.runtime import storage
 
@@ -265,7 +265,7 @@ def _reading(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
 
 
 def _clip(root: Path, path: str, label: str | tuple[str, ...], split: str) -> AudioFile:
-    return AudioFile(str(root / path), printable(path), label, split)
+    return AudioFile(str(root / path), file_id(root / path, root), label, split)
 
 
 def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...]) -> Listing:

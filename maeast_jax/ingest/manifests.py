@@ -16,8 +16,9 @@ from maeast_jax.ingest.sources import (
     Listing,
     ManifestError,
     check_unique,
+    file_id,
     is_audio,
-    printable,
+    label_name,
     renamed_splits,
     split_name,
 )
@@ -71,13 +72,12 @@ def read_manifest(
                     f"{manifest}, line {number}: no {column}; fill it in, or drop the line or"
                     " column"
                 )
-        label = row.get("label")
+        label = label_name(row["label"]) if "label" in columns else None
         if "labels" in columns:
-            names = [name.strip() for name in row.get("labels", "").split(";")]
-            label = tuple(filter(None, names))
+            names = map(label_name, row.get("labels", "").split(";"))
+            label = tuple(dict.fromkeys(filter(None, names)))
         path = _join(base, row["path"])
-        name = path.relative_to(base) if path.is_relative_to(base) else path
-        files.append(AudioFile(str(path), printable(str(name)), label, row.get("split")))
+        files.append(AudioFile(str(path), file_id(path, base), label, row.get("split")))
     check_unique(manifest, files)
     notes = []
     known = ("", "path", "label", "labels", "split")

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import hashlib
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -67,6 +69,9 @@ class Listing:
             names = {name for file in files for name in file.label}
         else:
             names = {file.label for file in files} - {None}
+        alike = collections.Counter(map(str.casefold, names))
+        if apart := [name for name in sorted(names) if alike[name.casefold()] > 1]:
+            notes = [*notes, f"labels that differ in case alone: {', '.join(apart[:8])}"]
         return cls(files, tuple(sorted(names)) or None, notes=notes)
 
     @property
@@ -100,28 +105,30 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
         if not root.is_dir():
             raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
         paths, notes = audio_below(root)
-    split_folders, split_notes = _split_folders(paths)
-    files, bare = [], []
-    for path, split_folder in zip(paths, split_folders, strict=True):
-        labels = list(path.parent.parts)
+    ids = [PurePosixPath(file_id(root / path, root)) for path in paths]
+    split_folders, split_notes = _split_folders(ids)
+    labels = _folder_labels(ids, split_folders) if label_from_folder else [None] * len(ids)
+    files = [
+        AudioFile(str(root / path), str(name), label, folder and split_name(folder))
+        for path, name, label, folder in zip(paths, ids, labels, split_folders, strict=True)
+    ]
+    return Listing.of(files, notes + split_notes)
+
+
+def _folder_labels(
+    paths: Sequence[PurePosixPath], split_folders: Sequence[str | None]
+) -> list[str]:
+    """Returns the label of each file, as `list_folder` describes it."""
+    folders = [list(path.parent.parts) for path in paths]
+    for parts, split_folder in zip(folders, split_folders, strict=True):
         if split_folder:
-            labels.remove(split_folder)
-        if not labels:
-            bare.append(path)
-        files.append(
-            AudioFile(
-                str(root / path),
-                printable(str(path)),
-                printable(labels[-1]) if label_from_folder and labels else None,
-                split_folder and split_name(split_folder),
-            )
-        )
-    if label_from_folder and bare:
+            parts.remove(split_folder)
+    if bare := [path for path, parts in zip(paths, folders, strict=True) if not parts]:
         raise ManifestError(
             f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in no folder that could"
-            f" be their label: move them into folders below {audio_dir}, or drop the flag"
+            " be their label: move them into folders of their classes, or drop the flag"
         )
-    return Listing.of(files, notes + split_notes)
+    return [label_name(parts[-1]) for parts in folders]
 
 
 def list_named(paths: Sequence[str | os.PathLike]) -> tuple[list[str], list[str]]:
@@ -242,18 +249,6 @@ def renamed_splits(names: Iterable[str]) -> list[str]:
     return [f"split names: {', '.join(renamed)}"] if renamed else []
 
 
-# --- ids ---------------------------------------------------------------------------------------
-
-
-def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
-    """Raises ManifestError where two files have the same id."""
-    seen = set()
-    for file in files:
-        if file.id in seen:
-            raise ManifestError(f"{manifest} lists {file.id} twice: drop one of the lines")
-        seen.add(file.id)
-
-
 def assign_splits(files: list[AudioFile], valid_percent: float) -> list[AudioFile]:
     """Puts files without a split into `valid` (about `valid_percent` of them) or `train`.
 
@@ -277,7 +272,31 @@ def _hash_percent(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64 * 100
 
 
-def printable(text: str) -> str:
-    """Returns a file's name as text that fits into UTF-8 and a line of TSV; names are any bytes."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    return text.replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
+# --- names -------------------------------------------------------------------------------------
+
+
+def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
+    """Raises ManifestError where two files have the same id."""
+    seen = set()
+    for file in files:
+        if file.id in seen:
+            raise ManifestError(f"{manifest} lists {file.id} twice: drop one of the lines")
+        seen.add(file.id)
+
+
+def file_id(path: Path | epath.Path, root: Path | epath.Path) -> str:
+    """Returns a file's path as text, below `root` where it lies there."""
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    if storage.is_remote(path):
+        return _in_one_line(str(name))
+    return _in_one_line(os.fsencode(name).decode("utf-8", "backslashreplace"))  # any bytes
+
+
+def label_name(text: str) -> str:
+    """Returns the class that a folder or a cell names: one name for all ways to encode it."""
+    return _in_one_line(unicodedata.normalize("NFC", text.strip()))
+
+
+def _in_one_line(text: str) -> str:
+    """Escapes tabs and all characters that end a line for some reader."""
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda m: ascii(m[0])[1:-1], text)

@@ -24,6 +24,16 @@ def test_labels_are_the_innermost_folders(tmp_path):
     assert "1 files, e.g. stray.wav" in message
 
 
+def test_a_label_has_one_name_for_all_ways_to_write_it(tmp_path):
+    # The two encodings of one umlaut; a space; characters that end a line for str.splitlines.
+    touch(tmp_path, "M\u00f6we/1.wav", "Mo\u0308we/2.wav", "cow /3.wav", "cow/4.wav", "Cow/5.wav")
+    touch(tmp_path, "a\u2028b\x85c\x0bd/6.wav")
+    listing = sources.list_folder(tmp_path, label_from_folder=True)
+    assert listing.label_names == ("Cow", "M\u00f6we", r"a\u2028b\x85c\x0bd", "cow")
+    assert listing.notes == ["labels that differ in case alone: Cow, cow"]
+    assert len({file.id for file in listing.files}) == 6
+
+
 def test_the_files_that_a_tree_leaves_out_are_counted_by_suffix(tmp_path):
     touch(tmp_path, "a/1.wav", "a/1.sph", "a/1.mp2", "a/1.TXT", "b/2.txt", "b/meta.json", "README")
     listing = sources.list_folder(tmp_path)
@@ -171,6 +181,13 @@ def store():
             server.put("bucket", name, b"")
         server.put("bucket", "in-too/cow/z.wav", b"")
         yield server
+
+
+def test_names_in_a_bucket_may_lie_outside_the_encoding_of_the_machine(store, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda name: os.fspath(name).encode("latin-1"))
+    store.put("bucket", "japanese/\u9ce5/\u9d0e.wav", b"")
+    (file,) = sources.list_folder("gs://bucket/japanese", label_from_folder=True).files
+    assert (file.id, file.label) == ("\u9ce5/\u9d0e.wav", "\u9ce5")
 
 
 def test_a_folder_in_a_bucket_is_listed_as_one_here(store, tmp_path):
