@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -93,8 +94,8 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
     more, they give the files their splits.
 
     Args:
-      label_from_folder: a file's label is the name of the innermost folder that it lies in, apart
-        from the folder that names its split.
+      label_from_folder: a file's label is the name of the outermost folder that it lies in, apart
+        from the folder that names its split and from folders that hold all files.
 
     Raises:
       ManifestError: the folder does not exist or holds no audio file; or a file lies in no
@@ -107,18 +108,20 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
         paths, notes = audio_below(root)
     ids = [PurePosixPath(file_id(root / path, root)) for path in paths]
     split_folders, split_notes = _split_folders(ids)
-    labels = _folder_labels(ids, split_folders) if label_from_folder else [None] * len(ids)
+    labels, label_notes = [None] * len(ids), []
+    if label_from_folder:
+        labels, label_notes = _folder_labels(ids, split_folders)
     files = [
         AudioFile(str(root / path), str(name), label, folder and split_name(folder))
         for path, name, label, folder in zip(paths, ids, labels, split_folders, strict=True)
     ]
-    return Listing.of(files, notes + split_notes)
+    return Listing.of(files, notes + split_notes + label_notes)
 
 
 def _folder_labels(
     paths: Sequence[PurePosixPath], split_folders: Sequence[str | None]
-) -> list[str]:
-    """Returns the label of each file, as `list_folder` describes it."""
+) -> tuple[list[str], list[str]]:
+    """Returns the label of each file, as `list_folder` describes it; and notes."""
     folders = [list(path.parent.parts) for path in paths]
     for parts, split_folder in zip(folders, split_folders, strict=True):
         if split_folder:
@@ -128,7 +131,12 @@ def _folder_labels(
             f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in no folder that could"
             " be their label: move them into folders of their classes, or drop the flag"
         )
-    return [label_name(parts[-1]) for parts in folders]
+    levels = zip(*(parts[:-1] for parts in folders), strict=False)  # as deep as all files lie
+    depth = len(list(itertools.takewhile(lambda names: len({*names}) == 1, levels)))
+    labels = [label_name(parts[depth]) for parts in folders]
+    parts, label, path = max(zip(folders, labels, paths, strict=True), key=lambda row: len(row[0]))
+    notes = [f"labels are the outermost folders, such as {label} of {path}"]
+    return labels, notes if len(parts) > 1 else []
 
 
 def list_named(paths: Sequence[str | os.PathLike]) -> tuple[list[str], list[str]]:

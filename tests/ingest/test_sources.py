@@ -15,13 +15,32 @@ def test_a_tree_is_listed_sorted_without_hidden_or_other_files(tmp_path):
     assert {file.label for file in files} == {None}
 
 
-def test_labels_are_the_innermost_folders(tmp_path):
-    touch(tmp_path, "birds/crow/1.wav", "cow/1.wav")
-    files = sources.list_folder(tmp_path, label_from_folder=True).files
-    assert [file.label for file in files] == ["crow", "cow"]
-    touch(tmp_path, "stray.wav")
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        ({"cat/1.wav": "cat", "dog/2.wav": "dog"}, None),
+        ({"cat/s1/1.wav": "cat", "dog/s1/2.wav": "dog", "dog/s2/3.wav": "dog"}, "cat of cat/s1/1"),
+        ({"cat/wav/1.wav": "cat", "dog/wav/2.wav": "dog"}, "cat of cat/wav/1"),
+        ({"cat/1.wav": "cat", "dog/2.wav": "dog", "dog/extra/3.wav": "dog"}, "dog of dog/extra/3"),
+        # Folders that hold all files are none.
+        ({"in/all/cat/1.wav": "cat", "in/all/dog/2.wav": "dog"}, "cat of in/all/cat/1"),
+        ({"in/1.wav": "in", "in/dog/2.wav": "in"}, "in of in/dog/2"),
+        # VoxCeleb's tree.
+        ({"wav/id1/vid/1.wav": "id1", "wav/id2/vid/1.wav": "id2"}, "id1 of wav/id1/vid/1"),
+    ],
+)
+def test_labels_are_the_outermost_folders(tmp_path, labels, note):
+    touch(tmp_path, *labels)
+    listing = sources.list_folder(tmp_path, label_from_folder=True)
+    assert {file.id: file.label for file in listing.files} == labels
+    notes = [f"labels are the outermost folders, such as {note}.wav"] if note else []
+    assert listing.notes == notes
+
+
+def test_a_file_without_a_folder_has_no_label(tmp_path):
+    touch(tmp_path, "cow/1.wav", "stray.wav")
     message = error_of(sources.list_folder, tmp_path, label_from_folder=True)
-    assert "1 files, e.g. stray.wav" in message
+    assert "1 files, e.g. stray.wav, lie in no folder that could be their label" in message
 
 
 def test_a_label_has_one_name_for_all_ways_to_write_it(tmp_path):
@@ -89,11 +108,12 @@ def test_folders_that_are_named_as_splits_are_the_splits(tmp_path):
         "Training/cow/1.wav": ("cow", "train"),
         "val/cow/2.wav": ("cow", "valid"),
         "val/val/3.wav": ("val", "valid"),
-        "TEST/crow/x/4.wav": ("x", "test"),
+        "TEST/crow/x/4.wav": ("crow", "test"),
     }
     assert notes == [
         "splits are taken from the folders TEST, Training, val",
         "split names: TEST is test, Training is train, val is valid",
+        "labels are the outermost folders, such as crow of TEST/crow/x/4.wav",
     ]
     message = error_of(of_folders, tmp_path, "val/5.wav")
     assert "1 files, e.g. val/5.wav, lie in no folder that could be their label" in message
@@ -125,7 +145,7 @@ def test_folders_of_splits_may_lie_in_those_of_the_classes(tmp_path):
     ],
 )  # fmt: skip
 def test_other_folders_are_no_splits(tmp_path, names, notes):
-    found, told = of_folders(tmp_path, *names)
+    found, told = of_folders(tmp_path, *names, label_from_folder=False)
     assert {split for _, split in found.values()} == {None}
     assert told == notes
 
