@@ -6,7 +6,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from etils import epath
@@ -26,6 +26,11 @@ from maeast_jax.runtime import storage, terminal
 
 # Names that lists have for the column of paths, without "_", "-" and spaces. The first one counts.
 _PATH_COLUMNS = ("path", "file", "filename", "filepath", "audio", "wav")
+_KNOWN_COLUMNS = ("", "path", "label", "labels", "split")
+# Cells that other tools write where there is no value.
+_NO_VALUE = ("", "nan", "NaN", "None", "<NA>")
+# How the names of columns begin that give the place of a segment in its file.
+_SEGMENT_COLUMNS = ("start", "begin", "onset", "offset", "end", "stop")
 
 
 def read_manifest(
@@ -36,9 +41,10 @@ def read_manifest(
     The manifest is separated by tabs, commas or semicolons, and has a header with the column `path`
     (or one of _PATH_COLUMNS) and optionally `label` and `split`; other columns are left out. Where
     a clip may be of several classes, the column is `labels`, with `;` between the classes and an
-    empty cell for no class. Cells may be quoted. Two formats go without a header: one path per
-    line, and the authors' format, fairseq's: a directory on the first line, then lines of path and
-    length in samples, which is left out. No line is a comment, because names may start with #.
+    empty cell for no class. Cells of _NO_VALUE are empty. Cells may be quoted. Two formats go
+    without a header: one path per line, and the authors' format, fairseq's: a directory on the
+    first line, then lines of path and length in samples, which is left out. No line is a comment,
+    because names may start with #.
 
     Args:
       audio_dir: where relative paths start; None is the manifest's folder or, in fairseq's format,
@@ -46,10 +52,15 @@ def read_manifest(
 
     Raises:
       ManifestError: unreadable, no such format, no rows, an empty cell, cells without a column, a
-        path listed twice.
+        path listed twice, `label` beside `labels`, commas in place of `;`.
     """
     manifest = storage.path(manifest)
     columns, rows, base = _table(manifest)
+    if {"label", "labels"} <= {*columns}:
+        raise ManifestError(
+            f"{manifest} has the columns label (one class per clip) and labels (any number): drop"
+            " one of them"
+        )
     if not rows:
         raise ManifestError(f"{manifest} lists no files: add lines below its header")
     base = storage.path(audio_dir) if audio_dir else base
@@ -67,26 +78,48 @@ def read_manifest(
             )
         row = dict(zip(columns, cells, strict=False))
         for column in ("path", "label", "split"):
-            if column in columns and not row.get(column):
+            if column in columns and row.get(column, "") in _NO_VALUE:
                 raise ManifestError(
-                    f"{manifest}, line {number}: no {column}; fill it in, or drop the line or"
-                    " column"
+                    f"{manifest}, line {number}: no {column} in {row.get(column, '')!r}; fill it"
+                    " in, or drop the line or column"
                 )
         label = label_name(row["label"]) if "label" in columns else None
         if "labels" in columns:
             names = map(label_name, row.get("labels", "").split(";"))
-            label = tuple(dict.fromkeys(filter(None, names)))
+            label = tuple(dict.fromkeys(name for name in names if name not in _NO_VALUE))
         path = _join(base, row["path"])
         files.append(AudioFile(str(path), file_id(path, base), label, row.get("split")))
     check_unique(manifest, files)
-    notes = []
-    known = ("", "path", "label", "labels", "split")
-    if others := [name for name in columns if name not in known]:
+    notes = _commas(manifest, files) if "labels" in columns else []
+    if others := [name for name in columns if name not in _KNOWN_COLUMNS]:
         notes.append(f"columns left out: {', '.join(others)[:80]}")
+    if any(name.startswith(_SEGMENT_COLUMNS) for name in others):
+        notes.append("labels hold for whole files: cut files with segments before the build")
     if "split" in columns:
         notes += renamed_splits(file.split for file in files)
         files = [dataclasses.replace(file, split=split_name(file.split)) for file in files]
     return Listing.of(files, notes)
+
+
+def _commas(manifest: epath.Path, files: Sequence[AudioFile]) -> list[str]:
+    """Returns a note where commas may have been meant to part the classes of a clip.
+
+    AudioSet's names hold commas ("Child speech, kid speaking"), but no part of one is a class.
+
+    Raises:
+      ManifestError: no clip has several classes, and a part of a name between commas is a class.
+    """
+    names = {name for file in files for name in file.label}
+    lists = sorted(name for name in names if "," in name)
+    if not lists or any(len(file.label) > 1 for file in files):
+        return []
+    for name in lists:
+        if parts := names.intersection(part.strip() for part in name.split(",")):
+            raise ManifestError(
+                f"{manifest}: {name!r} would be one class beside {min(parts)!r}: put ; between the"
+                " classes of a clip in the column `labels`"
+            )
+    return [f"labels with commas are one class each, such as {lists[0]}: ; parts classes"]
 
 
 def _table(manifest: epath.Path) -> tuple[list[str], list[tuple[int, list[str]]], epath.Path]:

@@ -288,7 +288,10 @@ def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
     seen = set()
     for file in files:
         if file.id in seen:
-            raise ManifestError(f"{manifest} lists {file.id} twice: drop one of the lines")
+            raise ManifestError(
+                f"{manifest} lists {file.id} twice: keep one line per file, with several classes in"
+                " the column `labels` and ; between them; cut a file that has segments first"
+            )
         seen.add(file.id)
 
 

@@ -51,6 +51,41 @@ def test_several_labels_per_file(tmp_path):
     assert listing.label_names == ("ant", "cow, black", "zebra")
 
 
+def test_labels_with_commas_are_told_where_no_clip_has_several(tmp_path):
+    listing = listing_of(tmp_path, "path\tlabels\na.wav\tBark,Dog\nb.wav\tMeow, Cat\nc.wav\t\n")
+    assert listing.label_names == ("Bark,Dog", "Meow, Cat")
+    assert listing.notes == [
+        "labels with commas are one class each, such as Bark,Dog: ; parts classes"
+    ]
+    listing = listing_of(tmp_path, "path\tlabels\na.wav\tBark, growl;Dog\nb.wav\tDog\n")
+    assert (listing.label_names, listing.notes) == (("Bark, growl", "Dog"), [])
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "NaN", "None", "<NA>"])
+def test_cells_of_no_value_hold_no_class(tmp_path, cell):
+    listing = listing_of(tmp_path, f"path\tlabels\na.wav\t{cell}\nb.wav\tnone;Nantes\n")
+    assert [file.label for file in listing.files] == [(), ("none", "Nantes")]
+
+
+def test_labels_in_a_list_have_one_name_for_all_ways_to_write_them(tmp_path):
+    text = "path\tlabel\n1.wav\tM\u00f6we\n2.wav\tMo\u0308we\n3.wav\tcow\u2028\n4.wav\tCow\n"
+    listing = listing_of(tmp_path, text + "5.wav\ta\u2028b\n")
+    assert listing.label_names == ("Cow", "M\u00f6we", r"a\u2028b", "cow")
+    assert listing.notes == ["labels that differ in case alone: Cow, cow"]
+    (file,) = read(tmp_path, "path\tlabels\n1.wav\tM\u00f6we;Mo\u0308we; cow\n")
+    assert file.label == ("M\u00f6we", "cow")
+
+
+def test_columns_of_segments_and_of_classes_are_told(tmp_path):
+    listing = listing_of(tmp_path, "path\tStart\tend (s)\tlabel\na.wav\t0.1\t0.3\tx\n")
+    assert listing.notes == [
+        "columns left out: start, end (s)",
+        "labels hold for whole files: cut files with segments before the build",
+    ]
+    listing = listing_of(tmp_path, "path,Bark,Meow\na.wav,0,1\nb.wav,1,0\n")
+    assert (listing.label_names, listing.notes) == (None, ["columns left out: bark, meow"])
+
+
 def test_a_single_label_may_hold_any_character(tmp_path):
     listing = listing_of(tmp_path, "path\tlabel\na.wav\tcow;ant\nb.wav\tant\n")
     assert (listing.is_multi_label, listing.label_names) == (False, ("ant", "cow;ant"))
@@ -138,7 +173,13 @@ def test_names_of_one_split_are_one_split(tmp_path):
         ("path\tlabel\na.wav\tcow\nb.wav\t\n", "line 3: no label"),
         ("path\tsplit\na.wav\n", "line 2: no split"),
         ("path\tlabel\n\tcow\n", "line 2: no path"),
-        ("path\na.wav\n./a.wav\n", "lists a.wav twice"),
+        ("path\na.wav\n./a.wav\n", "lists a.wav twice: keep one line per file"),
+        ("path\tlabel\na.wav\tNaN\n", "line 2: no label in 'NaN'; fill it in"),
+        ("path\tlabel\tlabels\na.wav\tx\ty;z\n", "drop one of them"),
+        (
+            'path,labels\na.wav,"Bark,Dog"\nb.wav,Cat\nc.wav,Dog\n',
+            "'Bark,Dog' would be one class beside 'Dog': put ; between",
+        ),
     ],
 )
 def test_bad_manifests(tmp_path, text, pattern):
