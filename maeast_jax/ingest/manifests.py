@@ -25,7 +25,7 @@ from maeast_jax.ingest.sources import (
 from maeast_jax.runtime import storage, terminal
 
 # Names that lists have for the column of paths, without "_", "-" and spaces. The first one counts.
-_PATH_COLUMNS = ("path", "file", "filename", "filepath", "audio", "wav")
+_PATH_COLUMNS = ("path", "file", "filename", "filepath", "audio", "wav", "audiofilepath")
 _KNOWN_COLUMNS = ("", "path", "label", "labels", "split")
 # Cells that other tools write where there is no value.
 _NO_VALUE = ("", "nan", "NaN", "None", "<NA>")
@@ -134,6 +134,8 @@ def _table(manifest: epath.Path) -> tuple[list[str], list[tuple[int, list[str]]]
         return ["path", "samples"], others, _join(manifest.parent, first[0])
     if len(first) == 1 and is_audio(PurePosixPath(first[0])):
         return ["path"], rows, manifest.parent
+    if first[0].startswith(("{", "[")):
+        raise ManifestError(_json_remedy(manifest, text))
     for separator in "\t,;":
         lines = _rows(manifest, text, separator)
         _, header = next(lines, (0, []))
@@ -146,6 +148,18 @@ def _table(manifest: epath.Path) -> tuple[list[str], list[tuple[int, list[str]]]
         f"{manifest}: no column `path` in its first line ({', '.join(first)[:80]}), nor is it a"
         " bare list of audio files or fairseq's format (a directory, then lines of path, tab,"
         " samples): add a header line, such as path,label"
+    )
+
+
+def _json_remedy(manifest: epath.Path, text: str) -> str:
+    if around := re.match(r'\s*{\s*"(\w+)"\s*:\s*\[', text):  # {"data": [...]}, as AST has it
+        table = f"pandas.DataFrame(json.load(open('{manifest}'))['{around[1]}'])"
+    else:
+        lines = ", lines=True" if text.lstrip().startswith("{") else ""
+        table = f"pandas.read_json('{manifest}'{lines})"
+    return (
+        f"{manifest} is JSON: make it a table by {table}.to_csv('list.csv', index=False), with the"
+        " columns path and, where there are classes, label or labels"
     )
 
 

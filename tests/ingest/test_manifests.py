@@ -86,6 +86,25 @@ def test_columns_of_segments_and_of_classes_are_told(tmp_path):
     assert (listing.label_names, listing.notes) == (None, ["columns left out: bark, meow"])
 
 
+@pytest.mark.parametrize(
+    ("text", "table"),
+    [
+        ('{"audio_filepath": "0.wav", "label": "x"}\n{"audio_filepath": "1.wav", "label": "y"}\n',
+         "pandas.read_json('{}', lines=True)"),
+        ('[{"path": "0.wav", "label": "x"},\n {"path": "1.wav", "label": "y"}]',
+         "pandas.read_json('{}')"),
+        ('{\n "data": [\n  {"wav": "0.wav", "labels": "/m/1,/m/2"}\n ]\n}',
+         "pandas.DataFrame(json.load(open('{}'))['data'])"),
+    ],
+)  # fmt: skip
+def test_json_is_told_with_its_conversion(tmp_path, text, table):
+    path = tmp_path / "list.tsv"
+    table = table.format(path)
+    assert f"{path} is JSON: make it a table by {table}.to_csv('list.csv', index=False), with" in (
+        error_of(read, tmp_path, text)
+    )
+
+
 def test_a_single_label_may_hold_any_character(tmp_path):
     listing = listing_of(tmp_path, "path\tlabel\na.wav\tcow;ant\nb.wav\tant\n")
     assert (listing.is_multi_label, listing.label_names) == (False, ("ant", "cow;ant"))
