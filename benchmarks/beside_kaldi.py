@@ -35,7 +35,7 @@ def clips(folder: Path | None, count: int) -> np.ndarray:
     heard, missing = [], count * NUM_SAMPLES
     for index in random.permutation(len(files)):
         try:
-            heard.append(audio.decode(files[index].path))
+            heard.append(audio.decode(files[index].path).samples)
         except audio.UndecodableError:
             continue
         missing -= len(heard[-1])

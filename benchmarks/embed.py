@@ -45,7 +45,7 @@ def choose(folder: Path, count: int, shortest_frames: int) -> list[Path]:
     chosen = []
     for index in np.random.default_rng(0).permutation(len(files)):
         try:
-            samples = len(audio.decode(files[index]))
+            samples = len(audio.decode(files[index]).samples)
         except audio.UndecodableError:
             continue
         if fbank.frame_count(samples) >= shortest_frames:
@@ -61,7 +61,7 @@ def embed_with_s3prl(checkpoint: str, listing: Path, output: Path, batch_size: i
 
     expert = reference.expert(checkpoint)
     files = listing.read_text().split("\n")
-    clips = [np.float32(audio.decode(file)) / 32_768 for file in files]
+    clips = [np.float32(audio.decode(file).samples) / 32_768 for file in files]
     order = sorted(range(len(clips)), key=lambda index: len(clips[index]))
     patch_frames = expert.ast_kernel_stride_time
     embeddings = [None] * len(clips)

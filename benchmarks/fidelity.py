@@ -70,7 +70,7 @@ def table(columns: dict[str, list[Deviation]]) -> str:
 def read_clips(files: Sequence[Path]) -> list[np.ndarray]:
     """Returns float32 clips of at most 10 s of the files, or of the demo corpus."""
     if files:
-        clips = [audio.decode(file)[:LONGEST_SAMPLES] for file in files]
+        clips = [audio.decode(file).samples[:LONGEST_SAMPLES] for file in files]
     else:
         families = zip(demo_corpus.FAMILIES, DEMO_SAMPLES, strict=False)
         clips = [demo_corpus.clip(family, 0)[:samples] for family, samples in families]

@@ -13,8 +13,9 @@ evaluation as well) give the files below them their splits, where there are two 
 says so, and what it leaves out by name.
 
 A file that no decoder reads is skipped, and clips that a layout's lists name may be missing. Both
-are counted, and listed in skipped.tsv in the data set's folder. An interrupted build leaves nothing
-that opens: run it again.
+are counted, and listed in skipped.tsv in the data set's folder. Files that were read in part or
+scaled down, and clips without sound, are counted too, and listed in remarks.tsv. An interrupted
+build leaves nothing that opens: run it again.
 
 On Apache Beam, on this machine or on a cluster:
 

@@ -3,7 +3,8 @@
   python -m maeast_jax.embed FILE... --checkpoint=CKPT --output=FILE.npz|FILE.parquet
 
 FILE is an audio or video file of any format and length, or a folder of such files at any depth. The
-program reports a file that it cannot read, embeds the others and ends with exit code 4. The output
+program reports a file that it cannot read, embeds the others and ends with exit code 4. It also
+reports files that it read in part, scaled down, or found without sound, and embeds them. The output
 appears once it is whole. maeast_jax/inference/embedding_file.py describes its content, and the last
 line that the program prints reads it.
 """
@@ -23,7 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 from maeast_jax import fbank
-from maeast_jax.data import DecodePool, num_cores
+from maeast_jax.data import DecodePool, has_sound, num_cores
 from maeast_jax.ingest import sources
 from maeast_jax.runtime import cli, terminal
 
@@ -42,11 +43,13 @@ class Outcome:
     Attributes:
       done: names of the embedded files, in the order of the output.
       failed: the reason per file that is not embedded, by name.
+      remarks: what is unusual about an embedded file, by name.
       num_samples: samples in the embedded files, at 16 kHz.
     """
 
     done: list[str] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    remarks: dict[str, str] = dataclasses.field(default_factory=dict)
     num_samples: int = 0
 
 
@@ -113,12 +116,13 @@ def embed(
         for index, embedding in enumerate(embedder(clips)):
             writer.add(outcome.done[index], embedding)
             bar.update()
-        settings["failed"] = outcome.failed
+        settings |= {"failed": outcome.failed, "remarks": outcome.remarks}
     hours = outcome.num_samples / fbank.SAMPLE_RATE_HZ / 3600
     summary = {
         "embedded": f"{len(outcome.done)} files, {hours:.3f} h of audio in "
         f"{time.monotonic() - start:.1f} s",
         "failed": str(len(outcome.failed)),
+        **({"remarks": f"on {len(outcome.remarks)} files"} if outcome.remarks else {}),
         "output": str(output) if outcome.done else "none: no file could be read",
     }
     if outcome.done:
@@ -130,22 +134,26 @@ def embed(
 def _decoded(
     files: list[str], decode_pool: DecodePool, outcome: Outcome, bar: tqdm
 ) -> Iterator[np.ndarray]:
-    """Yields the samples of the files that can be embedded, and reports the others."""
-    for file, samples in zip(files, decode_pool.decode(files), strict=True):
+    """Yields the samples of the files that can be embedded, and reports what is unusual."""
+    for file, decoded in zip(files, decode_pool.decode(files), strict=True):
         # File names are arbitrary bytes, but the output holds UTF-8.
         name = os.fsencode(file).decode("utf-8", "backslashreplace")
-        if isinstance(samples, str):
-            reason = samples
-        elif len(samples) < fbank.FRAME_LENGTH:
-            reason = f"{len(samples)} samples at 16 kHz, shorter than 25 ms"
+        if isinstance(decoded, str):
+            outcome.failed[name] = decoded
+        elif len(decoded.samples) < fbank.FRAME_LENGTH:
+            outcome.failed[name] = f"{len(decoded.samples)} samples at 16 kHz, shorter than 25 ms"
         else:
+            remarks = [*decoded.remarks, *([] if has_sound(decoded.samples) else ["no sound"])]
+            if remarks:
+                outcome.remarks[name] = "; ".join(remarks)
             outcome.done.append(name)
-            outcome.num_samples += len(samples)
-            yield samples
-            continue
-        outcome.failed[name] = reason
-        bar.write(f"{name}: {reason}", file=sys.stderr)
-        bar.update()
+            outcome.num_samples += len(decoded.samples)
+        if told := outcome.failed.get(name) or outcome.remarks.get(name):
+            bar.write(f"{name}: {told}", file=sys.stderr)
+        if name in outcome.failed:
+            bar.update()
+        else:
+            yield decoded.samples
 
 
 def _whole_tokens(flag: str, seconds: float | None, patch_frames: int) -> int | None:

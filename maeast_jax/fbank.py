@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 SAMPLE_RATE_HZ = 16_000
+FULL_SCALE = 32_768  # of int16; soundfile and FFmpeg divide by it, so 16-bit files stay exact
 FRAME_LENGTH = 400  # samples: 25 ms
 FRAME_SHIFT = 160  # samples: 10 ms
 NUM_MEL_BANDS = 128
@@ -36,6 +37,8 @@ _NUM_BINS = _FFT_LENGTH // 2  # Kaldi's mel bands leave out the bin at the Nyqui
 _PRE_EMPHASIS = 0.97
 _HOP = math.gcd(FRAME_LENGTH, FRAME_SHIFT)  # samples; divides a frame's length and shift
 _ENERGY_FLOOR = np.finfo(np.float32).eps
+# Floats that pass full scale this many times are not audio but integers stored as floats.
+_LOUDEST = 100.0
 
 # The coarse parts of samples and matrix (see `_Constants`) have this many bits after the binary
 # point. Their products then have 18, and float32 adds them up to sums of 2**(24 - 18) = 64 without
@@ -88,6 +91,51 @@ def num_samples(num_frames: int) -> int:
     return FRAME_LENGTH + FRAME_SHIFT * (num_frames - 1)
 
 
+# --- samples ----------------------------------------------------------------------------------
+
+
+def as_samples(array):
+    """Returns samples of any type as int16 or float32, of the same shape.
+
+    This is the rule for samples in files, data sets and arrays: they are finite; integers hold
+    16-bit values; floats have full scale 1. Floats may pass full scale, which only shifts the log
+    energies, but by less than a factor of 100.
+
+    Args:
+      array: a numpy or jax array of any shape, with concrete values.
+
+    Raises:
+      ValueError: another type, or values against the rule.
+    """
+    if array.dtype.kind in "biu":
+        if array.dtype.itemsize == 1:
+            raise ValueError(_type_message(array.dtype.name))
+        if array.dtype != np.int16:
+            least, greatest = int(array.min(initial=0)), int(array.max(initial=0))
+            if least < -FULL_SCALE or greatest >= FULL_SCALE:
+                raise ValueError(
+                    f"{array.dtype} samples from {least} to {greatest} must be 16-bit values"
+                    f" ({-FULL_SCALE} to {FULL_SCALE - 1}); scale them to 16 bits"
+                )
+        return array.astype(np.int16, copy=False)
+    if not np.can_cast(array.dtype, np.float32, "same_kind"):
+        raise ValueError(_type_message(array.dtype.name))
+    if not (abs(array) <= _LOUDEST).all():  # on the device; there a maximum may pass over NaN
+        check_peak(np.abs(np.asarray(array)).max())
+    return array.astype(np.float32, copy=False)
+
+
+def check_peak(peak) -> None:
+    """Raises ValueError where float samples of this greatest magnitude are no audio."""
+    if not np.isfinite(peak):
+        raise ValueError("samples hold NaN or infinity, but must be finite; repair or remove them")
+    if peak > _LOUDEST:
+        raise ValueError(
+            f"float samples have a peak of {float(peak):g} times full scale, so they are integers"
+            f" stored as floats; divide them by {FULL_SCALE}"
+        )
+
+
 # --- on the device ----------------------------------------------------------------------------
 
 
@@ -109,7 +157,7 @@ def fbank(waveform: jax.Array) -> jax.Array:
 
     waveform = jnp.asarray(waveform)
     if waveform.dtype == jnp.int16:
-        samples = waveform.astype(jnp.float32) / 32_768.0
+        samples = waveform.astype(jnp.float32) / FULL_SCALE
     elif jnp.issubdtype(waveform.dtype, jnp.floating):
         samples = waveform.astype(jnp.float32)
     else:
@@ -164,7 +212,7 @@ def fbank_tf(waveform: tf.Tensor) -> tf.Tensor:
     waveform = tf.convert_to_tensor(waveform)
     if waveform.dtype != tf.int16 and not waveform.dtype.is_floating:
         raise ValueError(_type_message(waveform.dtype.name))
-    full_scale = 32_768.0 if waveform.dtype == tf.int16 else 1.0
+    full_scale = FULL_SCALE if waveform.dtype == tf.int16 else 1
 
     count = num_frames(waveform.shape[-1])
     whole, rest = divmod(FRAME_LENGTH, FRAME_SHIFT)
@@ -212,7 +260,7 @@ def fbank_tf(waveform: tf.Tensor) -> tf.Tensor:
 
 
 def _type_message(name: str) -> str:
-    return f"a waveform of {name} must be int16 or float in [-1, 1]; convert it to one of them"
+    return f"samples of {name} must be int16 or float in [-1, 1]; convert them to one of them"
 
 
 @functools.cache

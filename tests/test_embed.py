@@ -48,7 +48,7 @@ def model():
 
 
 def expected(sounds, model, **options):
-    return list(Embedder(model, **options)(audio.decode(sounds / name) for name in GOOD))
+    return list(Embedder(model, **options)(audio.decode(sounds / name).samples for name in GOOD))
 
 
 def test_a_folder_becomes_an_npz_file(sounds, model, tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_a_folder_becomes_an_npz_file(sounds, model, tmp_path, capsys):
     assert settings == {
         "checkpoint": str(CHECKPOINT), "tokens": "patch", "dtype": "float32", "pool": "mean",
         "layer": 2, "axes": ["size"], "step_seconds": 0.16, "window_seconds": 0.64,
-        "stride_seconds": 0.64,
+        "stride_seconds": 0.64, "remarks": {},
     }  # fmt: skip
     told = capsys.readouterr()
     assert "embedding   [64] per file: mean over time and bands of layer 2 (0 to 2)\n" in told.out
@@ -75,7 +75,7 @@ def test_a_folder_becomes_an_npz_file(sounds, model, tmp_path, capsys):
     assert f"read it   import numpy as np; f = np.load({str(output)!r})" in told.out
     errors = [line.split("\r")[-1].strip() for line in told.err.split("\n")]
     assert f"{sounds / 'short.wav'}: 320 samples at 16 kHz, shorter than 25 ms" in errors
-    assert any(line.startswith(f"{sounds / 'broken.mp3'}: soundfile: ") for line in errors)
+    assert any(line.startswith(f"{sounds / 'broken.mp3'}: PyAV: ") for line in errors)
     assert os.listdir(tmp_path) == ["out.npz"]
 
 
@@ -97,6 +97,26 @@ def test_every_step_of_every_layer_becomes_a_parquet_file(sounds, model, tmp_pat
     assert settings["axes"] == ["layers", "steps", "size"]
     assert (settings["window_seconds"], settings["stride_seconds"]) == (0.96, 0.48)
     assert settings["failed"] == {}
+
+
+def test_remarks_on_files_are_printed_and_kept(sounds, tmp_path, capsys):
+    silent, loud = tmp_path / "silent.wav", tmp_path / "loud.wav"
+    soundfile.write(silent, np.full(8_000, 7, np.int16), 16_000)
+    soundfile.write(loud, 3 * np.sin(np.arange(8_000, dtype=np.float32)), 16_000, subtype="FLOAT")
+    remarks = {
+        str(silent): "no sound",
+        str(loud): "beyond full scale: scaled down from a peak of 3",
+    }
+    outcome = embed(
+        [sounds / "2.wav", *remarks], checkpoint=CHECKPOINT, output=tmp_path / "out.npz"
+    )
+    assert (len(outcome.done), outcome.failed, outcome.remarks) == (3, {}, remarks)
+    told = capsys.readouterr()
+    for name, remark in remarks.items():
+        assert f"{name}: {remark}" in told.err
+    assert "failed    0\nremarks   on 2 files\n" in told.out
+    with np.load(tmp_path / "out.npz") as file:
+        assert json.loads(str(file["settings"]))["remarks"] == remarks
 
 
 def test_files_are_listed_once_as_first_named(sounds, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -73,6 +74,30 @@ def test_int16_is_its_values_over_32768():
     pcm = np.round(GOLDEN["speech.wav"][:8000] * 32768).astype(np.int16)
     as_float = pcm.astype(np.float32) / 32768
     np.testing.assert_array_equal(fbank.fbank(pcm), fbank.fbank(as_float))
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray])
+def test_samples_of_any_type_become_int16_or_float32(of):
+    for values, expected in [
+        (np.array([1, -32_768], np.int16), np.int16),
+        (np.array([1, 32_767], np.int32), np.int16),
+        (np.array([0.5, -99.0], np.float16), np.float32),
+        (np.array([0.5, -1.0], ml_dtypes.bfloat16), np.float32),
+        (np.array([[0.5], [-1.0]], np.float64), np.float32),
+    ]:
+        samples = fbank.as_samples(of(values))
+        assert samples.dtype == expected
+        np.testing.assert_array_equal(samples, values.astype(np.float64))
+    for values, message in [
+        (np.array([0.5, np.nan], np.float32), "NaN or infinity, but must be finite; repair"),
+        (np.array([-np.inf, 0.5], np.float16), "NaN or infinity"),
+        (np.array([0, -12_345.0]), "peak of 12345 times full scale.*divide them by 32768"),
+        (np.array([0, -32_769], np.int32), "int32 samples from -32769 to 0 must be 16-bit values"),
+        (np.zeros(2, np.uint8), "uint8 must be int16 or float"),
+        (np.zeros(2, np.complex64), "complex64 must be int16 or float"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fbank.as_samples(of(values))
 
 
 def test_silence_and_the_band_without_a_bin_are_the_floor():

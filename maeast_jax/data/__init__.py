@@ -1,6 +1,13 @@
 """Data sets: written, read, and drawn from in batches. Nothing here imports jax."""
 
-from maeast_jax.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE_HZ, DecodePool, num_cores
+from maeast_jax.data.audio import (
+    AUDIO_SUFFIXES,
+    SAMPLE_RATE_HZ,
+    DecodePool,
+    Recording,
+    has_sound,
+    num_cores,
+)
 from maeast_jax.data.dataset import prepare_tensorflow
 from maeast_jax.data.labelled import Labelled
 from maeast_jax.data.pipeline import Batch, DataConfig
@@ -15,6 +22,8 @@ __all__ = [
     "DecodePool",
     "Example",
     "Labelled",
+    "Recording",
+    "has_sound",
     "num_cores",
     "prepare_tensorflow",
 ]

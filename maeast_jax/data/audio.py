@@ -1,22 +1,35 @@
 """Decodes audio files and arrays of any kind to int16 samples, mono, 16 kHz.
 
-`decode` reads one file, `DecodePool` many files in several processes. Decoders and resamplers are
-imported where they are used, because training and the benchmark need none.
+`decode` reads one file, `DecodePool` many files in several processes. Both follow these rules:
+
+- Samples are those that `fbank.as_samples` accepts.
+- Channels are averaged. Where they cancel each other, the loudest one is taken alone.
+- Sound whose peak is beyond full scale is scaled down as a whole, and never clipped.
+- A damaged file is read as far as possible, and a remark says what is missing.
+
+Decoders and resamplers are imported where they are used, because training and the benchmark need
+none.
 """
 
 import collections
 import concurrent.futures
+import functools
 import itertools
+import mmap
 import multiprocessing
 import os
+import re
 import signal
+import struct
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import numpy as np
 
-from maeast_jax.fbank import SAMPLE_RATE_HZ
+from maeast_jax.fbank import FULL_SCALE, SAMPLE_RATE_HZ, as_samples, check_peak
 from maeast_jax.runtime import terminal
 
 # fmt: off
@@ -32,13 +45,33 @@ AUDIO_SUFFIXES = frozenset({
 })
 # fmt: on
 
-# Full scale of int16. soundfile and FFmpeg divide by it, so 16-bit files come back exactly.
-_FULL_SCALE = 32_768
-# Samples this many times above full scale are not audio but integers stored as floats.
-_LOUDEST = 100.0
-_BLOCK_FRAMES = 1 << 18
+# Channels cancel where their mean has less than this part of the power that a channel has on
+# average. The mean of two unlike channels has a half.
+_LEAST_MEAN_POWER = 0.01
+# Lossy codecs and resamplers often pass full scale by up to this factor, which needs no remark.
+_OVERSHOOT = 1.5
+# So many blocks are joined before the arithmetic, because FFmpeg's are as small as 64 samples. More
+# of them would not fit into the cache.
+_BLOCKS_AT_ONCE = 8
+_BLOCK_FRAMES = 1 << 13
 # After this many deaths in a row the machine is out of memory; so many files are not broken.
 _MOST_DEATHS = 10
+
+# The first bytes of lossless formats, which libsndfile reads two to ten times faster than FFmpeg.
+# Of other compressed files it reads only the first stream, without an error, and FFmpeg reads on.
+_LOSSLESS = re.compile(rb"RIF[FX]....WAVE|RF64|riff|FORM|\.snd|caff|fLaC|\xf0~", re.DOTALL)
+# After the sound of a RIFF file follow chunks, or zeros as padding. Anything else is sound.
+_CHUNK_NAME, _NOT_ZERO = re.compile(rb"(?!RIFF)[ -~]{4}"), re.compile(rb"[^\0]")
+# libsndfile's log where a header counts more bytes of sound than the file holds.
+_SHORTENED = re.compile(
+    r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE
+)
+# Programs that write to a pipe state lengths from here on, because they do not know the length.
+_UNKNOWN_BYTES = 2**31 - 2**16
+# FFmpeg's formats whose header counts the sound. For others FFmpeg estimates a duration.
+_COUNTING = ("flac", "mov,mp4,m4a,3gp,3g2,mj2", "aiff", "caf")
+# Tags between joined files reach the decoder as packets, but hold no sound.
+_TAGS = (b"ID3", b"TAG", b"APETAGEX")
 
 
 class UndecodableError(ValueError):
@@ -53,18 +86,28 @@ class DecoderDiedError(OSError):
     """Decoding processes die on one file after another, for example for lack of memory."""
 
 
+class Recording(NamedTuple):
+    """The sound of an audio file.
+
+    Attributes:
+      samples: int16 [samples], 16 kHz, at least one sample.
+      remarks: what the samples lack or how they were changed, each "KIND: DETAIL".
+    """
+
+    samples: np.ndarray
+    remarks: tuple[str, ...] = ()
+
+
 # --- one file or array ------------------------------------------------------------------------
 
 
-def decode(path: str | os.PathLike) -> np.ndarray:
-    """Returns the samples of an audio file, or of the first audio stream of a video file.
+def decode(path: str | os.PathLike) -> Recording:
+    """Decodes an audio file, or the first audio stream of a video file.
 
-    soundfile reads the file if it can, otherwise PyAV (FFmpeg). Channels are averaged, other rates
-    resampled (soxr HQ). A 16-bit mono file at 16 kHz comes back bit for bit. The file is read in
-    blocks: only the int16 result is ever in memory at its full length.
-
-    Returns:
-      int16 [samples], 16 kHz, at least one sample.
+    libsndfile (soundfile) reads PCM and FLAC, FFmpeg (PyAV) everything else, and each reads what
+    the other cannot. Other rates are resampled (soxr HQ). A 16-bit mono file at 16 kHz comes back
+    bit for bit. The file is read in blocks: only the int16 result is ever in memory at its full
+    length. A file whose channels cancel is read a second time, for one of them.
 
     Raises:
       UndecodableError: the path is not a file, both decoders fail, or there are no samples or
@@ -73,10 +116,27 @@ def decode(path: str | os.PathLike) -> np.ndarray:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UndecodableError(path, "is not a file" if os.path.exists(path) else "not found")
+    try:
+        with open(path, "rb") as file:
+            is_lossless = bool(_LOSSLESS.match(file.read(12)))
+        goes_on = is_lossless and _goes_on(path)
+    except OSError as error:
+        raise UndecodableError(path, terminal.one_line(error)) from error
+    decoders = [
+        ("PyAV", functools.partial(_av_blocks, ignore_length=goes_on)),
+        ("soundfile", _soundfile_blocks),
+    ]
     reasons = []
-    for decoder, read_blocks in (("soundfile", _soundfile_blocks), ("PyAV", _av_blocks)):
+    for decoder, read_blocks in reversed(decoders) if is_lossless and not goes_on else decoders:
+        # Where FFmpeg comes first, a file that libsndfile alone reads is not damaged but rare.
+        remarks = [f"read by {decoder}: {reason}" for reason in reasons if is_lossless]
+        if goes_on:
+            remarks.append("longer than its header counts: read to the end")
         try:
-            return _to_mono_int16(read_blocks(path))
+            samples = _mono_int16(functools.partial(read_blocks, path, remarks), remarks)
+            if not len(samples):
+                raise ValueError("no samples")
+            return Recording(samples, tuple(dict.fromkeys(remarks)))  # said once per reading
         except (ImportError, MemoryError):
             raise  # The machine is at fault and not the file.
         except Exception as error:  # Broken files make decoders raise errors of any type.
@@ -90,16 +150,14 @@ def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     """Converts samples in memory, of any rate, to the form that `decode` returns.
 
     Args:
-      waveform: [samples] or [samples, channels]. int16; wider integers that hold 16-bit values, as
-        TFDS stores audio; or floats of full scale 1, which are clipped beyond it.
+      waveform: [samples] or [samples, channels], as `fbank.as_samples` takes them.
       sample_rate_hz: rate of `waveform`.
 
     Returns:
       int16 [samples], 16 kHz.
 
     Raises:
-      ValueError: no samples, another shape or type, a value outside 16 bits, or floats that are
-        not audio.
+      ValueError: no samples, or another shape, type or values.
     """
     waveform = np.asarray(waveform)
     if waveform.ndim not in (1, 2) or not waveform.size:
@@ -107,93 +165,165 @@ def to_int16(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
             f"audio of shape {list(waveform.shape)}, expected [samples] or [samples, channels] with"
             " at least one sample"
         )
-    if np.issubdtype(waveform.dtype, np.integer) and waveform.dtype.itemsize > 1:
-        least, greatest = waveform.min(), waveform.max()
-        if least < -_FULL_SCALE or greatest >= _FULL_SCALE:
-            raise ValueError(
-                f"{waveform.dtype} audio with values from {least} to {greatest}, expected 16-bit"
-                f" values ({-_FULL_SCALE} to {_FULL_SCALE - 1}); scale the audio to 16 bits"
-            )
+    waveform = as_samples(waveform)
+    if waveform.dtype == np.int16:
         if waveform.ndim == 1 and sample_rate_hz == SAMPLE_RATE_HZ:
-            return waveform.astype(np.int16, copy=False)
-        waveform = waveform.astype(np.float32) / _FULL_SCALE
-    elif not np.issubdtype(waveform.dtype, np.floating):
-        raise ValueError(
-            f"audio of type {waveform.dtype}, expected int16, 16-bit values in wider integers, or"
-            " floats in [-1, 1]"
-        )
+            return waveform
+        waveform = waveform.astype(np.float32) / FULL_SCALE
     channels_last = waveform[:, None] if waveform.ndim == 1 else waveform
-    mono = _mono(channels_last.astype(np.float32, copy=False))
-    if sample_rate_hz != SAMPLE_RATE_HZ:
-        import librosa  # A second to import, and only data sets of other rates need it.
-
-        # With fix=True librosa would append a sample to some lengths.
-        mono = librosa.resample(
-            mono, orig_sr=sample_rate_hz, target_sr=SAMPLE_RATE_HZ, res_type="soxr_hq", fix=False
-        )
-    return _quantise(mono)
+    return _mono_int16(lambda: [(channels_last, sample_rate_hz)], [])
 
 
-def _mono(block: np.ndarray) -> np.ndarray:
-    """float32 [samples, channels] to [samples]; raises ValueError where it is not audio."""
-    peak = np.abs(block).max(initial=0.0)
-    if not peak <= _LOUDEST:  # also for NaN
-        found = f"a peak of {peak:g} times full scale" if np.isfinite(peak) else "NaN or infinity"
-        raise ValueError(f"samples hold {found}, expected finite values in [-1, 1]")
-    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+def has_sound(samples: np.ndarray) -> bool:
+    """Whether not all samples are equal."""
+    return samples.min() < samples.max()
 
 
-def _quantise(mono: np.ndarray) -> np.ndarray:
-    """float32 [samples] in [-1, 1] to int16, rounded and clipped."""
-    scaled = np.rint(mono * np.float32(_FULL_SCALE))
-    return np.clip(scaled, -_FULL_SCALE, _FULL_SCALE - 1).astype(np.int16)
+Blocks = Iterable[tuple[np.ndarray, int]]  # float32 [samples, channels], rate in Hz
 
 
-def _to_mono_int16(blocks: Iterator[tuple[np.ndarray, int]]) -> np.ndarray:
-    """Joins blocks (float32 [samples, channels], rate in Hz) to int16 [samples] at 16 kHz."""
-    pieces = []
-    first_rate_hz, resampler = None, None
-    for block, rate_hz in blocks:
-        if first_rate_hz is None:
-            first_rate_hz = rate_hz
-            if rate_hz != SAMPLE_RATE_HZ:
-                import soxr  # librosa resamples whole arrays alone.
-
-                resampler = soxr.ResampleStream(
-                    rate_hz, SAMPLE_RATE_HZ, num_channels=1, dtype="float32", quality="HQ"
-                )
-        if rate_hz != first_rate_hz:
-            raise ValueError(f"the sample rate changes from {first_rate_hz} to {rate_hz} Hz")
-        mono = _mono(block)
-        pieces.append(_quantise(resampler.resample_chunk(mono) if resampler else mono))
-    if resampler:
-        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        pieces.append(_quantise(rest))
-    if not sum(map(len, pieces)):
-        raise ValueError("no samples")
-    return np.concatenate(pieces)
+def _mono_int16(read_blocks: Callable[[], Blocks], remarks: list[str]) -> np.ndarray:
+    """Returns int16 [samples] at 16 kHz of the blocks, which it reads again if channels cancel."""
+    samples, peak, alone = _read(read_blocks(), {})
+    if alone:
+        remarks += [f"channels cancel: channel {taken + 1} alone" for taken in alone.values()]
+        samples, peak, _ = _read(read_blocks(), alone)
+    if peak > _OVERSHOOT:
+        remarks.append(f"beyond full scale: scaled down from a peak of {peak:.4g}")
+    return samples
 
 
-def _soundfile_blocks(path: str) -> Iterator[tuple[np.ndarray, int]]:
+def _read(blocks: Blocks, alone: Mapping[int, int]) -> tuple[np.ndarray, float, dict[int, int]]:
+    """Reads blocks to int16 [samples] at 16 kHz.
+
+    A stretch is a run of blocks of one rate and one number of channels. Most files are one.
+
+    Args:
+      alone: per stretch, the channel that is taken in place of the mean.
+
+    Returns:
+      The samples, the peak that they are scaled down from (1 if they are not), and `alone` for the
+      stretches whose channels cancel.
+    """
+    pieces, peak, cancelling = [(np.zeros(0, np.int16), 1.0)], 1.0, {}
+    stretches = itertools.groupby(blocks, lambda block: (block[1], block[0].shape[1]))
+    for number, ((rate_hz, num_channels), stretch) in enumerate(stretches):
+        products = np.zeros((num_channels, num_channels))
+        for mono in _resampled(_mono(stretch, alone.get(number), products), rate_hz):
+            peak = max(peak, float(np.abs(mono).max(initial=0)))
+            pieces.append((_int16(mono * np.float32(FULL_SCALE / peak)), peak))
+        powers = products.diagonal()
+        # The mean of all products is the power of the mean.
+        if products.mean() < _LEAST_MEAN_POWER * powers.mean():
+            cancelling[number] = int(powers.argmax())
+    # Pieces from before the greatest peak are scaled once more, to the one scale of the file.
+    same_scale = [
+        piece if own == peak else _int16(piece * np.float32(own / peak)) for piece, own in pieces
+    ]
+    return np.concatenate(same_scale), peak, cancelling
+
+
+def _int16(samples: np.ndarray) -> np.ndarray:
+    # Only a sample of +1 is a step too large.
+    return np.rint(samples).clip(-FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+
+
+def _mono(stretch: Iterator, channel: int | None, products: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields float32 [samples] per block; adds up `products` of the channels, [channels, channels].
+
+    They are left at 0 where there is no mean: for a single channel, and one that is taken alone.
+    """
+    while blocks := [block for block, _ in itertools.islice(stretch, _BLOCKS_AT_ONCE)]:
+        block = np.concatenate(blocks)
+        check_peak(np.abs(block).max(initial=0))
+        if block.shape[1] == 1 or channel is not None:
+            yield block[:, channel or 0]
+        else:
+            products += block.T @ block
+            yield block.mean(axis=1)
+
+
+def _resampled(blocks: Iterator[np.ndarray], rate_hz: int) -> Iterator[np.ndarray]:
+    if rate_hz == SAMPLE_RATE_HZ:
+        yield from blocks
+        return
+    import soxr
+
+    resampler = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
+    for mono in blocks:
+        yield resampler.resample_chunk(mono)
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _soundfile_blocks(path: str, remarks: list[str]) -> Blocks:
     import soundfile
 
     with soundfile.SoundFile(path) as file:
+        if shortened := _SHORTENED.search(file.extra_info):
+            counted, held = map(int, shortened.groups())
+            if counted < _UNKNOWN_BYTES:
+                remarks.append(f"read in part: {held} of {counted} bytes that its header counts")
         while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
             yield block, file.samplerate
 
 
-def _av_blocks(path: str) -> Iterator[tuple[np.ndarray, int]]:
+def _goes_on(path: str) -> bool:
+    """Whether a RIFF or FLAC file goes on after the sound that its header counts."""
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        if content[:4] == b"fLaC":
+            return content.find(b"fLaC", 4) > 0
+        place, is_past_sound = 12, False
+        while content[:4] == b"RIFF" and place + 8 <= len(content):
+            if is_past_sound and not _CHUNK_NAME.match(content, place):
+                return bool(_NOT_ZERO.search(content, place))
+            name, num_bytes = struct.unpack_from("<4sI", content, place)
+            is_past_sound |= name == b"data"
+            place += 8 + num_bytes + num_bytes % 2
+    return False
+
+
+def _av_blocks(path: str, remarks: list[str], ignore_length: bool) -> Blocks:
     import av
 
-    # "file:" keeps FFmpeg from reading a colon in the name as a protocol. The list of protocols
-    # keeps a playlist that poses as audio from fetching anything.
-    with av.open(
-        f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"}
-    ) as container:
+    options = {
+        # The list of protocols keeps a playlist that poses as audio from fetching anything.
+        "protocol_whitelist": "file",
+        "ignore_length": str(int(ignore_length)),  # known for RIFF alone
+    }
+    # "file:" keeps FFmpeg from reading a colon in the name as a protocol.
+    with av.open(f"file:{path}", metadata_errors="ignore", options=options) as container:
         if not container.streams.audio:
             raise ValueError("no audio stream")
-        for frame in container.decode(audio=0):
-            yield _frame_samples(frame), frame.sample_rate
+        stream = container.streams.audio[0]
+        seconds, num_damaged, end = 0.0, 0, ""
+        try:
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.InvalidDataError:
+                    num_damaged += not bytes(packet).startswith(_TAGS)
+                    continue
+                for frame in frames:
+                    seconds += frame.samples / frame.sample_rate
+                    yield _frame_samples(frame), frame.sample_rate
+        except (av.InvalidDataError, av.PatchWelcomeError) as error:
+            if not seconds:
+                raise
+            end = f", where FFmpeg stops: {terminal.one_line(error)}"
+        counted = _counted_seconds(container.format.name, stream)
+        if num_damaged or end or seconds < 0.99 * counted - 0.1:
+            of = f" of {counted:.2f}" if counted else ""
+            remarks.append(f"read in part: {seconds:.2f}{of} s, {num_damaged} packets damaged{end}")
+
+
+def _counted_seconds(format_name: str, stream) -> float:
+    """Returns the seconds that a file's header counts, 0 where it counts none."""
+    # An mp3 file with a first frame that counts the others also states the encoder's delay.
+    is_counted = format_name in _COUNTING or (format_name == "mp3" and stream.start_time)
+    return float(stream.duration * stream.time_base) if is_counted and stream.duration else 0.0
 
 
 def _frame_samples(frame) -> np.ndarray:
@@ -204,7 +334,7 @@ def _frame_samples(frame) -> np.ndarray:
     if block.dtype == np.uint8:
         return (block.astype(np.float32) - 128) / 128
     if np.issubdtype(block.dtype, np.integer):
-        return block.astype(np.float32) / -float(np.iinfo(block.dtype).min)
+        return block.astype(np.float32) / 2 ** (8 * block.itemsize - 1)
     return block.astype(np.float32)
 
 
@@ -225,8 +355,8 @@ class DecodePool:
     def __exit__(self, *exc_info) -> None:
         self._executor.shutdown(cancel_futures=True)
 
-    def decode(self, paths: Sequence[str]) -> Iterator[np.ndarray | str]:
-        """Yields for each path, in order, int16 [samples] at 16 kHz, or why it is undecodable.
+    def decode(self, paths: Sequence[str]) -> Iterator[Recording | str]:
+        """Yields for each path, in order, its recording, or why it is undecodable.
 
         At most four files per process are under way, because results wait in memory. Where a
         process dies, each file under way is decoded again alone. A file that kills its process
@@ -246,7 +376,7 @@ class DecodePool:
                 return
             yield self._result(*under_way.popleft())
 
-    def _result(self, path: str, future: concurrent.futures.Future) -> np.ndarray | str:
+    def _result(self, path: str, future: concurrent.futures.Future) -> Recording | str:
         if _is_broken(future):
             future = self._submit(path)
         if not _is_broken(future):
@@ -287,7 +417,7 @@ def _is_broken(future: concurrent.futures.Future) -> bool:
     return isinstance(future.exception(), BrokenProcessPool)
 
 
-def _decode(path: str) -> np.ndarray | str:
+def _decode(path: str) -> Recording | str:
     """What a decoding process runs."""
     try:
         return decode(path)
@@ -299,6 +429,9 @@ def _decode(path: str) -> np.ndarray | str:
 
 def _follow_parent() -> None:
     """Runs first in a decoding process, which would outlive a killed parent and wait for ever."""
+    # C libraries write warnings here that name no file. Python's own errors still appear.
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and ends this process.
 
     def wait_and_exit():

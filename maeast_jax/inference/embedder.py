@@ -133,10 +133,10 @@ class Embedder:
         """Yields each clip's embedding, float32 with `axes`, in order.
 
         Args:
-          clips: [samples] at 16 kHz, int16 or float in [-1, 1], at least 400 samples (25 ms). They
-            are taken up to 16 batches or 1 GiB ahead of the results.
+          clips: [samples] at 16 kHz as `fbank.as_samples` takes them, at least 400 samples (25 ms).
+            They are taken up to 16 batches or 1 GiB ahead of the results.
 
-        Raises ValueError for another shape or type, or a clip that is too short.
+        Raises ValueError for another shape, type or values, or a clip that is too short.
         """
         most_steps = _WAITING_BATCHES * self._batch_tokens // self._bands
         stream = Stream(self._compute, most_steps, _WAITING_BYTES)
@@ -220,15 +220,14 @@ def _num_own(cut: list[Window]) -> int:
     return sum(window.own_stop - window.own_start for window in cut)
 
 
-def _checked(number: int, samples: np.ndarray) -> np.ndarray:
-    samples = np.asarray(samples)
-    is_float = np.issubdtype(samples.dtype, np.floating)
-    if samples.ndim != 1 or not (samples.dtype == np.int16 or is_float):
-        raise ValueError(
-            f"clip {number} is {samples.dtype} {list(samples.shape)}, expected int16 or float "
-            "[samples]; convert it (audio.to_int16)"
-        )
-    return samples.astype(np.float32, copy=False) if is_float else samples
+def _checked(number: int, clip: np.ndarray) -> np.ndarray:
+    clip = np.asarray(clip)
+    if clip.ndim != 1:
+        raise ValueError(f"clip {number} has shape {list(clip.shape)}, expected [samples]")
+    try:
+        return fbank.as_samples(clip)
+    except ValueError as error:
+        raise ValueError(f"clip {number}: {error}") from error
 
 
 def _check_window(window_frames: int, stride_frames: int, patch_frames: int) -> None:

@@ -64,7 +64,7 @@ def write(
                 report.check_split(tally, split)
         if failure:
             raise DataError(f"Beam's pipeline failed: {failure}")
-        report.write_skipped(folder / name / writer.VERSION / "skipped.tsv", tally, listing)
+        report.write_lists(folder / name / writer.VERSION, tally, listing)
     return tally
 
 

@@ -162,7 +162,7 @@ def _write(
             label_names=listing.label_names,
             multi_label=listing.is_multi_label,
             description=description,
-            finish=lambda folder: report.write_skipped(folder / "skipped.tsv", tally, listing),
+            finish=lambda folder: report.write_lists(folder, tally, listing),
             overwrite=overwrite,
         )
     return tally

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from maeast_jax.data import SAMPLE_RATE_HZ, DecodePool, Example
+from maeast_jax.data import SAMPLE_RATE_HZ, DecodePool, Example, Recording
 from maeast_jax.ingest.sources import AudioFile
 from maeast_jax.runtime import storage, terminal
 
@@ -31,8 +31,8 @@ class Cut:
     min_seconds: float
 
 
-def decode(pool: DecodePool, paths: Sequence[str]) -> Iterator[np.ndarray | str]:
-    """Yields for each path int16 [samples] at 16 kHz, or why there are none, in order.
+def decode(pool: DecodePool, paths: Sequence[str]) -> Iterator[Recording | str]:
+    """Yields for each path, in order, its recording, or why there is none.
 
     Recordings on gs:// are copied to temporary files first, some at a time.
     """
@@ -68,22 +68,23 @@ def _fetch(path: str, file: str) -> str | None:
     return None
 
 
-def clips_of(file: AudioFile, decoded: np.ndarray | str, cut: Cut) -> list[Example]:
+def clips_of(file: AudioFile, decoded: Recording | str, cut: Cut) -> list[Example]:
     """Returns the examples of a file; the ids of pieces end in their number.
 
     Args:
-      decoded: int16 [samples]; or the reason why there are none, which gives no clip.
+      decoded: the recording; or the reason why there is none, which gives no clip.
     """
     if isinstance(decoded, str):
         return []
     piece_seconds = cut.piece_seconds if file.piece_seconds is None else file.piece_seconds
+    samples = decoded.samples
     pieces = cut_pieces(
-        decoded,
+        samples,
         piece_samples=round(piece_seconds * SAMPLE_RATE_HZ),
         min_samples=round(cut.min_seconds * SAMPLE_RATE_HZ),
     )
-    if len(pieces) == 1 and len(pieces[0]) == len(decoded):
-        return [(file.id, decoded, file.label)]
+    if len(pieces) == 1 and len(pieces[0]) == len(samples):
+        return [(file.id, samples, file.label)]
     return [(f"{file.id}#{index:04d}", piece, file.label) for index, piece in enumerate(pieces)]
 
 

@@ -3,13 +3,12 @@
 import collections
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from etils import epath
 
-from maeast_jax.data import SAMPLE_RATE_HZ, DataError, Example
+from maeast_jax.data import SAMPLE_RATE_HZ, DataError, Example, Recording, has_sound
 from maeast_jax.ingest.sources import AudioFile, Listing
 
 _FINETUNE_CONFIGS = {
@@ -29,6 +28,8 @@ class Tally:
     Attributes:
       files, clips, samples: counts per split; skipped files count as files.
       unreadable, too_short: (id, reason) of the files that gave no clip.
+      remarks: (id, remark) of files that were read in another way than most, and of clips without
+        sound. A remark is "KIND: DETAIL", or "KIND".
     """
 
     files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -36,16 +37,20 @@ class Tally:
     samples: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unreadable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     too_short: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    remarks: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, file: AudioFile, decoded: np.ndarray | str, clips: Sequence[Example]) -> None:
+    def add(self, file: AudioFile, decoded: Recording | str, clips: Sequence[Example]) -> None:
         """Counts a file that was decoded (or was not, for the reason given) into these clips."""
         self.files[file.split] += 1
         self.clips[file.split] += len(clips)
         self.samples[file.split] += sum(len(samples) for _, samples, _ in clips)
         if isinstance(decoded, str):
             self.unreadable.append((file.id, decoded))
-        elif not clips:
-            seconds = len(decoded) / SAMPLE_RATE_HZ
+            return
+        self.remarks += [(file.id, remark) for remark in decoded.remarks]
+        self.remarks += [(clip, "no sound") for clip, samples, _ in clips if not has_sound(samples)]
+        if not clips:
+            seconds = len(decoded.samples) / SAMPLE_RATE_HZ
             self.too_short.append((file.id, f"{seconds:.2f} s, shorter than --min_seconds"))
 
     def merge(self, other: "Tally") -> None:
@@ -55,6 +60,7 @@ class Tally:
         self.samples.update(other.samples)
         self.unreadable += other.unreadable
         self.too_short += other.too_short
+        self.remarks += other.remarks
 
     @property
     def hours(self) -> float:
@@ -62,12 +68,20 @@ class Tally:
         return _hours(self.samples.total())
 
 
-def write_skipped(path: Path | epath.Path, tally: Tally, listing: Listing) -> None:
-    """Lists every clip that the data set lacks: a TSV of `path` and `reason`."""
+def write_lists(directory: Path | epath.Path, tally: Tally, listing: Listing) -> None:
+    """Lists beside a data set the clips that it lacks, and the remarks on those that it holds."""
+    _write_skipped(directory / "skipped.tsv", tally, listing)
+    _write_tsv(directory / "remarks.tsv", "remark", tally.remarks)
+
+
+def _write_skipped(path: Path | epath.Path, tally: Tally, listing: Listing) -> None:
     missing = [(clip, "not in the folder") for clip, _ in listing.missing]
-    skipped = sorted(tally.unreadable + tally.too_short + missing)
-    lines = [f"{clip}\t{' '.join(reason.split())}" for clip, reason in skipped]
-    path.write_bytes(("\n".join(["path\treason", *lines]) + "\n").encode())
+    _write_tsv(path, "reason", tally.unreadable + tally.too_short + missing)
+
+
+def _write_tsv(path: Path | epath.Path, column: str, rows: Iterable[tuple[str, str]]) -> None:
+    lines = [f"{clip}\t{' '.join(text.split())}" for clip, text in sorted(rows)]
+    path.write_bytes(("\n".join([f"path\t{column}", *lines]) + "\n").encode())
 
 
 def check_skipped(
@@ -76,7 +90,7 @@ def check_skipped(
     """Raises DataError where too many files are unreadable, after listing them in `skipped`."""
     if len(tally.unreadable) <= len(listing.files) * max_skipped_percent / 100:
         return
-    write_skipped(skipped, tally, listing)
+    _write_skipped(skipped, tally, listing)
     name, reason = tally.unreadable[0]
     raise DataError(
         f"{len(tally.unreadable)} of the first {tally.files.total()} files (of"
@@ -96,7 +110,7 @@ def check_split(tally: Tally, split: str) -> None:
 
 
 def summary(tally: Tally, listing: Listing, directory: Path | epath.Path) -> str:
-    """Returns the table of splits, and the counts of what the set in `directory` lacks."""
+    """Returns the table of splits, what the set in `directory` lacks, and remarks on the rest."""
     missing = collections.Counter(split for _, split in listing.missing)
     rows = [("split", "files", "clips", "hours", "missing")]
     for split in sorted({*tally.files, *missing}):
@@ -116,6 +130,14 @@ def summary(tally: Tally, listing: Listing, directory: Path | epath.Path) -> str
             f"skipped {len(tally.unreadable)} unreadable files, {len(tally.too_short)} too short:"
             f" {skipped}"
         )
+    kinds = collections.defaultdict(list)
+    for clip, remark in sorted(tally.remarks):
+        kind, _, detail = remark.partition(": ")
+        kinds[kind].append(f"{clip}: {detail}" if detail else clip)
+    for kind, found in sorted(kinds.items()):
+        lines.append(f"{kind}: {len(found)}, e.g. {found[0]}")
+    if kinds:
+        lines.append(f"the whole list: {directory / 'remarks.tsv'}")
     if names := listing.label_names:
         several = ", any number of them per clip" if listing.is_multi_label else ""
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

@@ -110,18 +110,21 @@ class SpectrogramEncoder(nnx.Module):
         longer clip of the batch leaves room for it, and is dropped from the longest clip.
 
         Args:
-          waveforms: float32 or int16 [b, samples] at 16 kHz.
+          waveforms: [b, samples] at 16 kHz as `fbank.as_samples` takes them. Under a jax
+            transformation their values are unknown and not checked.
           lengths: each clip's samples [b]; None takes all clips as full. Samples past a clip's
             length change no result.
 
-        Raises ValueError for another shape, and for a length under 400 samples (one frame) or past
-        the waveform.
+        Raises ValueError for another shape, type or values, and for a length under 400 samples (one
+        frame) or past the waveform.
         """
         waveforms_BxS = jnp.asarray(waveforms)
         if waveforms_BxS.ndim != 2:
             raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
         num_clips, num_samples = waveforms_BxS.shape
         fbank.num_frames(num_samples)  # raises for fewer samples than one frame
+        if not isinstance(waveforms_BxS, jax.core.Tracer):
+            waveforms_BxS = fbank.as_samples(waveforms_BxS)
         lengths_B = np.asarray([num_samples] * num_clips if lengths is None else lengths, np.int32)
         if lengths_B.shape != (num_clips,):
             raise ValueError(f"lengths are {lengths_B.shape}, expected one per clip, {num_clips}")

@@ -62,7 +62,7 @@ def get_timestamp_embeddings(audio, model):
       timestamp_embedding_size], the bands of a step side by side, and [n_sounds, steps], the middle
       of each step in milliseconds. A last part shorter than a step has no embedding.
 
-    Raises ValueError for another shape or type.
+    Raises ValueError for another shape, type or values, as `Embedder` does.
     """
     import torch
 

@@ -1,8 +1,10 @@
 """Audio files and arrays to int16 at 16 kHz, alone and in several processes."""
 
+import errno
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 
@@ -48,7 +50,7 @@ def test_16_bit_mono_at_16_khz_is_exact(tmp_path):
     samples = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
     samples[:2] = -32768, 32767
     soundfile.write(tmp_path / "a.flac", samples, 16_000, subtype="PCM_16")
-    decoded = audio.decode(tmp_path / "a.flac")
+    decoded = audio.decode(tmp_path / "a.flac").samples
     assert decoded.dtype == np.int16
     np.testing.assert_array_equal(decoded, samples)
     np.testing.assert_array_equal(audio.to_int16(samples, 16_000), samples)
@@ -60,13 +62,13 @@ def test_channels_are_averaged(tmp_path):
     third = np.array([200, 3, 32767, -32768, 5], np.int16)
     soundfile.write(tmp_path / "a.wav", np.stack([left, right, third], 1), 16_000)
     expected = [200, -66, 32767, -32768, 4]
-    assert audio.decode(tmp_path / "a.wav").tolist() == expected
+    assert audio.decode(tmp_path / "a.wav").samples.tolist() == expected
     assert audio.to_int16(np.stack([left, right, third], 1), 16_000).tolist() == expected
 
 
 @pytest.mark.parametrize("rate_hz", [11_025, 44_100])
 def test_arrays_of_other_rates_are_resampled_as_soxr_does(rate_hz):
-    """To the bit and the sample, so that data sets built before librosa keep their examples."""
+    """To the bit and the sample: as one block, a stream is resampled like an array."""
     for length in (1, 7, 1_000, 4_001):
         samples = np.random.default_rng(length).normal(0, 0.1, length).astype(np.float32)
         resampled = soxr.resample(samples, rate_hz, 16_000, quality="HQ")
@@ -78,17 +80,46 @@ def test_files_are_resampled_in_blocks_as_in_one_go(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_BLOCK_FRAMES", 1000)  # many blocks, as a long file has
     samples = sine(0.5, 44_100).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
-    decoded = audio.decode(tmp_path / "a.wav")
+    decoded = audio.decode(tmp_path / "a.wav").samples
     assert len(decoded) == 8000
     assert np.abs(decoded.astype(int) - audio.to_int16(samples, 44_100)).max() <= 1
 
 
-def test_samples_beyond_full_scale_are_clipped(tmp_path):
-    loud = np.array([1.5, -1.5, 1.0, -1.0, 0.5, 2**-16, 3 * 2**-16], np.float32)
+def test_sound_beyond_full_scale_is_scaled_down_as_a_whole(tmp_path, monkeypatch):
+    loud = np.array([0.75, 2**-15, 3 * 2**-15, 1.0, 3.0, -3.0, 1.5, -1.5], np.float32)
     soundfile.write(tmp_path / "a.wav", loud, 16_000, subtype="FLOAT")
-    expected = [32767, -32768, 32767, -32768, 16384, 0, 2]  # halves round to the even number
-    assert audio.decode(tmp_path / "a.wav").tolist() == expected
+    expected = [8192, 0, 1, 10923, 32767, -32768, 16384, -16384]
+    recording = audio.decode(tmp_path / "a.wav")
+    assert recording.samples.tolist() == expected
+    assert recording.remarks == ("beyond full scale: scaled down from a peak of 3",)
     assert audio.to_int16(loud, 16_000).tolist() == expected
+    # The peak may come late in a long file.
+    monkeypatch.setattr(audio, "_BLOCK_FRAMES", 1)
+    monkeypatch.setattr(audio, "_BLOCKS_AT_ONCE", 1)
+    again = audio.decode(tmp_path / "a.wav").samples
+    np.testing.assert_allclose(again.astype(int), expected, atol=1)  # rounded twice
+    # Codecs overshoot so often that it is not worth a remark.
+    soundfile.write(tmp_path / "b.wav", loud[:4] * np.float32(1.25), 16_000, subtype="FLOAT")
+    recording = audio.decode(tmp_path / "b.wav")
+    assert (recording.samples.tolist(), recording.remarks) == ([24576, 1, 3, 32767], ())
+
+
+def test_channels_that_cancel_are_not_averaged(tmp_path):
+    random = np.random.default_rng(0)
+    left, other = np.int16(random.normal(0, 3000, (2, 16_000)))
+    right = np.int16(-0.9 * left)
+    for name, channels, expected, remarks in [
+        ("a", [left, right], left, ("channels cancel: channel 1 alone",)),
+        ("b", [right, left], left, ("channels cancel: channel 2 alone",)),
+        ("c", [left, other], np.rint((left + np.float32(other)) / 2), ()),
+        ("d", [left, 0 * left], np.rint(left / np.float32(2)), ()),
+        ("e", [0 * left, 0 * left], 0 * left, ()),
+    ]:
+        soundfile.write(tmp_path / f"{name}.wav", np.stack(channels, 1), 16_000)
+        recording = audio.decode(tmp_path / f"{name}.wav")
+        np.testing.assert_array_equal(recording.samples, expected)
+        assert recording.remarks == remarks
+        np.testing.assert_array_equal(audio.to_int16(np.stack(channels, 1), 16_000), expected)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +137,8 @@ def test_compressed_files_give_the_tone_that_went_in(tmp_path, name, codec, rate
     except av.codec.codec.UnknownCodecError:
         pytest.skip(f"this FFmpeg does not encode {codec}")
     write_av(tmp_path / name, codec, rate_hz, sine(1, rate_hz), layout)
-    decoded = audio.decode(tmp_path / name)
+    decoded, remarks = audio.decode(tmp_path / name)
+    assert remarks == ()
     assert len(decoded) == pytest.approx(16_000, abs=0.15 * 16_000)  # encoders pad
     assert loudest_hz(decoded) == pytest.approx(440, abs=2)
     assert np.abs(decoded[4000:12_000]).max() == pytest.approx(16_384, rel=0.1)
@@ -137,7 +169,8 @@ def test_files_of_other_suffixes_that_folders_are_searched_for_decode(
         soundfile.write(path, sine(1, rate_hz), rate_hz, format=writer, subtype=subtype)
     else:
         write_av(path, writer, rate_hz, sine(1, rate_hz))
-    decoded = audio.decode(path)
+    decoded, remarks = audio.decode(path)
+    assert remarks == ()
     assert suffix in audio.AUDIO_SUFFIXES
     assert len(decoded) == pytest.approx(16_000, abs=0.15 * 16_000)
     assert loudest_hz(decoded) == pytest.approx(440, abs=2)
@@ -149,14 +182,14 @@ def test_pyav_is_exact_where_the_codec_is(tmp_path, codec, step):
     write_av(tmp_path / "a.mka", codec, 16_000, samples / 32768)
     with pytest.raises(soundfile.LibsndfileError):
         soundfile.read(tmp_path / "a.mka")  # so PyAV decodes it
-    np.testing.assert_array_equal(audio.decode(tmp_path / "a.mka"), samples)
+    np.testing.assert_array_equal(audio.decode(tmp_path / "a.mka").samples, samples)
 
 
 def test_a_name_with_a_colon_is_a_file_and_not_a_protocol(tmp_path, monkeypatch):
     write_av(tmp_path / "a.mka", "pcm_s16le", 16_000, sine(0.1, 16_000))
     (tmp_path / "a.mka").rename(tmp_path / "data:a.mka")
     monkeypatch.chdir(tmp_path)
-    assert len(audio.decode("data:a.mka")) == 1600
+    assert len(audio.decode("data:a.mka").samples) == 1600
 
 
 def test_a_video_without_sound_is_undecodable(tmp_path):
@@ -172,6 +205,142 @@ def test_a_video_without_sound_is_undecodable(tmp_path):
         audio.decode(tmp_path / "a.mkv")
 
 
+def write_parts(folder, suffix, rates_hz=(44_100,) * 3, layouts=("mono",) * 3):
+    """Writes three files of 3 s and different tones, and returns the bytes of each."""
+    parts = []
+    for hz, rate_hz, layout in zip(TONES_HZ, rates_hz, layouts, strict=True):
+        path, samples = folder / f"part.{suffix}", sine(3, rate_hz, hz, level=0.25)
+        if suffix == "ogg":  # FFmpeg's own encoder of Vorbis writes stereo alone
+            soundfile.write(path, np.stack([samples] * (1 + (layout == "stereo")), 1), rate_hz)
+        else:
+            codec = {"mp3": "libmp3lame", "opus": "libopus"}.get(suffix, suffix)
+            write_av(path, codec, rate_hz, samples, layout)
+        parts.append(path.read_bytes())
+    return parts
+
+
+TONES_HZ = (300, 1000, 3000)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rates_hz", "layouts"),
+    [
+        ("mp3", (44_100,) * 3, ("mono",) * 3),  # with ID3 tags and Xing headers in the middle
+        ("mp3", (44_100, 22_050, 48_000), ("mono", "stereo", "mono")),
+        ("ogg", (44_100,) * 3, ("mono",) * 3),
+        ("opus", (48_000,) * 3, ("mono",) * 3),
+        ("flac", (44_100,) * 3, ("stereo",) * 3),
+    ],
+)
+def test_joined_files_are_read_to_the_end(tmp_path, suffix, rates_hz, layouts):
+    parts = write_parts(tmp_path, suffix, rates_hz, layouts)
+    (tmp_path / f"a.{suffix}").write_bytes(b"".join(parts))
+    samples, remarks = audio.decode(tmp_path / f"a.{suffix}")
+    assert len(samples) == pytest.approx(9 * 16_000, abs=0.15 * 16_000)
+    for number, hz in enumerate(TONES_HZ):
+        part = samples[(48_000 * number) + 4_000 : 48_000 * (number + 1) - 4_000]
+        assert loudest_hz(part) == pytest.approx(hz, abs=2)
+        assert np.abs(part).max() == pytest.approx(8_192, rel=0.1)
+    # A FLAC file counts its samples.
+    assert remarks == (("longer than its header counts: read to the end",) * (suffix == "flac"))
+
+
+def test_a_joined_file_that_ffmpeg_does_not_follow_is_read_in_part(tmp_path):
+    parts = write_parts(tmp_path, "ogg", layouts=("mono", "stereo", "mono"))
+    (tmp_path / "a.ogg").write_bytes(b"".join(parts))
+    samples, (remark,) = audio.decode(tmp_path / "a.ogg")
+    assert len(samples) == 48_000
+    assert remark.startswith("read in part: 3.00 s, 0 packets damaged, where FFmpeg stops: Not yet")
+
+
+@pytest.fixture(scope="module")
+def pcm():
+    return np.random.default_rng(2).integers(-9000, 9000, 48_000).astype(np.int16)
+
+
+def wav(folder, samples, counted_bytes, riff_bytes=None):
+    """The bytes of a wav file with other counts in its header."""
+    soundfile.write(folder / "whole.wav", samples, 16_000)
+    content = bytearray((folder / "whole.wav").read_bytes())
+    if riff_bytes is not None:
+        content[4:8] = struct.pack("<I", riff_bytes)
+    content[40:44] = struct.pack("<I", counted_bytes)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("counted_bytes", "riff_bytes"),
+    [(48_000, None), (0, None), (0, 0), (2**32 - 1, 2**32 - 1), (2**31 - 2**15, 2**31 - 1)],
+)
+def test_a_wav_file_is_read_to_its_end_whatever_its_header_counts(
+    tmp_path, pcm, counted_bytes, riff_bytes
+):
+    (tmp_path / "a.wav").write_bytes(wav(tmp_path, pcm, counted_bytes, riff_bytes))
+    samples, remarks = audio.decode(tmp_path / "a.wav")
+    np.testing.assert_array_equal(samples, pcm)
+    is_stream = counted_bytes > 96_000  # whose length nobody knew
+    assert remarks == (() if is_stream else ("longer than its header counts: read to the end",))
+
+
+def test_chunks_and_zeros_after_the_sound_of_a_wav_file_are_no_sound(tmp_path, pcm):
+    content = wav(tmp_path, pcm, 96_000)
+    for rest in (b"LIST\4\0\0\0INFO", bytes(1000), b"LIST\xff\0\0\0INFO"):
+        (tmp_path / "a.wav").write_bytes(content + rest)
+        samples, remarks = audio.decode(tmp_path / "a.wav")
+        np.testing.assert_array_equal(samples, pcm)
+        assert remarks == ()
+    (tmp_path / "a.wav").write_bytes(content + content)
+    samples, remarks = audio.decode(tmp_path / "a.wav")
+    assert len(samples) == 96_022  # the second header sounds as 22 samples
+    assert remarks == ("longer than its header counts: read to the end",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "remark"),
+    [
+        ("wav", "read in part: 47978 of 96000 bytes that its header counts"),
+        ("aiff", "read in part: 47981 of 96008 bytes that its header counts"),
+        ("au", "read in part: 47988 of 96000 bytes that its header counts"),
+        ("w64", "read in part: 48052 of 96104 bytes that its header counts"),
+        ("caf", "read by PyAV: soundfile: Supported file format but file is malformed."),
+        ("flac", "read in part: 1.28 of 3.00 s, 1 packets damaged"),
+        ("mp3", "read in part: 1.41 of 3.00 s, 0 packets damaged"),
+    ],
+)
+def test_a_truncated_file_is_read_in_part(tmp_path, pcm, suffix, remark):
+    soundfile.write(tmp_path / f"a.{suffix}", pcm, 16_000)
+    content = (tmp_path / f"a.{suffix}").read_bytes()
+    (tmp_path / f"a.{suffix}").write_bytes(content[: len(content) // 2])
+    samples, remarks = audio.decode(tmp_path / f"a.{suffix}")
+    assert remarks[-1] == remark
+    assert 20_000 < len(samples) < 25_000
+    if suffix != "mp3":
+        np.testing.assert_array_equal(samples, pcm[: len(samples)])
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "flac"])
+def test_decoding_goes_on_after_damage(tmp_path, pcm, suffix):
+    soundfile.write(tmp_path / f"a.{suffix}", np.tile(pcm, 3), 16_000)
+    content = bytearray((tmp_path / f"a.{suffix}").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    samples, remarks = audio.decode(tmp_path / f"a.{suffix}")
+    assert 0.8 * 9 * 16_000 < len(samples) < 9 * 16_000
+    assert any(remark.startswith("read in part: 8.") for remark in remarks)
+    if suffix == "flac":
+        np.testing.assert_array_equal(samples[-20_000:], pcm[-20_000:])
+
+
+def test_decoders_print_nothing(tmp_path, capfd):
+    (tmp_path / "id3.mp3").write_bytes(b"ID3 of no kind")
+    (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(30_000))
+    names = [str(tmp_path / "id3.mp3"), str(tmp_path / "noise.mp3")]
+    with audio.DecodePool(1) as pool:
+        assert all(isinstance(result, str) for result in pool.decode(names))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_undecodable_files_say_why_in_one_line(tmp_path):
     (tmp_path / "noise.wav").write_bytes(np.random.default_rng(0).bytes(3000))
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.int16), 16_000)
@@ -179,11 +348,11 @@ def test_undecodable_files_say_why_in_one_line(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16_000, subtype="FLOAT")
     soundfile.write(tmp_path / "big.wav", np.array([0.0, 9000.0]), 16_000, subtype="FLOAT")
     expected = {
-        "noise.wav": "soundfile: .*; PyAV: ",
+        "noise.wav": "PyAV: .*; soundfile: ",
         "empty.wav": "no samples",
         "tick.wav": "no samples",
         "nan.wav": "NaN or infinity",
-        "big.wav": "a peak of 9000 times full scale",
+        "big.wav": "peak of 9000 times full scale, so they are integers .*; divide them by 32768",
         "absent.wav": "not found",
         ".": "not a file",
     }
@@ -194,6 +363,17 @@ def test_undecodable_files_say_why_in_one_line(tmp_path):
         assert message.startswith(str(tmp_path / name))
         assert message.count(str(tmp_path)) == 1
         assert "\n" not in message
+
+
+def test_a_file_that_the_system_refuses_is_undecodable(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", np.zeros(9, np.int16), 16_000)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(audio.UndecodableError, match=r"a\.wav: Permission denied"):
+        audio.decode(tmp_path / "a.wav")
+
+
+def refuse(*arguments, **options):
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_a_missing_decoder_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
@@ -207,7 +387,7 @@ def test_wider_integers_must_hold_16_bit_values():
     result = audio.to_int16(np.array([0, 1, 32767], np.int64), 16_000)
     assert (result.dtype, result.tolist()) == (np.int16, [0, 1, 32767])
     for values in ([0, 32768], [-32769, 0]):
-        with pytest.raises(ValueError, match="from {} to {}, expected 16-bit".format(*values)):
+        with pytest.raises(ValueError, match="from {} to {} must be 16-bit".format(*values)):
             audio.to_int16(np.array(values), 16_000)
 
 
@@ -215,7 +395,7 @@ def test_arrays_that_are_not_audio_are_refused():
     for bad, pattern in [
         (np.zeros((2, 3, 4), np.int16), r"shape \[2, 3, 4\]"),
         (np.zeros(0, np.int16), r"shape \[0\]"),
-        (np.zeros(3, np.uint8), "type uint8"),
+        (np.zeros(3, np.uint8), "samples of uint8 must be int16 or float"),
         (np.array([0, np.nan]), "NaN or infinity"),
         (np.array([0, 12_345.0]), "12345 times full scale"),
     ]:
@@ -264,11 +444,11 @@ def test_results_come_in_order_and_failures_as_text(tmp_path):
             # Long files before short ones, which would otherwise overtake them.
             soundfile.write(paths[-1], np.full(50_000 // (index + 1), index, np.int16), 16_000)
     with audio.DecodePool(2) as pool:
-        for index, samples in enumerate(pool.decode(paths)):
+        for index, recording in enumerate(pool.decode(paths)):
             if index % 7:
-                assert samples.tolist() == [index] * (50_000 // (index + 1))
+                assert recording.samples.tolist() == [index] * (50_000 // (index + 1))
             else:
-                assert samples == "not found"
+                assert recording == "not found"
         assert index == 19
         assert list(pool.decode([])) == []
 
@@ -280,7 +460,7 @@ def decoded(folder, names, num_processes=2):
             soundfile.write(folder / f"{name}.wav", np.full(9, int(name), np.int16), 16_000)
     with audio.DecodePool(num_processes) as pool:
         results = list(pool.decode([str(folder / f"{name}.wav") for name in names]))
-    return [r if isinstance(r, str) else str(*set(r.tolist())) for r in results]
+    return [r if isinstance(r, str) else str(*set(r.samples.tolist())) for r in results]
 
 
 def test_a_file_that_kills_its_decoder_is_undecodable_and_the_others_go_on(tmp_path, monkeypatch):

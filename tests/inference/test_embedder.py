@@ -187,10 +187,12 @@ def test_samples_of_any_type_give_equal_embeddings():
     samples = noise(10_000)
     floats = samples / 32_768
     embed = tiny_embedder()
-    found = list(embed([samples, floats, floats.astype(np.float32), floats.astype(np.float16)]))
+    types = (np.float64, np.float32, np.float16)
+    found = list(embed([samples, *map(floats.astype, types), samples.astype(np.int64)]))
     np.testing.assert_array_equal(found[0], found[2])
     np.testing.assert_array_equal(found[1], found[2])
     np.testing.assert_allclose(found[3], found[2], atol=0.05)
+    np.testing.assert_array_equal(found[4], found[2])
 
 
 def test_bfloat16_is_near():
@@ -245,7 +247,13 @@ def test_values_that_do_not_fit_are_one_line(arguments, message):
     ("clip", "message"),
     [
         (noise(399), "a waveform of 399 samples is shorter than one frame"),
-        (np.zeros((1, 16_000), np.int16), r"clip 1 is int16 \[1, 16000\], expected int16 or float"),
+        (np.zeros((1, 16_000), np.int16), r"clip 1 has shape \[1, 16000\], expected \[samples\]"),
+        (np.zeros(400, np.uint8), "clip 1: samples of uint8 must be int16 or float"),
+        (np.full(400, np.nan), "clip 1: samples hold NaN or infinity"),
+        (
+            noise(400).astype(np.float32),
+            "clip 1: .* integers stored as floats; divide them by 32768",
+        ),
     ],
 )
 def test_an_array_that_is_no_clip_is_refused(clip, message):

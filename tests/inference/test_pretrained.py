@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -86,11 +87,27 @@ def test_clips_without_lengths_are_full(model):
         (WAVE, [6000], r"lengths are \(1,\), expected one .* clip, 2"),
         (WAVE, [6000, 399], "a length of 399 samples, expected 400"),
         (WAVE, [6001, 6000], "a length of 6001 samples, expected 400 .* to 6000"),
+        (np.where(np.arange(6000) == 9, np.nan, 0.0)[None], None, "samples hold NaN or infinity"),
+        (np.float32(WAVE), None, "integers stored as floats; divide them by 32768"),
+        (np.full((1, 6000), 40_000), None, "samples from 0 to 40000 must be 16-bit values"),
+        (np.zeros((1, 6000), bool), None, "samples of bool must be int16 or float"),
     ],
 )
 def test_wrong_waveforms_are_one_line(model, waveforms, lengths, message):
     with pytest.raises(ValueError, match=message):
         model.encode(waveforms, lengths)
+
+
+def test_what_is_checked_changes_no_result(model):
+    """Floats beyond full scale reach the filter bank as they are, and traced ones unchecked."""
+    wanted = model.encode(WAVE).hidden_states
+    np.testing.assert_array_equal(model.encode(WAVE.astype(np.int64)).hidden_states, wanted)
+    loud = np.float32(WAVE) * (50 / np.abs(WAVE).max())
+    found = model.encode(loud).hidden_states
+    assert np.abs(found - wanted).max() > 1e-3
+    np.testing.assert_array_equal(model.encode(jnp.asarray(loud)).hidden_states, found)
+    traced = jax.jit(lambda waves: model.encode(waves).hidden_states)
+    np.testing.assert_allclose(traced(loud), found, atol=1e-4)
 
 
 def test_an_encoder_alone_encodes_alike_and_does_not_pretrain(workdir, model):

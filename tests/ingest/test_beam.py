@@ -10,6 +10,7 @@ from pathlib import Path
 import fake_gcs
 import numpy as np
 import pytest
+import soundfile
 from recordings import build, records, visible, write_wav
 
 from maeast_jax.data import DataError, dataset, num_cores
@@ -32,6 +33,7 @@ def farm(tmp_path_factory):
         rows.append(f"{label}/{seed}.wav\t{label}\t{'train' if seed < 9 else 'test'}")
     (root / "broken.wav").write_bytes(b"RIFF of no kind")
     write_wav(root / "short.wav", 0.02)
+    soundfile.write(root / "cow" / "0.wav", np.zeros(1600, np.int16), 16_000)
     rows += ["broken.wav\tcow\ttrain", "short.wav\tcrow\ttest"]
     (root / "list.tsv").write_text("\n".join(rows))
     rows = [f"{row.split()[0]}\tanimal;{row.split()[1]}" for row in rows[1:13]]
@@ -70,7 +72,13 @@ def test_the_data_set_is_the_one_of_the_ordinary_build(farm, ordinary, tmp_path,
     assert len(records(tmp_path, "train")) == 10
     assert_same_sets(tmp_path, ordinary)
     plain = ordinary / "farm" / "1.0.0"
-    for name in ("dataset_info.json", "features.json", "label.labels.txt", "skipped.tsv"):
+    for name in (
+        "dataset_info.json",
+        "features.json",
+        "label.labels.txt",
+        "remarks.tsv",
+        "skipped.tsv",
+    ):
         assert (made / name).read_bytes() == (plain / name).read_bytes()
     assert visible(made) == visible(plain)
     assert visible(tmp_path / "farm") == ["1.0.0"]
@@ -79,6 +87,7 @@ def test_the_data_set_is_the_one_of_the_ordinary_build(farm, ordinary, tmp_path,
         " workers)\n       split       files       clips       hours\n"
     )
     assert "\nskipped 1 unreadable files, 1 too short: " in told
+    assert "\nno sound: 1, e.g. cow/0.wav\n" in told
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+import soundfile
 from recordings import build, digests, noise, records, touch, visible, write_wav
 
 from maeast_jax.data import DataError, dataset
@@ -31,7 +32,9 @@ def test_a_folder_becomes_a_data_set_whatever_the_number_of_processes(farm, tmp_
         np.testing.assert_array_equal(samples, noise(0.1 + 0.01 * seed, seed))
         assert found == label
     assert (directory / "skipped.tsv").read_text() == "path\treason\n"
+    assert (directory / "remarks.tsv").read_text() == "path\tremark\n"
     told = capsys.readouterr()
+    assert "remarks.tsv" not in told.out
     assert f"12 files from {farm} to {tmp_path / 'farm'}, 2 processes" in told.out
     assert re.search(rf"train +{len(train)} +{len(train)} +0\.00", told.out)
     assert "2 labels: cow, crow" in told.out
@@ -68,9 +71,37 @@ def test_a_manifest_with_labels_splits_and_files_that_fail(tmp_path, capsys):
     header, *skipped = (directory / "skipped.tsv").read_text().splitlines()
     assert header == "path\treason"
     assert skipped[0] == "absent.wav\tnot found"
-    assert re.fullmatch(r"broken.wav\tsoundfile: .+; PyAV: .+", skipped[1])
+    assert re.fullmatch(r"broken.wav\tPyAV: .+; soundfile: .+", skipped[1])
     assert skipped[2:] == ["short.wav\t0.05 s, shorter than --min_seconds"]
     assert "skipped 2 unreadable files, 1 too short" in capsys.readouterr().out
+
+
+def test_remarks_are_counted_by_kind_and_listed(tmp_path, capsys):
+    folder = tmp_path / "in"
+    write_wav(folder / "a.wav", 0.5)
+    tone = np.sin(np.arange(40_000, dtype=np.float32))
+    for name, peak in (("b", 3), ("c", 2)):
+        soundfile.write(folder / f"{name}.wav", peak * tone, 16_000, subtype="FLOAT")
+    out_of_phase = np.stack([tone, -tone], 1) / 2
+    soundfile.write(folder / "d.wav", out_of_phase, 16_000)
+    half_silent = np.concatenate([tone[:16_000] / 2, np.zeros(32_000)])
+    soundfile.write(folder / "e.wav", half_silent, 16_000)
+    directory = build(audio_dir=folder, data_dir=tmp_path, piece_seconds=1, valid_percent=0)
+    assert (directory / "remarks.tsv").read_text() == (
+        "path\tremark\n"
+        "b.wav\tbeyond full scale: scaled down from a peak of 3\n"
+        "c.wav\tbeyond full scale: scaled down from a peak of 2\n"
+        "d.wav\tchannels cancel: channel 1 alone\n"
+        "e.wav#0001\tno sound\ne.wav#0002\tno sound\n"
+    )
+    assert (
+        "\nbeyond full scale: 2, e.g. b.wav: scaled down from a peak of 3"
+        "\nchannels cancel: 1, e.g. d.wav: channel 1 alone"
+        "\nno sound: 2, e.g. e.wav#0001"
+        f"\nthe whole list: {directory / 'remarks.tsv'}\n"
+    ) in capsys.readouterr().out
+    heard = records(tmp_path, "train")
+    np.testing.assert_allclose(heard["d.wav#0000"][0], 16_384 * tone[:16_000], atol=2)
 
 
 def test_a_manifest_with_several_labels_per_file(farm, tmp_path, capsys):

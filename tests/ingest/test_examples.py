@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from recordings import noise, write_wav
 
-from maeast_jax.data import DecodePool
+from maeast_jax.data import DecodePool, Recording
 from maeast_jax.ingest import examples
 from maeast_jax.ingest.examples import Cut, clips_of
 from maeast_jax.ingest.sources import AudioFile
@@ -44,7 +44,7 @@ def test_pieces(seconds, piece, shortest, expected):
 )
 def test_a_file_may_have_pieces_of_its_own_length(own_seconds, expected):
     file = AudioFile("in/a.wav", "a.wav", "cow", "train", own_seconds)
-    found = clips_of(file, SAMPLES, Cut(piece_seconds=2.0, min_seconds=0.5))
+    found = clips_of(file, Recording(SAMPLES), Cut(piece_seconds=2.0, min_seconds=0.5))
     assert {name: len(samples) / 16_000 for name, samples, _ in found} == expected
     assert {label for _, _, label in found} == {"cow"}
     np.testing.assert_array_equal(np.concatenate([samples for _, samples, _ in found]), SAMPLES)
@@ -52,13 +52,13 @@ def test_a_file_may_have_pieces_of_its_own_length(own_seconds, expected):
 
 def test_the_id_shows_that_a_single_piece_is_not_the_whole_file():
     file = AudioFile("in/a.wav", "a.wav")
-    found = clips_of(file, SAMPLES, Cut(piece_seconds=4.5, min_seconds=0.0))
+    found = clips_of(file, Recording(SAMPLES), Cut(piece_seconds=4.5, min_seconds=0.0))
     assert [(name, len(samples)) for name, samples, _ in found] == [("a.wav#0000", 72_000)]
 
 
 def test_short_and_undecodable_files_give_no_clip():
     file = AudioFile("in/a.wav", "a.wav")
-    assert clips_of(file, SAMPLES, Cut(piece_seconds=0.0, min_seconds=5.1)) == []
+    assert clips_of(file, Recording(SAMPLES), Cut(piece_seconds=0.0, min_seconds=5.1)) == []
     assert clips_of(file, "not found", Cut(piece_seconds=2.0, min_seconds=0.0)) == []
 
 
@@ -103,8 +103,8 @@ def test_recordings_that_cannot_be_fetched_have_a_reason(store, tmp_path):
     with DecodePool(1) as pool:
         found = list(examples.decode(pool, names))
     store.broken.clear()
-    np.testing.assert_array_equal(found[0], noise(0.3, 4))
+    np.testing.assert_array_equal(found[0].samples, noise(0.3, 4))
     assert found[1].startswith("cannot be fetched: Forbidden: ")
     assert found[2] == "not found"
-    np.testing.assert_array_equal(found[3], noise(0.3, 4))
+    np.testing.assert_array_equal(found[3].samples, noise(0.3, 4))
     assert found[4] == "not found"

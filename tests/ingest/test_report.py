@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maeast_jax.data import Recording
 from maeast_jax.ingest import layouts, report
 from maeast_jax.ingest.report import Tally
 from maeast_jax.ingest.sources import AudioFile, Listing
@@ -72,15 +73,16 @@ def test_a_layout_is_fine_tuned_by_its_own_configuration(layout):
 def test_tallies_of_parts_add_up_also_when_pickled():
     files = [AudioFile(name, name, None, split) for name, split in
              [("a", "train"), ("b", "train"), ("c", "train"), ("d", "valid")]]  # fmt: skip
-    samples = np.zeros(48_000, np.int16)
+    samples = np.arange(48_000, dtype=np.int16)
+    silence = np.full(48_000, 3, np.int16)
     whole, first, second = Tally(), Tally(), Tally()
     for tally, file, decoded, lengths in (
-        (first, files[0], samples, [32_000, 16_000]),
-        (second, files[1], samples[:100], []),
+        (first, files[0], Recording(samples, ("loud: 3", "odd")), [32_000, 16_000]),
+        (second, files[1], Recording(samples[:100]), []),
         (first, files[2], "not found", []),
-        (second, files[3], samples, [48_000]),
+        (second, files[3], Recording(silence), [48_000]),
     ):
-        clips = [(str(number), samples[:number], None) for number in lengths]
+        clips = [(str(number), decoded.samples[:number], None) for number in lengths]
         tally.add(file, decoded, clips)
         whole.add(file, decoded, clips)
     assert whole.files == {"train": 3, "valid": 1}
@@ -88,5 +90,8 @@ def test_tallies_of_parts_add_up_also_when_pickled():
     assert whole.samples == {"train": 48_000, "valid": 48_000}
     assert whole.unreadable == [("c", "not found")]
     assert whole.too_short == [("b", "0.01 s, shorter than --min_seconds")]
+    assert whole.remarks == [("a", "loud: 3"), ("a", "odd"), ("48000", "no sound")]
     second.merge(pickle.loads(pickle.dumps(first)))
+    assert sorted(second.remarks) == sorted(whole.remarks)
+    second.remarks = whole.remarks
     assert second == whole

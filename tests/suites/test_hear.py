@@ -110,6 +110,12 @@ def test_audio_of_another_kind_is_one_error(model):
     for audio in (torch.zeros(800), torch.zeros(1, 800).int()):
         with pytest.raises(ValueError, match=r"expected float \[n_sounds, n_samples\]"):
             hear.get_scene_embeddings(audio, model)
+    for audio, message in (
+        (torch.full((1, 800), torch.inf), "clip 0: samples hold NaN or infinity"),
+        (32_768 * noise(1, 800), "clip 0: .*; divide them by 32768"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hear.get_timestamp_embeddings(audio, model)
 
 
 def test_a_missing_path_is_one_error():
