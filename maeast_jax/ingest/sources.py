@@ -38,6 +38,7 @@ class AudioFile:
         all classes that hold.
       split: None until `assign_splits`.
       piece_seconds: the length of the pieces that it is cut into; None for the build's own length.
+      listed_seconds: the length that the data set's own list gives; None where it gives none.
     """
 
     path: str
@@ -45,6 +46,7 @@ class AudioFile:
     label: str | tuple[str, ...] | None = None
     split: str | None = None
     piece_seconds: float | None = None
+    listed_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
