@@ -94,7 +94,7 @@ def read_manifest(
     if others := [name for name in columns if name not in _KNOWN_COLUMNS]:
         notes.append(f"columns left out: {', '.join(others)[:80]}")
     if any(name.startswith(_SEGMENT_COLUMNS) for name in others):
-        notes.append("labels hold for whole files: cut files with segments before the build")
+        notes.append("files are taken whole: cut those with segments before the build")
     if "split" in columns:
         notes += renamed_splits(file.split for file in files)
         files = [dataclasses.replace(file, split=split_name(file.split)) for file in files]

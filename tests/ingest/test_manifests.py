@@ -80,7 +80,7 @@ def test_columns_of_segments_and_of_classes_are_told(tmp_path):
     listing = listing_of(tmp_path, "path\tStart\tend (s)\tlabel\na.wav\t0.1\t0.3\tx\n")
     assert listing.notes == [
         "columns left out: start, end (s)",
-        "labels hold for whole files: cut files with segments before the build",
+        "files are taken whole: cut those with segments before the build",
     ]
     listing = listing_of(tmp_path, "path,Bark,Meow\na.wav,0,1\nb.wav,1,0\n")
     assert (listing.label_names, listing.notes) == (None, ["columns left out: bark, meow"])
