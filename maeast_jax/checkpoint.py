@@ -275,6 +275,28 @@ def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     storage.write_whole(storage.path(workdir) / CONFIG, text.encode())
 
 
+def read_config(workdir: str | os.PathLike, mode: str | None) -> dict[str, Any]:
+    """Returns what `write_config` wrote, {} in a new workdir.
+
+    Args:
+      mode: the `mode` of fine-tuning; None for pretraining, whose configurations have none.
+
+    Raises CheckpointError where the run is of another mode: its files would be lost.
+    """
+    file = storage.path(workdir) / CONFIG
+    with storage.reaching(workdir):
+        if not file.exists():
+            return {}
+        found = json.loads(file.read_text())
+    was, is_ = found.get("mode") or "pretraining", mode or "pretraining"
+    if was != is_:
+        raise CheckpointError(
+            f"{workdir} holds a run of {was}, not of {is_}; choose another --workdir "
+            f"(--config.init_from={workdir} starts from its weights)"
+        )
+    return found
+
+
 def newest_step(workdir: str | os.PathLike) -> int | None:
     """Returns the step of the newest checkpoint in a workdir; None without one.
 

@@ -8,14 +8,15 @@ that was stopped goes on by the same command.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
+from maeast_jax import config as configuration
 from maeast_jax.data import Labelled
 from maeast_jax.evaluation import Evaluation, metrics, probe, results
 from maeast_jax.finetuning import (
@@ -45,7 +46,7 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
     """
     run = open_run(config, workdir)
     with checkpoint.held(run.workdir), memory.out_of_memory(_REMEDY):
-        _check_workdir(run)
+        _check_workdir(run, config.to_dict())
         print(terminal.announce(_plan(run)), flush=True)
         features = Features(run) if run.config.mode != "finetune" else None
         # After all that may fail, so that a mistake does not make the workdir this mode's.
@@ -57,30 +58,25 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
                 print(f"\nfold {sets.name}", flush=True)
             scored = _probe(run, sets, features) if features else _train(run, sets, folder)
             found[sets.name] = {
-                name: _evaluate(run, folder / name, name, of_set) for name, of_set in scored.items()
+                name: _evaluate(run, sets, name, of_set) for name, of_set in scored.items()
             }
         if len(run.folds) > 1:
             print(f"\n{_fold_table(found)}", flush=True)
     return found
 
 
-def _check_workdir(run: FinetuneRun) -> None:
-    """Raises ValueError for a workdir of a run of another kind, whose results would be lost."""
-    path = run.workdir / checkpoint.CONFIG
-    was = json.loads(path.read_text()).get("mode") if path.exists() else run.config.mode
-    if was is None:
-        raise ValueError(
-            f"{run.workdir} is a pretraining run's; choose another --workdir "
-            f"(--config.init_from={run.workdir} starts from it)"
-        )
-    if was != run.config.mode:
-        raise ValueError(
-            f"{run.workdir} holds results of mode={was}, the configuration has mode="
-            f"{run.config.mode}; choose another --workdir"
-        )
+def _check_workdir(run: FinetuneRun, settings: dict[str, Any]) -> None:
+    """Raises ValueError for a workdir of another run, whose results would be lost.
+
+    A probe is fitted anew each time, so it replaces the results of other settings, and says so.
+    """
+    old = checkpoint.read_config(run.workdir, run.config.mode)
     if run.config.mode == "finetune":
         for sets in run.folds:
             check_resume(run, sets, run.workdir / sets.name)
+    elif changed := configuration.differences(old, settings):
+        described = configuration.describe(changed)
+        print(f"replacing the results of other settings: {described}", flush=True)
 
 
 def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:
@@ -115,10 +111,19 @@ def _tests(sets: Sets) -> dict[str, Labelled]:
     return named
 
 
-def _evaluate(run: FinetuneRun, folder: Path, name: str, scored: Scored) -> Evaluation:
+def _evaluate(run: FinetuneRun, sets: Sets, name: str, scored: Scored) -> Evaluation:
+    folder = run.workdir / sets.name / name
     evaluation = metrics.evaluate(scored.probabilities, scored.targets, run.class_names)
     settings = {"config": dataclasses.asdict(run.config), "set": name}
-    results.write(folder, evaluation, scored.ids, scored.probabilities, scored.targets, settings)
+    results.write(
+        folder,
+        evaluation,
+        scored.ids,
+        scored.probabilities,
+        scored.targets,
+        settings,
+        sets.warnings,
+    )
     print(f"\n{name}: {results.report(evaluation)}\n\nfiles: {folder}", flush=True)
     return evaluation
 
@@ -145,8 +150,6 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
         "valid": f"{sets.valid.text}: {len(sets.valid):,} clips",
         "test": "; ".join(f"{clips.text}: {len(clips):,} clips" for clips in sets.tests),
     }
-    if sets.tests == (sets.valid,):
-        lines["test"] += " (settings are chosen on them too: name data.test for a fair score)"
     if len(run.folds) > 1:
         lines["folds"] = f"{len(run.folds)}, each tested once: {config.data.folds}"
     if config.mode == "finetune":
@@ -161,6 +164,13 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
         lines["features"] = ", ".join(
             f"{name} {value}" for name, value in dataclasses.asdict(config.features).items()
         )
+    warnings = [
+        f"fold {sets.name}: {line}" if sets.name else line
+        for sets in run.folds
+        for line in sets.warnings
+    ]
+    if warnings:
+        lines["warnings"] = "\n".join(warnings)
     lines["workdir"] = os.fspath(run.workdir)
     return lines
 

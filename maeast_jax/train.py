@@ -59,7 +59,9 @@ def train(
     another process of the run is gone; MemoryError where a step does not fit the devices.
     """
     workdir = storage.path(workdir)
-    typed, init_from = pretraining.settle_architecture(PretrainConfig.of(config), workdir)
+    typed = PretrainConfig.of(config)
+    checkpoint.read_config(workdir, mode=None)  # raises for the workdir of a fine-tuned run
+    typed, init_from = pretraining.settle_architecture(typed, workdir)
     run = Pretraining(typed, batches)
     distributed.agree("the configuration", run.metadata["config"])
     distributed.agree("the data sets", run.metadata["data"])

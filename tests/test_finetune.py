@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from recordings import TONES, tones
 
 import maeast_jax
@@ -25,6 +26,7 @@ from maeast_jax.finetune import finetune
 from maeast_jax.finetuning import FoldTrainer, open_run
 from maeast_jax.finetuning.run import evaluations
 from maeast_jax.runtime.cli import Interrupted, NonFiniteError
+from maeast_jax.train import train
 from maeast_jax.training import metrics_writer
 
 pytest.importorskip("tensorflow_datasets")
@@ -159,16 +161,20 @@ def test_a_run_goes_on_with_other_settings_but_not_with_another_model(
 ):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     config = small(data_dir)
-    for change, message in (
-        ({"kind": "superb"}, r"has head.kind='ssast', the configuration 'superb'"),
-        ({"layer": "weighted"}, r"has head.layer='last', the configuration 'weighted'"),
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for path, value, message in (
+        ("head.kind", "superb", "has head.kind='ssast', the configuration 'superb'; choose"),
+        ("head.layer", "weighted", "has head.layer='last', the configuration 'weighted'"),
+        ("optimizer.learning_rate", 0.5, "has optimizer.learning_rate=0.002, the configuration"),
+        ("seed", 1, "has seed=0, the configuration 1"),  # it draws other clips to hold out
+        ("init_from", "", r"started from .*tiny_patch.pt, and initial values, as it is now, is"),
     ):
-        before = (tmp_path / "config.json").read_text()
         other = copy.deepcopy(config)
-        other.head.update(change)
+        with other.unlocked():
+            other.update_from_flattened_dict({path: value})
         with pytest.raises(ValueError, match=message):
             finetune(other, tmp_path)
-        assert (tmp_path / "config.json").read_text() == before
+    assert all(path.read_bytes() == content for path, content in before.items())
     config.epochs = 2
     with pytest.raises(ValueError, match="has reached step 9, past the 6 steps of this run"):
         finetune(config, tmp_path)
@@ -197,9 +203,9 @@ def test_a_run_does_not_go_on_with_a_set_that_was_built_anew(tmp_path, data_dir,
         (
             [rename(part, low="zebra") for part in (train, valid, test)],
             ["high", "zebra", "noise"],
-            r"class 1 of the run in .* is 'low', but 'zebra' in tones \(3 and 3 classes\); choose",
+            r"class 1 of the run in .* is 'low', but 'zebra' in tones; choose",
         ),
-        ((train, valid, test), [*TONES, "rare"], r"class 3 .* None, but 'rare' .*3 and 4 classes"),
+        ((train, valid, test), [*TONES, "rare"], r"class 3 of .* is None, but 'rare' in tones"),
         ((test, valid, train), TONES, r"tones/1.0.0@train was built anew .*: 24 clips .*, 11 now"),
         ((lambda: tones(24, 7), valid, test), TONES, r"built anew since: 24 clips then, 24 now"),
     ):
@@ -217,7 +223,7 @@ def test_a_run_does_not_go_on_with_a_set_that_was_built_anew(tmp_path, data_dir,
 
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])
-def test_probes_look_at_frozen_features_that_are_computed_once(tmp_path, data_dir, mode):
+def test_probes_look_at_frozen_features_that_are_computed_once(tmp_path, data_dir, mode, capsys):
     config = small(data_dir, mode=mode)
     first = finetune(config, tmp_path)[""]["tones_test"]
     assert first.value > 0.8
@@ -227,7 +233,10 @@ def test_probes_look_at_frozen_features_that_are_computed_once(tmp_path, data_di
     assert second.value == first.value
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()} == cached
     config.features.layer = "0"
+    capsys.readouterr()
     finetune(config, tmp_path)
+    said = capsys.readouterr().out
+    assert "replacing the results of other settings: features.layer 'last' -> '0'\n" in said
     assert len(list((tmp_path / "features").iterdir())) == 6
 
 
@@ -271,7 +280,31 @@ def test_a_test_on_the_validation_clips_is_said_to_be_one(tmp_path, data_dir, ca
     config.data.test = ""
     found = finetune(config, tmp_path)
     assert found[""]["tones"].num_examples == 9
-    assert "settings are chosen on them too" in capsys.readouterr().out
+    (line,) = json.loads((tmp_path / "tones" / "results.json").read_text())["warnings"]
+    assert line == (
+        "9 of the 9 test clips of 'tones' are validation clips too, on which settings are chosen: "
+        "for a fair score name other clips"
+    )
+    said = capsys.readouterr().out
+    assert said.index(line) < said.index("chosen on validation")
+
+
+def test_warnings_are_said_of_the_folds_that_they_are_about(tmp_path, data_dir, capsys):
+    config = small(data_dir, mode="linear")
+    config.features.source = "fbank"
+    config.data.update(train="folds", valid="folds@fold0[:4]", test="", folds="fold0+fold1")
+    finetune(config, tmp_path)
+    warnings = {
+        fold: json.loads((tmp_path / fold / f"folds_{fold}" / "results.json").read_text())[
+            "warnings"
+        ]
+        for fold in ("fold0", "fold1")
+    }
+    said = capsys.readouterr().out
+    for fold, use, other in (("fold0", "9 test", "validation"), ("fold1", "4 validation", "train")):
+        (line,) = (line for line in warnings[fold] if "clips too" in line)
+        assert line.startswith("4 of the ") and f"{use} clips" in line and other in line
+        assert said.index(f"fold {fold}: {line}") < said.index(f"\nfold {fold}\n")
 
 
 def test_a_share_of_the_labels_is_trained_on(tmp_path, data_dir):
@@ -284,7 +317,7 @@ def test_a_share_of_the_labels_is_trained_on(tmp_path, data_dir):
 def test_of_one_clip_a_class_none_is_held_out(tmp_path, data_dir):
     config = small(data_dir)
     config.data.update(train="singles", valid="", test="tones@test")
-    with pytest.raises(ValueError, match=r"'singles' has 3 clips of as many classes.* data.valid"):
+    with pytest.raises(ValueError, match=r"'singles' has one recording per class.* data.valid"):
         open_run(config, tmp_path)
     config.data.train = "singles,tones@train[:1]"
     (sets,) = open_run(config, tmp_path).folds
@@ -318,6 +351,11 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("head.layer", "7", "head.layer='7' is not one of the model's 3"),
         ("data.train", "", "data.train is empty: name a labelled data set"),
         ("data.train", "nothing", "no data set 'nothing'"),
+        (
+            "data.train",
+            "tones@train[:1]",
+            r"all 1 training clips of 'tones@train\[:1\]' have the class '\w+', so there is",
+        ),
         ("data.test", "tones@train*3", r"data.test='tones@train\*3' has weights, .* drop"),
         ("data.train_percent", 0.0, r"data.train_percent=0.0 must be in \(0, 100\]"),
         ("data.folds", "a+b", "data.test='tones@test' has no meaning with data.folds='a\\+b'"),
@@ -377,15 +415,17 @@ def test_a_workdir_on_an_object_store_is_refused(data_dir):
 def test_the_workdir_of_a_pretraining_run_is_refused_and_left_as_it_is(tmp_path, data_dir):
     checkpoint.write_config(tmp_path, pretrain().to_dict())
     before = (tmp_path / "config.json").read_text()
-    with pytest.raises(ValueError, match="is a pretraining run's; choose another --workdir") as no:
+    with pytest.raises(ValueError, match="holds a run of pretraining, not of finetune; ") as no:
         finetune(small(data_dir), tmp_path)
-    assert f"--config.init_from={tmp_path} starts from it" in str(no.value)
+    assert f"--config.init_from={tmp_path} starts from its weights" in str(no.value)
     assert (tmp_path / "config.json").read_text() == before
 
 
 def test_the_workdir_of_another_mode_is_refused_and_left_as_it_is(data_dir, finished):
     workdir = finished[0]
     before = (workdir / "config.json").read_text()
-    with pytest.raises(ValueError, match="holds results of mode=finetune"):
+    with pytest.raises(ValueError, match="holds a run of finetune, not of linear; choose another"):
         finetune(small(data_dir, mode="linear"), workdir)
+    with pytest.raises(ValueError, match="holds a run of finetune, not of pretraining; choose"):
+        train(tiny.short_config(), workdir)
     assert (workdir / "config.json").read_text() == before

@@ -247,6 +247,25 @@ def test_batches_that_end_or_do_not_fit_are_named(tmp_path):
         train(config, tmp_path / "c", batches=iter([{"wave": np.zeros((8, 99), np.int16)}]))
 
 
+def test_silence_is_no_scale_to_start_from(tmp_path):
+    config = tiny.short_config()
+    silence = np.zeros_like(next(noise(config)(0))["audio"])
+    with pytest.raises(
+        ValueError, match="all 8 clips of the first batch of the caller are silent, so there is"
+    ):
+        train(config, tmp_path, batches=iter([{"audio": silence}]))
+    assert not checkpoint.saved_steps(tmp_path) and not (tmp_path / "config.json").exists()
+
+
+def test_held_out_clips_that_are_trained_on_are_said(data_dir):
+    config = tiny.get_config(str(data_dir))
+    config.mesh.data = 1
+    for held_out, line in (("sounds", ""), ("sounds@train[8:]+valid", "3 of these clips are ")):
+        config.data.eval = held_out
+        said = summary.describe(Pretraining(PretrainConfig.of(config)), "run", 0, None)
+        assert ("trained on too" in said) == bool(line) and line in said
+
+
 def refuse(*_):
     raise AssertionError("compiled before the mistake was found")
 
@@ -403,6 +422,8 @@ def test_a_run_stopped_at_step_0_still_starts_from_the_weights_named(
     with pytest.raises(Interrupted, match="step 0, which is saved"):
         train(config, tmp_path / "stopped")
     monkeypatch.undo()
+    with pytest.raises(checkpoint.CheckpointError, match="is for the start of a run, but that in"):
+        train(tiny.short_config(init_from=str(tmp_path / "whole")), tmp_path / "stopped")
     train(config, tmp_path / "stopped")
     for got, wanted in zip(*(final(tmp_path / n, 4) for n in ("stopped", "whole")), strict=True):
         np.testing.assert_array_equal(got, wanted)

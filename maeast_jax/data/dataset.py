@@ -39,13 +39,13 @@ class Records:
     Neighbouring records of a file are one read. array_record's own data source, which TFDS offers,
     takes one read per record.
 
-    Args:
+    Attributes:
       files: TFDS' file instructions: `filename`, and `skip`, `take` and `examples_in_shard` in
         records.
     """
 
     def __init__(self, files: Sequence):
-        self._files = files
+        self.files = files
         self._ends = np.cumsum([file.take for file in files])
         # Added to the number of a record, this gives its number in its file.
         self._shifts = np.array([file.skip + file.take for file in files]) - self._ends
@@ -80,11 +80,11 @@ class Records:
         """Records run[0] to run[-1] of a file."""
         with self._opening:
             if self._readers[file] is None:
-                self._readers[file] = _open_shard(self._files[file])
+                self._readers[file] = _open_shard(self.files[file])
         try:
             return self._readers[file].read(int(run[0]), int(run[-1]) + 1)
         except RuntimeError as error:  # array_record's, for a block whose checksum is wrong
-            raise _damaged(self._files[file], terminal.one_line(error)) from error
+            raise _damaged(self.files[file], terminal.one_line(error)) from error
 
 
 def _open_shard(file):

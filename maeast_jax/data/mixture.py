@@ -91,6 +91,21 @@ class Clips:
         return "; ".join(terms)
 
 
+def count_shared(mine: Clips, others: Clips) -> int:
+    """Returns how many clips of `mine` are among `others`: the same records of the same shards."""
+
+    def files(clips: Clips) -> list:
+        return [file for split in clips.splits for file in split.records.files]
+
+    overlaps = (
+        min(a.skip + a.take, b.skip + b.take) - max(a.skip, b.skip)
+        for a in files(mine)
+        for b in files(others)
+        if a.filename == b.filename
+    )
+    return sum(overlap for overlap in overlaps if overlap > 0)
+
+
 def rebuilt(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
     """Returns a line for each data set that is in both identities and was built anew in between."""
     return [

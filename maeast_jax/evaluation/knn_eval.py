@@ -5,13 +5,14 @@ are those of `probe.knn` at one fixed setting, so that the points of the curve c
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from maeast_jax.data import Labelled, labelled
-from maeast_jax.evaluation import probe
+from maeast_jax.evaluation import checks, probe
 from maeast_jax.inference import Embedder
 from maeast_jax.model import ModelConfig, model_graph
 
@@ -24,13 +25,15 @@ class KnnEval:
 
     train: Labelled
     valid: Labelled
+    warnings: Sequence[str]
 
     def describe(self) -> str:
-        """Returns the data sets and their sizes in words, for the plan that a run prints."""
-        return (
+        """Returns the data sets, their sizes and warnings, for the plan that a run prints."""
+        sizes = (
             f"{len(self.valid):,} clips of {self.valid.text} by {NEIGHBOURS} neighbours among "
             f"{len(self.train):,}, {self.train.num_classes} classes"
         )
+        return "\n".join([sizes, *self.warnings])
 
     def __call__(
         self, config: ModelConfig, params: Any, statistics: Any, num_frames: int
@@ -69,7 +72,8 @@ def open_knn(text: str, data_dir: str | None, sample_rate_hz: int | None, most: 
         all its classes; 0 takes all.
 
     Raises:
-      DataError, ValueError: as `labelled.open_labelled`, or where `text` names a split.
+      DataError, ValueError: as `labelled.open_labelled` and `checks.check`, or where `text` names a
+        split.
     """
     if "@" in text:
         raise ValueError(
@@ -79,7 +83,8 @@ def open_knn(text: str, data_dir: str | None, sample_rate_hz: int | None, most: 
     common = {"data_dir": data_dir, "sample_rate_hz": sample_rate_hz}
     train = labelled.open_labelled(text, "train", **common)
     valid = labelled.open_labelled(text, "valid", **common, class_names=train.class_names)
-    return KnnEval(_spread(train, most), _spread(valid, most))
+    train, valid = _spread(train, most), _spread(valid, most)
+    return KnnEval(train, valid, checks.check(train, valid))
 
 
 def _spread(clips: Labelled, most: int) -> Labelled:

@@ -1,4 +1,4 @@
-"""Scores of a classifier: accuracy, mAP, AUC, d', values per class, and bootstrap intervals.
+"""Scores of a classifier: accuracy, mAP, AUC, d', values per class, and intervals.
 
 There are n examples and C classes. Scores are float [n, C]; a larger score means a likelier class.
 Targets are int labels [n] where each example has one class, or [n, C] of 0 and 1 where an example
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-ACCURACY_RESAMPLES = 2_000
 # Another seed moves the ends by 5 % of the width; AudioSet's 20,000 x 527 take 20 s of one core.
 MAP_RESAMPLES = 200
 
@@ -52,10 +51,11 @@ class Evaluation:
 def evaluate(scores: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> Evaluation:
     """Returns all metrics of a test set; equal arguments give equal results.
 
-    The interval holds the percentiles of a bootstrap over examples. A resample holds some examples
-    twice, which alone raises average precision, most where positives are few. So mAP's resamples
-    are shifted until their mean is mAP. The interval takes examples as independent; where several
-    come from one speaker or recording it is too narrow. At an accuracy of 1 it has no width.
+    The interval of an accuracy is Wilson's, which also fits few examples and an accuracy of 0 or 1.
+    That of mAP holds the percentiles of a bootstrap over examples. A resample holds some examples
+    twice, which alone raises average precision, most where positives are few. So the resamples are
+    shifted until their mean is mAP; at a mAP of 1 they leave no width. Both intervals take examples
+    as independent; where several come from one speaker or recording they are too narrow.
 
     Args:
       scores: float [n, C].
@@ -163,12 +163,13 @@ def _checked(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _single_label(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Evaluation:
+    from scipy.stats import binomtest
     from sklearn import metrics
 
-    n, rng = len(scores), np.random.default_rng(0)
     predictions = np.argmax(scores, axis=1)
     is_right = predictions == labels
-    resampled = [np.mean(is_right[rng.integers(n, size=n)]) for _ in range(ACCURACY_RESAMPLES)]
+    right = binomtest(np.count_nonzero(is_right), len(is_right))
+    interval = right.proportion_ci(CONFIDENCE, method="wilson")
     numbers = np.arange(scores.shape[1])
     precision, recall, f1, counts = metrics.precision_recall_fscore_support(
         labels, predictions, labels=numbers, zero_division=np.nan
@@ -176,8 +177,8 @@ def _single_label(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
     return Evaluation(
         metric="accuracy",
         value=float(np.mean(is_right)),
-        interval=_interval(np.array(resampled)),
-        num_examples=n,
+        interval=(float(interval.low), float(interval.high)),
+        num_examples=len(labels),
         others={"balanced_accuracy": float(np.nanmean(recall)), "f1": float(np.nanmean(f1))},
         classes=_rows(names, counts, precision=precision, recall=recall, f1=f1),
         confusion=metrics.confusion_matrix(labels, predictions, labels=numbers),
@@ -193,10 +194,13 @@ def _multi_label(scores: np.ndarray, targets: np.ndarray, names: Sequence[str]) 
     filled = counts > 0
     draws = rng.integers(n, size=(MAP_RESAMPLES, n))
     resampled = _mean_average_precisions(scores[:, filled], targets[:, filled], draws)
+    resampled += value - np.nanmean(resampled)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.clip(np.nanquantile(resampled, [tail, 1 - tail]), 0.0, 1.0)
     return Evaluation(
         metric="map",
         value=value,
-        interval=_interval(resampled + value - np.nanmean(resampled)),
+        interval=(float(low), float(high)),
         num_examples=n,
         others={"auc": mean_auc, "d_prime": d_prime(mean_auc)},
         classes=_rows(names, counts, average_precision=precisions, auc=areas),
@@ -213,12 +217,6 @@ def _mean_average_precisions(
     # A class without positives in a resample is not part of that resample's mean.
     with np.errstate(invalid="ignore"):
         return np.nansum(precisions, axis=0) / np.sum(~np.isnan(precisions), axis=0)
-
-
-def _interval(resampled: np.ndarray) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.clip(np.nanquantile(resampled, [tail, 1 - tail]), 0.0, 1.0)
-    return float(low), float(high)
 
 
 def _rows(names: Sequence[str], counts: np.ndarray, **columns: np.ndarray) -> list[dict[str, Any]]:

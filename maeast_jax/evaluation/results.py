@@ -5,7 +5,8 @@
 | predictions.tsv | one row per example: id, label, prediction, probability; quoted as by        |
 |                 | Python's csv module. Where an example has several labels: its labels, the 5  |
 |                 | likeliest classes and their probabilities, each separated by ";"             |
-| results.json    | metrics with interval, one row per class, the commonest confusions, settings;|
+| results.json    | metrics with interval, one row per class, the commonest confusions, settings,|
+|                 | and warnings: what makes the metrics worth less than they seem (checks.py);  |
 |                 | null where a number is not defined or not finite                             |
 | confusion.png   | counts, coloured by their share of the row; not with several labels          |
 """
@@ -37,6 +38,7 @@ def write(
     probabilities: np.ndarray,
     targets: np.ndarray,
     settings: Mapping[str, Any],
+    warnings: Sequence[str],
 ) -> None:
     """Writes the files of an evaluation into `folder`, and makes the folder where it is missing.
 
@@ -49,6 +51,7 @@ def write(
       probabilities: float [n, C] in [0, 1].
       targets: int labels [n], or [n, C] of 0 and 1.
       settings: how the classifier was made; anything that JSON can hold.
+      warnings: what makes the metrics worth less than they seem, a line each.
 
     Raises:
       OSError: a file cannot be written.
@@ -68,6 +71,7 @@ def write(
         "confidence": metrics.CONFIDENCE,
         "num_examples": evaluation.num_examples,
         **evaluation.others,
+        "warnings": warnings,
         "empty_classes": evaluation.empty,
         "confusions": [
             {"label": label, "prediction": prediction, "count": count}

@@ -101,14 +101,15 @@ def statistics(run: FinetuneRun, sets: Sets) -> tuple[float, float] | None:
 
 
 def fbank_statistics(clips: Labelled, seed: int) -> tuple[float, float]:
-    """Returns mean and deviation of the log energies of up to 512 clips, drawn by `seed`."""
+    """Returns mean and deviation of the log energies of up to 512 clips that hold sound.
+
+    `seed` draws the clips.
+    """
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 6))))
-    places = random.permutation(len(clips))[:_STATISTICS_CLIPS]
+    places = random.permutation(np.flatnonzero(clips.has_sound))[:_STATISTICS_CLIPS]
     count = total = squares = 0.0
     for part in np.array_split(np.sort(places), -(-len(places) // 64)):
         for clip in clips.read(part):
-            if len(clip.samples) < fbank.FRAME_LENGTH:
-                continue
             energies = np.asarray(_fbank(clip.samples), np.float64)
             count += energies.size
             total += energies.sum()

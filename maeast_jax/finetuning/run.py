@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maeast_jax import config as configuration
+from maeast_jax import fbank
 from maeast_jax.data import Labelled, labelled, mixture
+from maeast_jax.evaluation import checks
 from maeast_jax.finetuning.augment import AugmentConfig
 from maeast_jax.finetuning.step import SELECTIONS, LossConfig
 from maeast_jax.inference import POOLS, Pretrained, pretrained
@@ -153,12 +155,21 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Training, validation and test sets; `name` is the fold's name, or "" without folds."""
+    """Training, validation and test sets; `name` is the fold's name, or "" without folds.
+
+    `warnings` say what makes the fold's scores worth less than they seem.
+    """
 
     name: str
     train: Labelled
     valid: Labelled
     tests: tuple[Labelled, ...]
+    warnings: tuple[str, ...] = ()
+
+    def checked(self, longest_seconds: float) -> "Sets":
+        """Returns the same with its warnings; raises ValueError for sets that cannot be scored."""
+        warnings = checks.check(self.train, self.valid, self.tests, longest_seconds)
+        return dataclasses.replace(self, warnings=tuple(warnings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +236,11 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     run = FinetuneRun(typed, Path(workdir).expanduser(), init_from, mesh, folds)
     if typed.mode == "finetune" and typed.select == "average":
         _check_average(run)
+    # It reads every clip, so it comes after all that needs none.
+    longest = math.inf  # probes embed clips of any length
+    if typed.mode == "finetune":
+        longest = fbank.num_samples(typed.num_frames or typed.max_frames) / fbank.SAMPLE_RATE_HZ
+    run = dataclasses.replace(run, folds=tuple(sets.checked(longest) for sets in folds))
     # Last, so that a mistake leaves no empty folder behind.
     storage.make_writable(storage.path(workdir), "--workdir")
     return run
@@ -319,21 +335,16 @@ def _share(config: FinetuneConfig, train: Labelled) -> tuple[Labelled, Labelled]
     section = config.data
     if section.valid:
         valid = _open(section, section.valid, "valid", train)
-    if section.valid and section.train_percent == 100.0:
-        return train, valid
-    classes = labelled.read_classes(train)
-    places = np.arange(len(train))
-    if not section.valid:
-        drawn = labelled.draw_share(classes, section.valid_percent, config.seed, leave=1)
+    else:
+        drawn = labelled.draw_share(train.looks, section.valid_percent, config.seed, leave=1)
         if not len(drawn):
             raise ValueError(
-                f"data.train={train.text!r} has {len(train)} clips of as many classes: none can be "
-                "held out; name a set as data.valid, or add clips"
+                f"data.train={train.text!r} has one recording per class ({len(train)} clips): none "
+                "can be held out; name a set as data.valid, or add recordings"
             )
         valid = train.subset(drawn)
-        places = np.setdiff1d(places, drawn)
+        train = train.subset(np.setdiff1d(np.arange(len(train)), drawn))
     if section.train_percent < 100.0:
-        classes = [classes[place] for place in places]
-        chosen = labelled.draw_share(classes, section.train_percent, config.seed + 1)
-        places = places[chosen]
-    return train.subset(places), valid
+        drawn = labelled.draw_share(train.looks, section.train_percent, config.seed + 1)
+        train = train.subset(drawn)
+    return train, valid

@@ -20,6 +20,13 @@ from maeast_jax.model import backbone_config, classifier_graph
 from maeast_jax.runtime import sharding
 from maeast_jax.training import DeviceBatch, Evaluation, LoopConfig, MetricsWriter, loop, optimizer
 
+# The start of the fields with other values of which a run may go on: they change neither what it
+# has learnt so far nor what its scores mean. The stamp of a checkpoint stands for `init_from`.
+_MAY_CHANGE = (
+    "epochs", "total_steps", "accumulation_steps", "log_every", "init_from", "model.unroll",
+    "model.remat", "mesh.", "data.dir", "data.threads", "data.test",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
@@ -119,7 +126,7 @@ class FoldTrainer:
     def score(self, params: Any, statistics: Any, clips: Labelled) -> Scored:
         """Returns probabilities of every clip of a set, in evaluation mode."""
         config = self._run.config
-        ids, rows, classes = [], [], []
+        ids, rows = [], []
         for batch, real in labelled.eval_batches(
             clips,
             batch_size=config.batch_size,
@@ -130,14 +137,13 @@ class FoldTrainer:
             placed = sharding.put_batch(self._run.mesh, batch, config.batch_size)
             rows.append(np.asarray(self._predict(params, statistics, placed))[: len(real)])
             ids += [clip.id for clip in real]
-            classes += [clip.classes for clip in real]
-        return Scored(ids, np.concatenate(rows), labelled.truth(clips, classes))
+        return Scored(ids, np.concatenate(rows), clips.truth)
 
     def _train_batches(self, start_step: int) -> Iterator[DeviceBatch]:
         config, train = self._run.config, self._sets.train
         chances = None
         if config.data.balanced:
-            chances = labelled.rarity(labelled.read_classes(train), train.num_classes)
+            chances = labelled.rarity(train.classes, train.num_classes)
         for batch in labelled.train_batches(
             train,
             seed=config.seed,
@@ -166,47 +172,58 @@ class FoldTrainer:
 def check_resume(run: FinetuneRun, sets: Sets, folder: Path) -> None:
     """Prints the settings that differ from those of the run in a folder, if there is one.
 
-    Raises ValueError where that run has another model, head, selection or numbering of the classes,
-    has trained longer, or on a data set that was built anew since.
+    Raises ValueError where these settings made the run what it is, where its classes have other
+    numbers, where a data set was built anew since, and where it has trained longer.
     """
     steps = checkpoint.saved_steps(folder)
     if not steps:
         return
-    old, new = checkpoint.metadata(checkpoint.find(folder)), _metadata(run, sets)
+    new = _metadata(run, sets)
+    # Checkpoints of earlier versions hold only the configuration.
+    old = new | checkpoint.metadata(checkpoint.find(folder))
+    remedy = "choose another --workdir"
+    if old["init_from"]["stamp"] != new["init_from"]["stamp"]:
+        raise checkpoint.CheckpointError(
+            f"the run in {folder} started from {old['init_from']['path']}, and "
+            f"{new['init_from']['path']}, as it is now, is another start; {remedy}"
+        )
     changed = configuration.differences(old["config"], new["config"])
     for name, (was, is_) in changed.items():
-        if name.startswith(("model.", "head.", "select")):
+        if was is not None and not name.startswith(_MAY_CHANGE):
             raise checkpoint.CheckpointError(
-                f"the run in {folder} has {name}={was!r}, the configuration {is_!r}; choose "
-                "another --workdir"
+                f"the run in {folder} has {name}={was!r}, the configuration {is_!r}; {remedy}"
             )
-    # Checkpoints of earlier versions hold neither classes nor data sets.
-    was, is_ = old.get("class_names", new["class_names"]), new["class_names"]
-    for number, (before, now) in enumerate(itertools.zip_longest(was, is_)):
-        if before != now:
+    pairs = itertools.zip_longest(old["class_names"], new["class_names"])
+    for number, (was, is_) in enumerate(pairs):
+        if was != is_:
             raise checkpoint.CheckpointError(
-                f"class {number} of the run in {folder} is {before!r}, but {now!r} in "
-                f"{sets.train.text} ({len(was)} and {len(is_)} classes); choose another --workdir"
+                f"class {number} of the run in {folder} is {was!r}, but {is_!r} in "
+                f"{sets.train.text}; {remedy}"
             )
-    if lines := mixture.rebuilt(old.get("data", {}), new["data"]):
+    if lines := mixture.rebuilt(old["data"], new["data"]):
         raise checkpoint.CheckpointError(
-            f"{lines[0]}, and the run in {folder} cannot go on with it; choose another --workdir"
+            f"{lines[0]}, and the run in {folder} cannot go on with it; {remedy}"
         )
     total_steps = run.length(sets).total_steps
     if steps[-1] > total_steps:
         raise ValueError(
             f"{folder} has reached step {steps[-1]}, past the {total_steps} steps of this run; "
-            "train for more epochs or choose another --workdir"
+            f"train for more epochs or {remedy}"
         )
     configuration.tell_resumed_with(changed)
 
 
 def _metadata(run: FinetuneRun, sets: Sets) -> dict[str, Any]:
-    """Returns what a checkpoint says of itself: configuration, classes and data sets."""
+    """Returns what a checkpoint says of itself: configuration, start, classes and data sets."""
     # Where the head reads an earlier layer, the checkpoint holds the layers up to it only.
     model = backbone_config(run.config.model, run.config.head)
+    start = run.init_from
     return {
         "config": dataclasses.asdict(dataclasses.replace(run.config, model=model)),
+        "init_from": {
+            "path": start.path if start else "initial values",
+            "stamp": start.stamp if start else "",
+        },
         "class_names": list(run.class_names),
         "data": sets.train.clips.identity | sets.valid.clips.identity,
     }

@@ -1,6 +1,8 @@
 """Pretrained models from any checkpoint: a run's, or a file in the authors' layout."""
 
 import dataclasses
+import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +31,12 @@ class Pretrained:
 
     Attributes:
       path: the checkpoint's folder or file.
-      stamp: changes when another checkpoint takes its place at `path`.
+      stamp: differs between checkpoints, and is the same for copies of one.
       config: its architecture, with the compute type and the dropouts of its training.
       num_frames: length of the clips in its training, in frames of 10 ms.
       cfg: the authors' configuration if the checkpoint comes from a file of theirs, else None.
-      read_weights: reads (parameters, statistics), nested dicts of float32 numpy arrays.
+      read_weights: reads (parameters, statistics), nested dicts of float32 numpy arrays. They are
+        read once, because a run that still trains deletes its old checkpoints.
       read_extras: reads the tensors of `fairseq.extras`, by the authors' names.
     """
 
@@ -154,6 +157,7 @@ def _from_run(path: str) -> Pretrained:
     metadata = checkpoint.metadata(folder)
     has_extras = checkpoint.has_part(folder, _EXTRAS)
 
+    @functools.cache
     def weights():
         parts = checkpoint.load_part(folder, "weights")
         # A fine-tuned classifier keeps its encoder under "backbone", beside its head.
@@ -180,7 +184,8 @@ def _from_run(path: str) -> Pretrained:
 
 
 def _from_file(path: str) -> Pretrained:
-    stamp = str(storage.stamp(path))  # taken first, in case the file is replaced meanwhile
+    with open(path, "rb") as content:
+        stamp = hashlib.file_digest(content, "blake2b").hexdigest()
     file = fairseq.read(path)
     try:
         config = fairseq.model_config(file)

@@ -17,7 +17,7 @@ from maeast_jax import config as configuration
 from maeast_jax.data import Batch, DataConfig, mixture, pipeline
 from maeast_jax.evaluation import open_knn, plots
 from maeast_jax.inference import Pretrained, pretrained
-from maeast_jax.model import ModelConfig, masking
+from maeast_jax.model import ModelConfig, masking, tokens
 from maeast_jax.runtime import distributed, sharding
 from maeast_jax.training import loop, steps
 from maeast_jax.training.optimizer import AdamWConfig, adamw, warmup_and_decay
@@ -162,9 +162,20 @@ class Pretraining:
         return dataclasses.replace(state, **jax.device_put(loaded, places))
 
     def calibrate(self, state: TrainState, batch: DeviceBatch) -> TrainState:
-        """Returns a new run's state with the input statistics of its first batch."""
+        """Returns a new run's state with the input statistics of its first batch.
+
+        Raises ValueError for a batch of silence, which has no scale.
+        """
         calibrate = steps.make_calibrate(self.config.model, num_frames=self.config.num_frames)
-        return self._jit(calibrate, self._shardings, donate_argnums=0)(state, batch)
+        state = self._jit(calibrate, self._shardings, donate_argnums=0)(state, batch)
+        if float(state.statistics["input_norm"]["variance"]) < tokens.BATCH_NORM_EPSILON:
+            clips = self.train_clips
+            raise ValueError(
+                f"all {self.config.batch_size} clips of the first batch of "
+                f"{clips.describe() if clips else 'the caller'} are silent, so there is nothing to "
+                "learn: train on recordings that hold sound"
+            )
+        return state
 
     def train_batches(self, start_step: int = 0) -> Iterator[DeviceBatch]:
         """Yields the batches from `start_step` on, on the devices.
@@ -356,7 +367,13 @@ def check_resume(run: Pretraining, workdir: epath.Path, step: int) -> None:
             "raise total_steps or choose another --workdir"
         )
     old, new = checkpoint.metadata(folder), run.metadata
-    configuration.tell_resumed_with(configuration.differences(old["config"], new["config"]))
+    changed = configuration.differences(old["config"], new["config"])
+    if config.init_from and "init_from" in changed:
+        raise checkpoint.CheckpointError(
+            f"init_from={config.init_from!r} is for the start of a run, but that in {workdir} is "
+            f"at step {step}; leave it out, or choose another --workdir"
+        )
+    configuration.tell_resumed_with(changed)
     # Checkpoints of earlier versions do not hold the data sets.
     for line in mixture.rebuilt(old.get("data", {}), new["data"]):
         print(line, flush=True)

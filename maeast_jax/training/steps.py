@@ -292,7 +292,9 @@ def info_nce(prediction_BxMxP: jax.Array, target_BxMxP: jax.Array) -> tuple[jax.
     """Returns (loss, accuracy), float32 [b] each, of InfoNCE among the masked patches of a clip.
 
     Row m scores every masked patch by the plain dot product and should pick the m-th. The authors'
-    criterion has no temperature and does not normalise the vectors. A blind guess costs log(M).
+    criterion has no temperature and does not normalise the vectors. A blind guess costs log(M). A
+    row whose best score is shared by k patches counts as right by 1 / k: the patches of a silent
+    clip are all alike, and an answer that takes any of them is a blind guess.
     """
     scores_BxMxM = jnp.einsum(
         "bmp,bnp->bmn",
@@ -305,5 +307,7 @@ def info_nce(prediction_BxMxP: jax.Array, target_BxMxP: jax.Array) -> tuple[jax.
     is_own_MxM = jnp.eye(scores_BxMxM.shape[1], dtype=bool)
     own_BxM = jnp.sum(jnp.where(is_own_MxM, scores_BxMxM, jnp.float32(0)), axis=-1)
     loss_BxM = jax.nn.logsumexp(scores_BxMxM, axis=-1) - own_BxM
-    is_best_BxM = own_BxM >= jnp.max(scores_BxMxM, axis=-1)
-    return jnp.mean(loss_BxM, axis=1), jnp.mean(is_best_BxM.astype(jnp.float32), axis=1)
+    best_BxMx1 = jnp.max(scores_BxMxM, axis=-1, keepdims=True)
+    num_best_BxM = jnp.sum(scores_BxMxM == best_BxMx1, axis=-1).astype(jnp.float32)
+    is_best_BxM = (own_BxM == best_BxMx1[..., 0]).astype(jnp.float32)
+    return jnp.mean(loss_BxM, axis=1), jnp.mean(is_best_BxM / num_best_BxM, axis=1)

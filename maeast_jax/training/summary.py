@@ -6,7 +6,7 @@ import os
 import jax
 
 from maeast_jax import checkpoint
-from maeast_jax.data import pipeline
+from maeast_jax.data import mixture, pipeline
 from maeast_jax.inference import Pretrained
 from maeast_jax.model import ModelConfig, flops, masking
 from maeast_jax.runtime import storage, terminal
@@ -80,7 +80,12 @@ def _describe_eval(run: Pretraining) -> str:
     if run.eval_clips is None:
         return f"{count} clips of synthetic noise"
     sets = run.eval_clips.describe()
-    return sets if count == len(run.eval_clips) else f"{count:,} clips, spread over {sets}"
+    if count < len(run.eval_clips):
+        sets = f"{count:,} clips, spread over {sets}"
+    if run.train_clips is None:
+        return sets
+    shared = mixture.count_shared(run.eval_clips, run.train_clips)
+    return sets + (f"\n{shared:,} of these clips are trained on too" if shared else "")
 
 
 def farewell(workdir: str | os.PathLike) -> str:

@@ -81,7 +81,7 @@ def test_sets_of_another_numbering_are_renumbered_by_name(data_dir):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("bare", {}, "data set bare/1.0.0 has no labels; build it with --label_from_folder"),
+        ("bare", {}, "data set bare/1.0.0 has no feature `label` that is a ClassLabel"),
         ("animals*0.5", {}, "has weights, but every labelled clip counts once"),
         ("animals", {"class_names": ["dog", "cat"]}, "has the class 'bird', which is not among"),
     ],
@@ -107,7 +107,7 @@ def test_an_unknown_label_is_an_error_that_names_its_clip(data_dir):
     broken = dataclasses.replace(animals, clips=clips)
     assert len(list(broken.read(np.array([3])))) == 1
     with pytest.raises(DataError, match=rf"clip '{name}' .* has the label -1, .* 0 to 2;"):
-        labelled.read_classes(broken)
+        _ = broken.classes
 
 
 def test_every_epoch_holds_each_clip_once_in_its_own_order():
@@ -132,21 +132,55 @@ def test_rare_classes_are_drawn_as_often_as_common_ones():
     np.testing.assert_allclose(shares, chances, atol=0.02)
 
 
+def test_clips_without_a_class_are_drawn_as_often_as_those_of_a_class():
+    classes = [np.array([], int)] * 4 + [np.array([0]), np.array([0, 1])]
+    np.testing.assert_allclose(labelled.rarity(classes, 2) * 3, [0.25] * 4 + [0.5, 1.5])
+
+
+def looks(labels, pieces=1):
+    """A recording per label, each of so many pieces."""
+    return [
+        labelled.Look(np.array([label]), index, f"recording {index}", 1.0)
+        for index, label in enumerate(labels)
+        for _ in range(pieces)
+    ]
+
+
 def test_a_share_has_every_class_and_depends_on_the_seed():
-    classes = [np.array([index % 5]) for index in range(200)]
-    drawn = labelled.draw_share(classes, 10.0, seed=1)
+    clips = looks([index % 5 for index in range(200)])
+    drawn = labelled.draw_share(clips, 10.0, seed=1)
     assert len(drawn) == 20 and len(set(drawn)) == 20
-    assert np.bincount([classes[place][0] for place in drawn]).tolist() == [4] * 5
-    np.testing.assert_array_equal(drawn, labelled.draw_share(classes, 10.0, seed=1))
-    assert np.any(drawn != labelled.draw_share(classes, 10.0, seed=2))
-    assert len(labelled.draw_share(classes, 0.1, seed=1)) == 5
+    assert np.bincount([clips[place].classes[0] for place in drawn]).tolist() == [4] * 5
+    np.testing.assert_array_equal(drawn, labelled.draw_share(clips, 10.0, seed=1))
+    assert np.any(drawn != labelled.draw_share(clips, 10.0, seed=2))
+    assert len(labelled.draw_share(clips, 0.1, seed=1)) == 5
+
+
+def test_a_share_holds_recordings_whole():
+    clips = looks([index % 2 for index in range(20)], pieces=3)
+    drawn = labelled.draw_share(clips, 20.0, seed=1)
+    held_out = {clips[place].recording for place in drawn}
+    assert len(drawn) == 12 and len(held_out) == 4
+    rest = np.setdiff1d(np.arange(60), drawn)
+    assert not held_out & {clips[place].recording for place in rest}
+
+
+def test_pieces_that_a_build_has_cut_are_one_recording(tmp_path):
+    ids = ["a.wav#0000", "a.wav#0001", "b#1.wav"]
+    clips = [(name, np.arange(500, dtype=np.int16), "x") for name in ids]
+    writer.write("pieces", tmp_path, {"train": lambda: clips}, label_names=["x"])
+    opened = labelled.open_labelled("pieces", "train", str(tmp_path))
+    found = sorted(look.recording for look in opened.looks)
+    assert found == [f"pieces/1.0.0: {name}" for name in ("a.wav", "a.wav", "b#1.wav")]
+    assert {look.seconds for look in opened.looks} == {500 / 16_000}
 
 
 @pytest.mark.parametrize(("percent", "counts"), [(1.0, [0, 1, 1]), (99.0, [0, 1, 9])])
 def test_a_held_out_share_leaves_every_class_a_clip(percent, counts):
-    classes = [np.array([label]) for label in [0] + [1] * 2 + [2] * 10]
-    drawn = labelled.draw_share(classes, percent, seed=1, leave=1)
-    assert np.bincount([classes[place][0] for place in drawn], minlength=3).tolist() == counts
+    clips = looks([0] + [1] * 2 + [2] * 10)
+    drawn = labelled.draw_share(clips, percent, seed=1, leave=1)
+    drawn_classes = [clips[place].classes[0] for place in drawn]
+    assert np.bincount(drawn_classes, minlength=3).tolist() == counts
 
 
 def batches(data_dir, start=0, stop=1, **options):
@@ -234,4 +268,27 @@ def test_classes_are_read_without_the_samples(data_dir, monkeypatch):
     found = open_one(data_dir)
     wanted = [clip.classes for clip in all_of(found)]
     monkeypatch.setattr(labelled.pipeline, "samples_of", None)
-    np.testing.assert_array_equal(labelled.read_classes(found), wanted)
+    np.testing.assert_array_equal(found.classes, wanted)
+    np.testing.assert_array_equal(found.truth, np.concatenate(wanted))
+    # A subset, and the whole again, read no record that was read before.
+    monkeypatch.setattr(labelled.Clips, "read", None)
+    np.testing.assert_array_equal(found.subset(np.array([7, 2])).truth, found.truth[[2, 7]])
+
+
+def test_a_clip_that_is_constant_or_shorter_than_a_frame_holds_no_sound(tmp_path):
+    lengths = {"long": 400, "short": 399, "constant": 9_000}
+
+    def examples():
+        for name, length in lengths.items():
+            yield name, np.arange(length, dtype=np.int16) * (name != "constant") + 5, "dog"
+
+    writer.write("three", tmp_path, {"train": examples}, label_names=NAMES)
+    found = open_one(tmp_path, "three")
+    ids = [clip.id for clip in all_of(found)]
+    assert dict(zip(ids, found.has_sound, strict=True)) == {
+        "long": True, "short": False, "constant": False
+    }  # fmt: skip
+    (split,) = found.clips.splits
+    slow = dataclasses.replace(split, sample_rate_hz=8_000)  # 399 samples are 50 ms
+    slow = dataclasses.replace(found, clips=Clips((slow,), None), known={})
+    assert np.count_nonzero(slow.has_sound) == 2

@@ -32,6 +32,8 @@ def data_dir(tmp_path_factory):
     writer.write("tones", folder, parts, label_names=TONES)
     parts = {"train": lambda: tones(60, 0), "valid": lambda: mislabelled(21, 1)}
     writer.write("wrong", folder, parts, label_names=TONES)
+    parts = {name: lambda: (clip for clip in tones(12, 0) if clip[2] == "high") for name in parts}
+    writer.write("one", folder, parts, label_names=TONES)
     writer.write(
         "bare", folder, {"train": lambda: ((i, samples, None) for i, samples, _ in tones(3, 3))}
     )
@@ -61,11 +63,19 @@ def test_few_clips_are_spread_over_the_split(data_dir):
     assert knn.train.index.tolist() == [0, 10, 20, 30, 40, 50]
     assert knn.valid.index.tolist() == [0, 3, 7, 10, 14, 17]
     assert "6 clips of tones by 10 neighbours among 6, 3 classes" in knn.describe()
+    assert (
+        "\nclasses without a training clip in 'tones': 1 of 3"
+        in knn_eval.open_knn("tones", str(data_dir), None, 2).describe()
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "error", "message"),
-    [("tones@valid", ValueError, "names a split"), ("bare", DataError, "has no labels")],
+    [
+        ("tones@valid", ValueError, "names a split"),
+        ("bare", DataError, "has no feature `label`"),
+        ("one", ValueError, "all 4 training clips of 'one' have the class 'high', so there is "),
+    ],
 )
 def test_sets_that_cannot_be_probed_are_named(data_dir, text, error, message):
     with pytest.raises(error, match=message):

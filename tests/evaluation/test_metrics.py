@@ -104,16 +104,21 @@ def test_of_equal_scores_the_first_class_is_predicted():
     assert metrics.main_metric(np.zeros((4, 3)), np.array([0, 0, 1, 2])) == ("accuracy", 0.5)
 
 
-def test_interval_of_accuracy_is_binomial_and_the_same_again():
+def test_interval_of_accuracy_is_wilsons_also_where_all_is_right_or_wrong():
     labels = np.zeros(400, int)
     scores = np.zeros((400, 2))
     scores[:100, 1] = 1.0
-    found = metrics.evaluate(scores, labels, names(2))
-    error = math.sqrt(0.75 * 0.25 / 400)
-    assert found.interval == pytest.approx((0.75 - 1.96 * error, 0.75 + 1.96 * error), abs=0.004)
-    assert metrics.evaluate(scores, labels, names(2)).interval == found.interval
-    assert metrics.evaluate(scores[100:], labels[100:], names(2)).interval == (1.0, 1.0)
-    assert metrics.evaluate(scores[:1], labels[:1], names(2)).interval == (0.0, 0.0)
+
+    def interval(rows):
+        return metrics.evaluate(scores[rows], labels[rows], names(2)).interval
+
+    z, low, high = norm.ppf(0.975), *interval(slice(None))
+    middle = (0.75 + z**2 / 800) / (1 + z**2 / 400)
+    width = z * math.sqrt(0.75 * 0.25 / 400 + z**2 / (4 * 400**2)) / (1 + z**2 / 400)
+    assert (low, high) == pytest.approx((middle - width, middle + width))
+    # Six of six says little: the truth may be 61 %.
+    assert interval(slice(100, 106)) == (pytest.approx(6 / (6 + z**2)), 1.0)
+    assert interval(slice(0, 6)) == (0.0, pytest.approx(z**2 / (6 + z**2)))
 
 
 def test_interval_of_map_covers_the_mean_over_test_sets(monkeypatch):

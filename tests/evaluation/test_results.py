@@ -19,13 +19,27 @@ def single_label():
         [[0.7, 0.1, 0.1, 0.1], [0.6, 0.4, 0.0, 0.0], [0.0, 0.1, 0.9, 0.0], [0.0, 1.0, 0.0, 0.0]]
     )
     found = metrics.evaluate(probabilities, labels, NAMES)
-    return found, list("wxyz"), probabilities, labels, {"strength": 1e-3, "d_prime": math.inf}
+    return (
+        found,
+        list("wxyz"),
+        probabilities,
+        labels,
+        {"strength": 1e-3, "d_prime": math.inf},
+        ["few"],
+    )
 
 
 def multi_label():
     targets = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
     probabilities = np.array([[0.9, 0.2, 0.4, 0.0], [0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 1.0, 0.0]])
-    return metrics.evaluate(probabilities, targets, NAMES), list("xyz"), probabilities, targets, {}
+    return (
+        metrics.evaluate(probabilities, targets, NAMES),
+        list("xyz"),
+        probabilities,
+        targets,
+        {},
+        [],
+    )
 
 
 def rows_of(folder):
@@ -71,6 +85,7 @@ def test_results_hold_the_metrics_and_the_settings(tmp_path):
     assert content["num_examples"] == 4
     assert content["classes"][0]["precision"] == 0.5
     assert content["confusions"] == [{"label": "dog", "prediction": "cat", "count": 1}]
+    assert content["warnings"] == ["few"]
     assert content["settings"] == {"strength": 1e-3, "d_prime": None}
     assert imread(tmp_path / "confusion.png").shape[0] > 200
 

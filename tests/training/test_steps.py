@@ -355,6 +355,15 @@ def test_a_blind_guess_costs_log_of_the_masked_patches():
     np.testing.assert_allclose(loss_B, np.log(7), rtol=1e-6)
 
 
+def test_a_tie_is_right_as_often_as_a_guess_among_the_best():
+    target = jnp.stack([jnp.ones((4, 256)), jnp.eye(4, 256), jnp.eye(4, 256)])
+    prediction = target.at[2].set(0.0).at[2, 0, :2].set(1.0)
+    _, accuracy_B = info_nce(prediction, target)
+    # All patches of the first clip are alike. Row 0 of the last clip takes two patches for its own,
+    # and the other rows take all four.
+    np.testing.assert_allclose(accuracy_B, [1 / 4, 1.0, (1 / 2 + 3 / 4) / 4])
+
+
 def test_info_nce_picks_among_the_same_clips_patches_only():
     target = jnp.stack([jnp.eye(4, 256), 3.0 * jnp.eye(4, 256)])
     loss_B, accuracy_B = info_nce(10.0 * target, target)
