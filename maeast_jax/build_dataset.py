@@ -56,7 +56,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool(
         "label_from_folder",
         False,
-        "A file's label is the name of its folder (of the innermost one, apart from a split's).",
+        "A file's label is the name of its outermost folder below --audio_dir, apart from a split's"
+        " and from folders that hold all files.",
     )
     flags.DEFINE_float(
         "valid_percent",

@@ -1,4 +1,4 @@
-"""A run's folder on disk: its checkpoints, its configuration file and its lock.
+"""A run's folder on disk: its checkpoints, its configuration, the record of its starts, its lock.
 
 `WORKDIR/checkpoints/STEP/` is one checkpoint, which Orbax writes in two parts, so that weights load
 without the optimiser: `weights` {params, statistics} and `progress` {step, opt_state}.
@@ -28,6 +28,7 @@ from maeast_jax.runtime.cli import PeerLostError
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
 _LOCK = "lock"
 _COMPLETE = "commit_success.txt"
 _SAVING = ocp.Context()
@@ -333,6 +334,17 @@ def read_config(workdir: str | os.PathLike, mode: str | None) -> dict[str, Any]:
             f"(--config.init_from={workdir} starts from its weights)"
         )
     return found
+
+
+def record_start(workdir: str | os.PathLike, entry: dict[str, Any]) -> str:
+    """Appends an entry to `environment.json`, a list with one entry per start of the run.
+
+    Returns the first entry's `time`.
+    """
+    file = storage.path(workdir) / ENVIRONMENT
+    entries = [*(json.loads(file.read_text()) if file.exists() else []), entry]
+    storage.write_whole(file, (json.dumps(entries, indent=1) + "\n").encode())
+    return entries[0]["time"]
 
 
 def newest_step(workdir: str | os.PathLike) -> int | None:

@@ -82,6 +82,9 @@ def test_it_learns_and_leaves_what_it_promises(finished):
     assert right == pytest.approx(evaluation.value)
     assert json.loads((folder / "results.json").read_text())["value"] == evaluation.value
     assert (folder / "confusion.png").stat().st_size > 1000
+    (start,) = json.loads((workdir / "environment.json").read_text())
+    sizes = {name: kept["clips"] for name, kept in start["data"].items()}
+    assert sizes == {f"tones/1.0.0@{s}": n for s, n in (("train", 24), ("valid", 9), ("test", 11))}
     steps = [row["step"] for row in metrics_writer.read_metrics(workdir) if row["split"] == "eval"]
     assert steps == [3, 6, 9]
 

@@ -467,6 +467,14 @@ def test_a_run_leaves_what_it_promises_and_says_what_it_will_do(tmp_path, data_d
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    config.total_steps = 13
+    train(config, tmp_path)
+    first, second = json.loads((tmp_path / "environment.json").read_text())
+    assert (first["start_step"], second["start_step"]) == (0, 12)
+    assert first["packages"]["jax"] == jax.__version__
+    assert first["devices"] == {"kind": "cpu", "count": 8} and first["command"] == sys.argv
+    assert second["config"]["total_steps"] == 13
+    assert first["data"]["sounds/1.0.0@train"]["clips"] == 11
 
 
 @pytest.mark.slow

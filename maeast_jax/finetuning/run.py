@@ -1,10 +1,13 @@
 """A run on labelled clips before anything is compiled: configuration checked, data opened."""
 
 import dataclasses
+import functools
 import math
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -198,6 +201,12 @@ class FinetuneRun:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.folds[0].train.class_names
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Clips and fingerprint of every data set of the run, by name and split."""
+        opened = [c for sets in self.folds for c in (sets.train, sets.valid, *sets.tests)]
+        return functools.reduce(operator.or_, (clips.clips.identity for clips in opened))
 
     @property
     def loss(self) -> LossConfig:

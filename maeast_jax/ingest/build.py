@@ -10,7 +10,7 @@ from etils import epath
 from tqdm import tqdm
 
 from maeast_jax.data import DecodePool, num_cores, writer
-from maeast_jax.ingest import beam, examples, layouts, report, sources
+from maeast_jax.ingest import beam, examples, layouts, manifests, report, sources
 from maeast_jax.ingest.sources import Listing, ManifestError
 from maeast_jax.runtime import storage
 
@@ -125,7 +125,7 @@ def _list(options: BuildOptions) -> Listing:
     if options.layout:
         return layouts.list_layout(options.layout, options.audio_dir, options.test_dir)
     if options.manifest:
-        return sources.read_manifest(options.manifest, options.audio_dir)
+        return manifests.read_manifest(options.manifest, options.audio_dir)
     return sources.list_folder(options.audio_dir, options.label_from_folder)
 
 

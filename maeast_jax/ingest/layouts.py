@@ -7,6 +7,7 @@ own order. A clip that the data set's own lists name and the folder lacks is in 
 
 import contextlib
 import csv
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from maeast_jax.ingest.sources import (
     ManifestError,
     audio_below,
     check_unique,
-    printable,
+    file_id,
 )
 from maeast_jax.runtime import storage
 
@@ -81,9 +82,9 @@ def list_audioset(root: Path) -> Listing:
     `root` holds the csv files as AudioSet publishes them, `class_labels_indices.csv`,
     `balanced_train_segments.csv`, `eval_segments.csv` and optionally
     `unbalanced_train_segments.csv`. Below it, at any depth, lie the clips: ten-second segments, not
-    whole videos, in any format that decodes, named `ID`, `YID`, `ID_START` or `ID_START_END`. Where
-    a clip has several files, the first by path is taken; files of clips that no csv lists are left
-    out.
+    whole videos, which the build remarks on. They may have any format that decodes, and are named
+    `ID`, `YID`, `ID_START` or `ID_START_END`. Where a clip has several files, the first by path is
+    taken; files of clips that no csv lists are left out.
 
     Splits: `train` is the balanced list (AudioSet-20K: 22,160 clips), `unbalanced` the other
     2,041,789 (AudioSet-2M is `train+unbalanced`), `test` the evaluation list (20,371).
@@ -100,10 +101,12 @@ def list_audioset(root: Path) -> Listing:
             continue
         with _reading(root / name) as file:
             lines = (line for line in file if not line.startswith("#"))
-            for clip, _, _, mids in csv.reader(lines, skipinitialspace=True):
+            for clip, start, end, mids in csv.reader(lines, skipinitialspace=True):
                 if clip in paths:
                     label = tuple(names[mid] for mid in mids.split(","))
-                    files.append(_clip(root, paths[clip], label, split))
+                    found = _clip(root, paths[clip], label, split)
+                    seconds = float(end) - float(start)
+                    files.append(dataclasses.replace(found, listed_seconds=seconds))
                 else:
                     missing.append((clip, split))
     return Listing(files, tuple(names.values()), missing)
@@ -265,7 +268,7 @@ def _reading(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
 
 
 def _clip(root: Path, path: str, label: str | tuple[str, ...], split: str) -> AudioFile:
-    return AudioFile(str(root / path), printable(path), label, split)
+    return AudioFile(str(root / path), file_id(root / path, root), label, split)
 
 
 def _found(root: Path, wanted: list[tuple[str, str, str]], names: tuple[str, ...]) -> Listing:

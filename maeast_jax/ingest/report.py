@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ class Tally:
     Attributes:
       files, clips, samples: counts per split; skipped files count as files.
       unreadable, too_short: (id, reason) of the files that gave no clip.
-      remarks: (id, remark) of files that were read in another way than most, and of clips without
-        sound. A remark is "KIND: DETAIL", or "KIND".
+      remarks: (id, remark) of files that were read in another way than most, whose end was left
+        out or that are longer than listed, and of clips without sound. A remark is "KIND: DETAIL",
+        or "KIND".
     """
 
     files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -43,15 +45,22 @@ class Tally:
         """Counts a file that was decoded (or was not, for the reason given) into these clips."""
         self.files[file.split] += 1
         self.clips[file.split] += len(clips)
-        self.samples[file.split] += sum(len(samples) for _, samples, _ in clips)
+        held = sum(len(samples) for _, samples, _ in clips)
+        self.samples[file.split] += held
         if isinstance(decoded, str):
             self.unreadable.append((file.id, decoded))
             return
         self.remarks += [(file.id, remark) for remark in decoded.remarks]
         self.remarks += [(clip, "no sound") for clip, samples, _ in clips if not has_sound(samples)]
+        seconds = len(decoded.samples) / SAMPLE_RATE_HZ
+        left_out = seconds - held / SAMPLE_RATE_HZ
         if not clips:
-            seconds = len(decoded.samples) / SAMPLE_RATE_HZ
             self.too_short.append((file.id, f"{seconds:.2f} s, shorter than --min_seconds"))
+        elif left_out:
+            self.remarks.append((file.id, f"last piece too short: {left_out:.2f} s left out"))
+        if seconds > (file.listed_seconds or math.inf) + 1:  # cuts end at packets and frames
+            listed = f"{file.listed_seconds:g} of {seconds:.2f} s are its clip"
+            self.remarks.append((file.id, f"longer than the list says: {listed}"))
 
     def merge(self, other: "Tally") -> None:
         """Adds the counts of other files."""

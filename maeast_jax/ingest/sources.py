@@ -1,14 +1,13 @@
-"""Which files go into a data set: a folder tree or a manifest, with ids, labels and splits."""
+"""Which files go into a data set: a folder tree, with ids, labels and splits."""
 
-import codecs
 import collections
-import csv
 import dataclasses
 import hashlib
-import io
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from etils import epath
@@ -22,8 +21,6 @@ _SPLIT_NAMES = {
     "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-# Names that lists have for the column of paths, without "_", "-" and spaces. The first one counts.
-_PATH_COLUMNS = ("path", "file", "filename", "filepath", "audio", "wav")
 
 
 class ManifestError(ValueError):
@@ -41,6 +38,7 @@ class AudioFile:
         all classes that hold.
       split: None until `assign_splits`.
       piece_seconds: the length of the pieces that it is cut into; None for the build's own length.
+      listed_seconds: the length that the data set's own list gives; None where it gives none.
     """
 
     path: str
@@ -48,6 +46,7 @@ class AudioFile:
     label: str | tuple[str, ...] | None = None
     split: str | None = None
     piece_seconds: float | None = None
+    listed_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +72,9 @@ class Listing:
             names = {name for file in files for name in file.label}
         else:
             names = {file.label for file in files} - {None}
+        alike = collections.Counter(map(str.casefold, names))
+        if apart := [name for name in sorted(names) if alike[name.casefold()] > 1]:
+            notes = [*notes, f"labels that differ in case alone: {', '.join(apart[:8])}"]
         return cls(files, tuple(sorted(names)) or None, notes=notes)
 
     @property
@@ -94,8 +96,8 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
     more, they give the files their splits.
 
     Args:
-      label_from_folder: a file's label is the name of the innermost folder that it lies in, apart
-        from the folder that names its split.
+      label_from_folder: a file's label is the name of the outermost folder that it lies in, apart
+        from the folder that names its split and from folders that hold all files.
 
     Raises:
       ManifestError: the folder does not exist or holds no audio file; or a file lies in no
@@ -106,28 +108,37 @@ def list_folder(audio_dir: str | os.PathLike, label_from_folder: bool = False) -
         if not root.is_dir():
             raise ManifestError(f"--audio_dir={audio_dir} is not a directory: check the path")
         paths, notes = audio_below(root)
-    split_folders, split_notes = _split_folders(paths)
-    files, bare = [], []
-    for path, split_folder in zip(paths, split_folders, strict=True):
-        labels = list(path.parent.parts)
+    ids = [PurePosixPath(file_id(root / path, root)) for path in paths]
+    split_folders, split_notes = _split_folders(ids)
+    labels, label_notes = [None] * len(ids), []
+    if label_from_folder:
+        labels, label_notes = _folder_labels(ids, split_folders)
+    files = [
+        AudioFile(str(root / path), str(name), label, folder and split_name(folder))
+        for path, name, label, folder in zip(paths, ids, labels, split_folders, strict=True)
+    ]
+    return Listing.of(files, notes + split_notes + label_notes)
+
+
+def _folder_labels(
+    paths: Sequence[PurePosixPath], split_folders: Sequence[str | None]
+) -> tuple[list[str], list[str]]:
+    """Returns the label of each file, as `list_folder` describes it; and notes."""
+    folders = [list(path.parent.parts) for path in paths]
+    for parts, split_folder in zip(folders, split_folders, strict=True):
         if split_folder:
-            labels.remove(split_folder)
-        if not labels:
-            bare.append(path)
-        files.append(
-            AudioFile(
-                str(root / path),
-                printable(str(path)),
-                printable(labels[-1]) if label_from_folder and labels else None,
-                split_folder and split_name(split_folder),
-            )
-        )
-    if label_from_folder and bare:
+            parts.remove(split_folder)
+    if bare := [path for path, parts in zip(paths, folders, strict=True) if not parts]:
         raise ManifestError(
             f"--label_from_folder: {len(bare)} files, e.g. {bare[0]}, lie in no folder that could"
-            f" be their label: move them into folders below {audio_dir}, or drop the flag"
+            " be their label: move them into folders of their classes, or drop the flag"
         )
-    return Listing.of(files, notes + split_notes)
+    levels = zip(*(parts[:-1] for parts in folders), strict=False)  # as deep as all files lie
+    depth = len(list(itertools.takewhile(lambda names: len({*names}) == 1, levels)))
+    labels = [label_name(parts[depth]) for parts in folders]
+    parts, label, path = max(zip(folders, labels, paths, strict=True), key=lambda row: len(row[0]))
+    notes = [f"labels are the outermost folders, such as {label} of {path}"]
+    return labels, notes if len(parts) > 1 else []
 
 
 def list_named(paths: Sequence[str | os.PathLike]) -> tuple[list[str], list[str]]:
@@ -160,9 +171,9 @@ def audio_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]
     Raises ManifestError where there is none.
     """
     below, notes = _files_below(root)
-    found = sorted(path for path in below if _is_audio(path))
+    found = sorted(path for path in below if is_audio(path))
     others = collections.Counter(
-        path.suffix.lower() or "without a suffix" for path in below if not _is_audio(path)
+        path.suffix.lower() or "without a suffix" for path in below if not is_audio(path)
     )
     if others:
         commonest = sorted(others, key=lambda suffix: (-others[suffix], suffix))
@@ -173,7 +184,8 @@ def audio_below(root: Path | epath.Path) -> tuple[list[PurePosixPath], list[str]
     return found, notes
 
 
-def _is_audio(path: PurePosixPath) -> bool:
+def is_audio(path: PurePosixPath) -> bool:
+    """Returns whether a file's suffix is one of the formats that decode."""
     return path.suffix.lower() in AUDIO_SUFFIXES
 
 
@@ -234,174 +246,17 @@ def _split_folders(paths: Sequence[PurePosixPath]) -> tuple[list[str | None], li
             f"splits are not taken from the folders {', '.join(names)}: {folders.count(None)}"
             f" files, e.g. {paths[folders.index(None)]}, lie in none of them"
         ]
-    return folders, [f"splits are taken from the folders {', '.join(names)}", *_renamed(names)]
+    return folders, [
+        f"splits are taken from the folders {', '.join(names)}",
+        *renamed_splits(names),
+    ]
 
 
-def _renamed(names: Iterable[str]) -> list[str]:
+def renamed_splits(names: Iterable[str]) -> list[str]:
     """Returns a note on the splits that a data set has under another name."""
     renamed = [f"{name} is {split_name(name)}" for name in sorted({*names})
                if name != split_name(name)]  # fmt: skip
     return [f"split names: {', '.join(renamed)}"] if renamed else []
-
-
-# --- manifests ---------------------------------------------------------------------------------
-
-
-def read_manifest(
-    manifest: str | os.PathLike, audio_dir: str | os.PathLike | None = None
-) -> Listing:
-    """Lists the files that a manifest names, in its order; list and files may lie on gs://.
-
-    The manifest is separated by tabs, commas or semicolons, and has a header with the column `path`
-    (or one of _PATH_COLUMNS) and optionally `label` and `split`; other columns are left out. Where
-    a clip may be of several classes, the column is `labels`, with `;` between the classes and an
-    empty cell for no class. Cells may be quoted. Two formats go without a header: one path per
-    line, and the authors' format, fairseq's: a directory on the first line, then lines of path and
-    length in samples, which is left out. No line is a comment, because names may start with #.
-
-    Args:
-      audio_dir: where relative paths start; None is the manifest's folder or, in fairseq's format,
-        the directory on its first line.
-
-    Raises:
-      ManifestError: unreadable, no such format, no rows, an empty cell, cells without a column, a
-        path listed twice.
-    """
-    manifest = storage.path(manifest)
-    columns, rows, base = _table(manifest)
-    if not rows:
-        raise ManifestError(f"{manifest} lists no files: add lines below its header")
-    base = storage.path(audio_dir) if audio_dir else base
-    with storage.reaching(base):
-        if not base.is_dir():
-            raise ManifestError(
-                f"{base}, where {manifest} starts, is not a directory: pass --audio_dir"
-            )
-    files = []
-    for number, cells in rows:
-        if any(cells[len(columns) :]):
-            raise ManifestError(
-                f"{manifest}, line {number}: {len(cells)} cells under {len(columns)} columns; put"
-                " quotes around a cell that holds the separator"
-            )
-        row = dict(zip(columns, cells, strict=False))
-        for column in ("path", "label", "split"):
-            if column in columns and not row.get(column):
-                raise ManifestError(
-                    f"{manifest}, line {number}: no {column}; fill it in, or drop the line or"
-                    " column"
-                )
-        label = row.get("label")
-        if "labels" in columns:
-            names = [name.strip() for name in row.get("labels", "").split(";")]
-            label = tuple(filter(None, names))
-        path = _join(base, row["path"])
-        name = path.relative_to(base) if path.is_relative_to(base) else path
-        files.append(AudioFile(str(path), printable(str(name)), label, row.get("split")))
-    check_unique(manifest, files)
-    notes = []
-    known = ("", "path", "label", "labels", "split")
-    if others := [name for name in columns if name not in known]:
-        notes.append(f"columns left out: {', '.join(others)[:80]}")
-    if "split" in columns:
-        notes += _renamed(file.split for file in files)
-        files = [dataclasses.replace(file, split=split_name(file.split)) for file in files]
-    return Listing.of(files, notes)
-
-
-def _table(manifest: epath.Path) -> tuple[list[str], list[tuple[int, list[str]]], epath.Path]:
-    """Returns a manifest's columns, its rows with their line numbers, and where paths start."""
-    text = _read_text(manifest)
-    rows = list(_rows(manifest, text, "\t"))
-    if not rows:
-        raise ManifestError(f"{manifest} is empty: list the audio files in it")
-    (_, first), *others = rows
-    second = others[0][1] if others else []
-    if len(first) == 1 and len(second) == 2 and second[1].isdigit():
-        return ["path", "samples"], others, _join(manifest.parent, first[0])
-    if len(first) == 1 and _is_audio(PurePosixPath(first[0])):
-        return ["path"], rows, manifest.parent
-    for separator in "\t,;":
-        lines = _rows(manifest, text, separator)
-        _, header = next(lines, (0, []))
-        columns = [name.lower() for name in header]
-        plain = [re.sub(r"[\W_]+", "", name) for name in columns]
-        if found := [name for name in _PATH_COLUMNS if name in plain]:
-            columns[plain.index(found[0])] = "path"
-            return columns, list(lines), manifest.parent
-    raise ManifestError(
-        f"{manifest}: no column `path` in its first line ({', '.join(first)[:80]}), nor is it a"
-        " bare list of audio files or fairseq's format (a directory, then lines of path, tab,"
-        " samples): add a header line, such as path,label"
-    )
-
-
-def _read_text(manifest: epath.Path) -> str:
-    try:
-        with storage.reaching(manifest):
-            data = manifest.read_bytes()
-    except OSError as error:
-        raise ManifestError(
-            f"cannot read --manifest={manifest}: {terminal.one_line(error)}"
-        ) from None
-    # Spreadsheets save "Unicode text" as UTF-16 behind its mark.
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-        place = text.find("\0")  # UTF-16 without its mark
-    except UnicodeDecodeError as error:
-        place = error.start
-    if place >= 0:
-        line = data.count(b"\n", 0, place) + 1
-        raise ManifestError(
-            f"{manifest}, line {line}: byte {place} (0x{data[place]:02x}) is not text in UTF-8;"
-            " save the list as UTF-8"
-        )
-    return text
-
-
-def _rows(manifest: epath.Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number from 1, cells) of the lines that are not blank."""
-    # Tab-separated corpora hold sentences with a lone quote, which must not swallow the next lines.
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=separator, quoting=quoting,
-        skipinitialspace=True, strict=True,
-    )  # fmt: skip
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if quoting == csv.QUOTE_NONE:
-                cells = [_unquoted(cell) for cell in cells]
-            if any(cells):
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise ManifestError(
-            f"{manifest}, line {reader.line_num}: {error}; quote its cells as a spreadsheet does"
-        ) from None
-
-
-def _unquoted(cell: str) -> str:
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return cell[1:-1].replace('""', '"') if is_quoted else cell
-
-
-def _join(base: epath.Path, name: str) -> epath.Path:
-    if storage.is_remote(name):
-        return storage.path(name)
-    name = os.fsdecode(name.encode())  # UTF-8 as well where the machine has another encoding
-    path = base / name
-    # Lists made on Windows part folders by backslashes, which names of files may hold here.
-    return base / name.replace("\\", "/") if "\\" in name and not path.exists() else path
-
-
-def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
-    """Raises ManifestError where two files have the same id."""
-    seen = set()
-    for file in files:
-        if file.id in seen:
-            raise ManifestError(f"{manifest} lists {file.id} twice: drop one of the lines")
-        seen.add(file.id)
 
 
 def assign_splits(files: list[AudioFile], valid_percent: float) -> list[AudioFile]:
@@ -427,7 +282,34 @@ def _hash_percent(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64 * 100
 
 
-def printable(text: str) -> str:
-    """Returns a file's name as text that fits into UTF-8 and a line of TSV; names are any bytes."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    return text.replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
+# --- names -------------------------------------------------------------------------------------
+
+
+def check_unique(manifest: Path | epath.Path, files: list[AudioFile]) -> None:
+    """Raises ManifestError where two files have the same id."""
+    seen = set()
+    for file in files:
+        if file.id in seen:
+            raise ManifestError(
+                f"{manifest} lists {file.id} twice: keep one line per file, with several classes in"
+                " the column `labels` and ; between them; cut a file that has segments first"
+            )
+        seen.add(file.id)
+
+
+def file_id(path: Path | epath.Path, root: Path | epath.Path) -> str:
+    """Returns a file's path as text, below `root` where it lies there."""
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    if storage.is_remote(path):
+        return _in_one_line(str(name))
+    return _in_one_line(os.fsencode(name).decode("utf-8", "backslashreplace"))  # any bytes
+
+
+def label_name(text: str) -> str:
+    """Returns the class that a folder or a cell names: one name for all ways to encode it."""
+    return _in_one_line(unicodedata.normalize("NFC", text.strip()))
+
+
+def _in_one_line(text: str) -> str:
+    """Escapes tabs and all characters that end a line for some reader."""
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda m: ascii(m[0])[1:-1], text)

@@ -90,13 +90,17 @@ def test_remarks_are_counted_by_kind_and_listed(tmp_path, capsys):
     assert (directory / "remarks.tsv").read_text() == (
         "path\tremark\n"
         "b.wav\tbeyond full scale: scaled down from a peak of 3\n"
+        "b.wav\tlast piece too short: 0.50 s left out\n"
         "c.wav\tbeyond full scale: scaled down from a peak of 2\n"
+        "c.wav\tlast piece too short: 0.50 s left out\n"
         "d.wav\tchannels cancel: channel 1 alone\n"
+        "d.wav\tlast piece too short: 0.50 s left out\n"
         "e.wav#0001\tno sound\ne.wav#0002\tno sound\n"
     )
     assert (
         "\nbeyond full scale: 2, e.g. b.wav: scaled down from a peak of 3"
         "\nchannels cancel: 1, e.g. d.wav: channel 1 alone"
+        "\nlast piece too short: 3, e.g. b.wav: 0.50 s left out"
         "\nno sound: 2, e.g. e.wav#0001"
         f"\nthe whole list: {directory / 'remarks.tsv'}\n"
     ) in capsys.readouterr().out

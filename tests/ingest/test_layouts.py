@@ -278,6 +278,7 @@ def test_audioset_balanced_and_evaluation(audioset):
         "deep/down/__5TA9Hz45E.m4a": ((GUSH,), "test"),
     }
     assert listing.files[0].path == str(audioset / "train/--PJHxphWEs.wav")
+    assert [file.listed_seconds for file in listing.files] == [10, 10, 10]
     assert listing.missing == [("-1PZg9Pi2-E", "train"), ("_aBcDeF_0_1", "test")]
     assert listing.label_names == (SPEECH, MAN, GUSH, WOMAN)
     assert listing.is_multi_label

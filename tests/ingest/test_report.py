@@ -70,6 +70,22 @@ def test_a_layout_is_fine_tuned_by_its_own_configuration(layout):
     assert next_steps("cow", ["a", "b"], layout, "other") == "its splits: a, b"
 
 
+def test_what_a_file_holds_beside_its_clips_is_remarked(tmp_path):
+    tally = Tally()
+    for name, seconds, listed in [("cut", 10.9, 10), ("video", 60, 10), ("other", 60, None)]:
+        file = AudioFile(name, name, (), "train", listed_seconds=listed)
+        samples = np.arange(round(seconds * 16_000)).astype(np.int16)
+        tally.add(file, Recording(samples), [(name, samples, ())])
+    samples = np.arange(round(30.9 * 16_000)).astype(np.int16)
+    tally.add(
+        AudioFile("tail", "tail"), Recording(samples), [("tail#0000", samples[:480_000], None)]
+    )
+    assert tally.remarks == [
+        ("video", "longer than the list says: 10 of 60.00 s are its clip"),
+        ("tail", "last piece too short: 0.90 s left out"),
+    ]
+
+
 def test_tallies_of_parts_add_up_also_when_pickled():
     files = [AudioFile(name, name, None, split) for name, split in
              [("a", "train"), ("b", "train"), ("c", "train"), ("d", "valid")]]  # fmt: skip
