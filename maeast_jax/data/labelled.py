@@ -393,8 +393,8 @@ def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int, least_fra
     """Returns {audio int16 [b, samples], num_samples int32 [b]}: the clips padded with silence.
 
     With `num_frames` clips are padded to that length, with 0 to the first of at most nine lengths
-    that holds them all, or to `least_frames`. `num_samples` is the own length of a clip, at least a frame (400). It masks
-    the padding, which SSAST treats as part of the clip.
+    that holds them all, or to `least_frames`. `num_samples` is the own length of a clip, at least a
+    frame (400). It masks the padding, which SSAST treats as part of the clip.
     """
     longest = max(len(clip) for clip in clips)
     frames = num_frames
