@@ -30,7 +30,7 @@ PROGRAMS = {"train", "finetune", "embed", "build_dataset", "export"}
 USERS_OF = {
     "tensorflow": {"data/pipeline", "data/dataset", "data/writer", "fbank"},
     "tensorflow_datasets": {"data/pipeline", "data/dataset", "data/writer"},
-    "torch": {"interop/fairseq", "suites/hear"},
+    "torch": {"interop/fairseq", "suites/hear", "suites/sounds"},
     "apache_beam": {"ingest/beam"},
 }
 WITHOUT_JAX = {"data", "ingest"}
