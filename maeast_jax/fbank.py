@@ -74,6 +74,16 @@ def frame_count(num_samples):
     return 1 + (num_samples - FRAME_LENGTH) // FRAME_SHIFT
 
 
+def hz_to_mel(frequency_hz):
+    """Returns a frequency, or an array of them, on Kaldi's mel scale."""
+    return 1127.0 * np.log(1.0 + frequency_hz / 700.0)
+
+
+def mel_to_hz(mel):
+    """Returns the frequency in Hz of a value on Kaldi's mel scale, or of an array of them."""
+    return 700.0 * (np.exp(mel / 1127.0) - 1.0)
+
+
 def num_frames(num_samples: int) -> int:
     """Number of whole frames in `num_samples`; raises ValueError for fewer than 400 samples."""
     if num_samples < FRAME_LENGTH:
@@ -283,8 +293,8 @@ def _spectrum_matrix() -> np.ndarray:
 
 def _mel_matrix() -> np.ndarray:
     """float64 [256, 128]: triangles of height 1 and equal width on Kaldi's mel scale."""
-    edges_mel = np.linspace(_mel(LOWEST_HZ), _mel(SAMPLE_RATE_HZ / 2), NUM_MEL_BANDS + 2)
-    bins_mel = _mel(np.arange(_NUM_BINS) * SAMPLE_RATE_HZ / _FFT_LENGTH)[:, None]
+    edges_mel = np.linspace(hz_to_mel(LOWEST_HZ), hz_to_mel(SAMPLE_RATE_HZ / 2), NUM_MEL_BANDS + 2)
+    bins_mel = hz_to_mel(np.arange(_NUM_BINS) * SAMPLE_RATE_HZ / _FFT_LENGTH)[:, None]
     left, centre, right = edges_mel[:-2], edges_mel[1:-1], edges_mel[2:]
     rising = (bins_mel - left) / (centre - left)
     falling = (right - bins_mel) / (right - centre)
@@ -299,7 +309,3 @@ def _band_groups(mel: np.ndarray) -> list[tuple[slice, np.ndarray]]:
         bins = slice(bins[0], bins[-1] + 1)
         groups.append((bins, mel[bins, bands]))
     return groups
-
-
-def _mel(frequency_hz):
-    return 1127.0 * np.log(1.0 + frequency_hz / 700.0)

@@ -430,7 +430,7 @@ def test_decoding_processes_load_no_framework():
     """Each starts with this import; jax and TensorFlow take seconds and hundreds of megabytes."""
     program = (
         "import sys, maeast_jax.data;"
-        "print({'jax', 'tensorflow', 'tensorflow_datasets', 'librosa'} & set(sys.modules))"
+        "print({'jax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

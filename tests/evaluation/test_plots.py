@@ -1,6 +1,10 @@
 """Pictures show the values they were given: the tests look at pixels and at matplotlib's axes."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import fontTools.fontBuilder
 import matplotlib.pyplot
@@ -80,6 +84,23 @@ def test_the_frequency_axis_has_the_bands_of_the_filter_bank():
         tone = np.sin(2 * np.pi * frequency_hz * np.arange(1600) / 16_000).astype(np.float32)
         loudest = np.asarray(fbank.fbank(tone)).mean(axis=0).argmax()
         assert abs(to_band(frequency_hz) - loudest) < 1
+
+
+def test_no_compiler_is_needed_to_draw_which_would_want_a_folder_to_keep_programs_in():
+    """A container run under another user's number has neither a home nor a writable package."""
+    program = """
+import sys
+import numpy as np
+from maeast_jax.evaluation import plots
+x = np.zeros((1, 16, 128), np.float32)
+plots.reconstructions(x, x, x)
+print({"numba", "librosa"} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"HOME": "/nonexistent"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "set()\n"
 
 
 def test_a_row_has_the_colour_scale_of_its_original():
