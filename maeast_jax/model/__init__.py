@@ -10,6 +10,7 @@ from maeast_jax.model.classifier import (
 from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig, parse_layer
 from maeast_jax.model.mae_ast import (
     MaeAst,
+    Reconstruction,
     SpectrogramEncoder,
     abstract_model,
     build,
@@ -18,7 +19,6 @@ from maeast_jax.model.mae_ast import (
     stream_key,
 )
 from maeast_jax.model.ops import product
-from maeast_jax.model.tokens import unpatchify
 from maeast_jax.model.transformer import put_tokens, split_key, take_tokens
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "HeadConfig",
     "MaeAst",
     "ModelConfig",
+    "Reconstruction",
     "SpectrogramEncoder",
     "abstract_classifier",
     "abstract_model",
@@ -41,5 +42,4 @@ __all__ = [
     "split_model",
     "stream_key",
     "take_tokens",
-    "unpatchify",
 ]

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank
-from maeast_jax.model import tokens
+from maeast_jax.model import masking, tokens
 from maeast_jax.model.config import COMPUTE_DTYPES, ModelConfig
 from maeast_jax.model.ops import Compute, dropout
 from maeast_jax.model.transformer import (
@@ -44,6 +44,18 @@ class Predictions(NamedTuple):
 
     reconstruction: jax.Array
     classification: jax.Array
+
+
+class Reconstruction(NamedTuple):
+    """Clips, the part of them that the encoder saw, and the reconstruction: log energies [b, T, F].
+
+    masked: NaN where a token was masked.
+    reconstructed: the prediction where a token was masked, the original elsewhere.
+    """
+
+    original: jax.Array
+    masked: jax.Array
+    reconstructed: jax.Array
 
 
 class SpectrogramEncoder(nnx.Module):
@@ -119,19 +131,8 @@ class SpectrogramEncoder(nnx.Module):
         for patches, 560 for frames), and for a length under 400 samples (one frame) or past the
         waveform.
         """
-        waveforms_BxS = jnp.asarray(waveforms)
-        if waveforms_BxS.ndim != 2:
-            raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
+        waveforms_BxS = self._checked(waveforms)
         num_clips, num_samples = waveforms_BxS.shape
-        frames, _ = self.config.patch_shape
-        if num_samples < (least := fbank.num_samples(frames)):
-            raise ValueError(
-                f"waveforms of {num_samples} samples, expected at least {least}, the {frames} "
-                f"frames of a {self.config.tokens} token; pad them with zeros, and give their "
-                "lengths"
-            )
-        if not isinstance(waveforms_BxS, jax.core.Tracer):
-            waveforms_BxS = fbank.as_samples(waveforms_BxS)
         lengths_B = np.asarray([num_samples] * num_clips if lengths is None else lengths, np.int32)
         if lengths_B.shape != (num_clips,):
             raise ValueError(f"lengths are {lengths_B.shape}, expected one per clip, {num_clips}")
@@ -143,6 +144,72 @@ class SpectrogramEncoder(nnx.Module):
                 )
         graph, state = nnx.split(self)
         return _encode(graph, state, waveforms_BxS, jnp.asarray(lengths_B))
+
+    def reconstruct_fbank(self, fbank_BxTxF: jax.Array, key: jax.Array) -> Reconstruction:
+        """What `reconstruct` returns, of log energies [b, T, F]. `key` draws the masks.
+
+        Frames past the last whole patch are dropped. Raises ValueError if the model is an encoder
+        alone.
+        """
+        config, num_clips = self.config, fbank_BxTxF.shape[0]
+        patches_BxNxP = self.normalized_patches(fbank_BxTxF, training=False)
+        grid = (patches_BxNxP.shape[1] // config.band_tokens, config.band_tokens)
+        kept_BxK, masked_BxM = masking.mask_tokens(
+            key, num_clips, grid, config.mask_ratio, config.mask
+        )
+        reconstruction_BxMxP = self.pretrain(patches_BxNxP, kept_BxK, masked_BxM).reconstruction
+        nothing_BxMxP = jnp.full_like(reconstruction_BxMxP, jnp.nan)
+        shown = (
+            patches_BxNxP,
+            put_tokens(patches_BxNxP, masked_BxM, nothing_BxMxP),
+            put_tokens(patches_BxNxP, masked_BxM, reconstruction_BxMxP),
+        )
+        return Reconstruction(
+            *(
+                self.input_norm.undo(tokens.unpatchify(x, config.patch_shape, fbank.NUM_MEL_BANDS))
+                for x in shown
+            )
+        )
+
+    def reconstruct(self, waveforms: jax.Array, seed: int = 0) -> Reconstruction:
+        """Masks waveforms as in training and fills in the masked tokens; compiled once per shape.
+
+        `evaluation.plots.reconstructions` draws the result.
+
+        Args:
+          waveforms: [b, samples] at 16 kHz, as `encode` takes them. Their last frames are dropped
+            if they do not fill a patch.
+          seed: draws a mask per clip.
+
+        Raises ValueError for waveforms that `encode` refuses, for clips too short to mask a token,
+        and if the model is an encoder alone.
+        """
+        waveforms_BxS = self._checked(waveforms)
+        if self.config.is_encoder_only:
+            raise ValueError(
+                "the model is an encoder alone (decoder_layers=0) and reconstructs nothing; load "
+                "the checkpoint of a pretraining run"
+            )
+        graph, state = nnx.split(self)
+        mask_key = stream_key(seed, jnp.zeros((), jnp.int32), "eval_mask")
+        return _reconstruct(graph, state, waveforms_BxS, mask_key)
+
+    def _checked(self, waveforms: jax.Array) -> jax.Array:
+        """Returns waveforms as int16 or float32 [b, samples]; raises what `encode` raises."""
+        waveforms_BxS = jnp.asarray(waveforms)
+        if waveforms_BxS.ndim != 2:
+            raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
+        num_samples = waveforms_BxS.shape[1]
+        frames, _ = self.config.patch_shape
+        if num_samples < (least := fbank.num_samples(frames)):
+            raise ValueError(
+                f"waveforms of {num_samples} samples, expected at least {least}, the {frames} "
+                f"frames of a {self.config.tokens} token; pad them with zeros, and give their "
+                "lengths"
+            )
+        if not isinstance(waveforms_BxS, jax.core.Tracer):
+            waveforms_BxS = fbank.as_samples(waveforms_BxS)
+        return waveforms_BxS
 
     def _embed(self, patches_BxKxP: jax.Array, key: jax.Array | None) -> jax.Array:
         x_BxKxD = self.token_projection(patches_BxKxP)
@@ -287,3 +354,10 @@ def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
 def _encode(graph: nnx.GraphDef, state, waveforms_BxS: jax.Array, lengths_B: jax.Array) -> Encoding:
     fbank_BxTxF = fbank.fbank(waveforms_BxS)
     return nnx.merge(graph, state).encode_fbank(fbank_BxTxF, fbank.frame_count(lengths_B))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(
+    graph: nnx.GraphDef, state, waveforms_BxS: jax.Array, key: jax.Array
+) -> Reconstruction:
+    return nnx.merge(graph, state).reconstruct_fbank(fbank.fbank(waveforms_BxS), key)

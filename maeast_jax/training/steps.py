@@ -16,15 +16,14 @@ from flax import nnx
 from maeast_jax import fbank
 from maeast_jax.model import (
     ModelConfig,
+    Reconstruction,
     build,
     masking,
     model_graph,
-    put_tokens,
     split_key,
     split_model,
     stream_key,
     take_tokens,
-    unpatchify,
 )
 
 # The fields of a data.Batch, placed on the devices.
@@ -175,34 +174,19 @@ def make_eval_step(
 
 def make_reconstruct(
     config: ModelConfig, *, seed: int, num_frames: int, count: int
-) -> Callable[[TrainState, DeviceBatch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns `(state, batch) -> (original, masked, reconstructed)`, log energies [count, T, F].
+) -> Callable[[TrainState, DeviceBatch], Reconstruction]:
+    """Returns `(state, batch) -> Reconstruction`, of the batch's first `count` clips.
 
-    The batch's first `count` clips are shown. `masked` holds NaN where a token was masked;
-    `reconstructed` holds the model's prediction there and the original elsewhere. The masks are
-    those of evaluation batch 0.
+    The masks are those of evaluation batch 0.
     """
     graph = model_graph(config)
 
-    def reconstruct(state: TrainState, batch: DeviceBatch):
+    def reconstruct(state: TrainState, batch: DeviceBatch) -> Reconstruction:
         model = nnx.merge(graph, state.params, state.statistics)
         few = {name: rows[:count] for name, rows in batch.items()}
-        patches_BxNxP = model.normalized_patches(_features(few, num_frames), training=False)
         mask_key = stream_key(seed, jnp.zeros((), jnp.int32), "eval_mask")
-        masks = _masks(config, mask_key, num_frames, patches_BxNxP.shape[0])
-        kept_BxK, masked_BxM = masks[0]
-        predictions = model.pretrain(patches_BxNxP, kept_BxK, masked_BxM)
-        reconstruction_BxMxP = predictions.reconstruction
-        nothing_BxMxP = jnp.full_like(reconstruction_BxMxP, jnp.nan)
-        shown = (
-            patches_BxNxP,
-            put_tokens(patches_BxNxP, masked_BxM, nothing_BxMxP),
-            put_tokens(patches_BxNxP, masked_BxM, reconstruction_BxMxP),
-        )
-        return tuple(
-            model.input_norm.undo(unpatchify(x, config.patch_shape, fbank.NUM_MEL_BANDS))
-            for x in shown
-        )
+        first_key = _pass_keys(mask_key, config.passes)[0]
+        return model.reconstruct_fbank(_features(few, num_frames), first_key)
 
     return reconstruct
 

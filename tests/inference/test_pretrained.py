@@ -14,9 +14,11 @@ from flax import nnx
 
 import maeast_jax
 from maeast_jax import checkpoint
+from maeast_jax.fbank import num_samples
 from maeast_jax.inference import pretrained
 from maeast_jax.model import MaeAst, split_model
 from maeast_jax.train import train
+from maeast_jax.training.steps import TrainState, make_reconstruct
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WAVE = np.random.default_rng(0).integers(-9000, 9000, (2, 6000)).astype(np.int16)
@@ -124,6 +126,27 @@ def test_an_encoder_alone_encodes_alike_and_does_not_pretrain(workdir, model):
     )
     with pytest.raises(ValueError, match="an encoder alone"):
         encoder.pretrain(np.zeros((1, 8, 256)), np.zeros((1, 2), int), np.zeros((1, 6), int))
+
+
+def test_a_model_reconstructs_what_its_run_draws(workdir, model):
+    _, params, statistics = split_model(model)
+    state = TrainState(np.int32(0), params, statistics, ())
+    draw = make_reconstruct(model.config, seed=3, num_frames=32, count=2)
+    wanted = jax.jit(draw)(state, {"audio": WAVE[:, : num_samples(32)]})
+    found = model.reconstruct(WAVE, seed=3)  # 36 frames, of which 32 are two patches along time
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert found.original.shape == (2, 32, 128)
+    other = model.reconstruct(WAVE, seed=4)
+    np.testing.assert_array_equal(other.original, found.original)
+    assert np.any(np.isnan(other.masked) != np.isnan(found.masked))
+
+
+def test_what_cannot_be_reconstructed_is_one_line(workdir, model):
+    encoder = pretrained.read(workdir).encoder_only().model()
+    with pytest.raises(ValueError, match="an encoder alone"):
+        encoder.reconstruct(WAVE)
+    with pytest.raises(ValueError, match="at least 2800, the 16 frames"):
+        model.reconstruct(WAVE[:, :2000])
 
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path):
