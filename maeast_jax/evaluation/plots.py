@@ -8,6 +8,7 @@ import io
 import os
 import tempfile
 import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -216,11 +217,14 @@ def _import_librosa():
     """Returns librosa, for which numba keeps programs in a folder that every user can write.
 
     Without this, importing it fails where neither its package nor a home can be written, as in a
-    container that runs under another user's number.
+    container that runs under another user's number. In a notebook without ipywidgets tqdm, which
+    comes with `librosa.core.audio`, would warn that it shows no bars; nothing here shows any.
     """
     folder = os.path.join(tempfile.gettempdir(), f"numba-{os.getuid()}")
     os.environ.setdefault("NUMBA_CACHE_DIR", folder)
-    import librosa
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import librosa.core.audio
 
     return librosa
 
