@@ -33,7 +33,8 @@ def write_classifier(workdir, class_names, loss="cross_entropy", head=(), **mode
     model, head = tiny.model_config(**config.model), tiny.head_config(**config.head)
     weights = _weights(abstract_classifier(model, head, len(class_names)))
     config.model.update(vars(backbone_config(model, head)))
-    metadata = {"config": config.to_dict(), "class_names": class_names, "loss": loss}
+    config.loss.name = loss
+    metadata = {"config": config.to_dict(), "class_names": class_names, "is_multi_label": False}
     checkpoint.write_parts(workdir, {"weights": weights}, metadata)
     return workdir
 

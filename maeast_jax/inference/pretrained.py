@@ -223,12 +223,13 @@ def _head(metadata: dict[str, Any], read_params: Callable[[], Any]) -> huggingfa
     if head.layer != "weighted":
         # The checkpoint holds the layers up to the head's only.
         head = dataclasses.replace(head, layer="last")
-    # Checkpoints of earlier versions say only which loss was configured.
-    loss = metadata.get("loss", metadata["config"]["loss"]["name"])
+    loss = metadata["config"]["loss"]["name"]
+    if metadata.get("is_multi_label"):  # checkpoints of earlier versions do not say
+        loss = "binary_cross_entropy"
     return huggingface.Head(
         config=head,
         class_names=tuple(metadata["class_names"]),
-        is_multi_label=loss == "binary_cross_entropy",
+        loss=loss,
         params=read_params(),
     )
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ import tiny
 from flax import nnx
 
 import maeast_jax
+from benchmarks import reference
 from maeast_jax import checkpoint, fbank
 from maeast_jax.data import demo_corpus
 from maeast_jax.export import export
@@ -24,12 +24,9 @@ from maeast_jax.interop.huggingface import Training, card
 from maeast_jax.model import Classifier, HeadConfig, ModelConfig, abstract_classifier
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
-with pytest.MonkeyPatch.context() as patch:
-    # transformers imports torchaudio where there is one. That of requirements-reference.txt is
-    # there for a file of Python; its library fits no torch of other requirements.
-    patch.setitem(sys.modules, "torchaudio", None)
-    pytest.importorskip("transformers")
+with reference.without_torchaudio():
     from transformers import (
         AutoFeatureExtractor,
         AutoModel,
@@ -38,7 +35,6 @@ with pytest.MonkeyPatch.context() as patch:
         pipeline,
     )
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ["rain", "a dog, far", "Glocke \N{BELL}"]
 # Relative to a layer's largest value; the deviation found is 1e-6.
 TOLERANCE = 1e-5
@@ -270,9 +266,7 @@ def test_a_classifier_comes_back(classifier):
     wanted, found = (pretrained.read(path) for path in (workdir, folder))
     assert found.config == dataclasses.replace(wanted.config, unroll=False)
     a, b = (source.read_head() for source in (wanted, found))
-    assert (a.config, a.class_names, a.is_multi_label) == (
-        b.config, b.class_names, b.is_multi_label
-    )  # fmt: skip
+    assert (a.config, a.class_names, a.loss) == (b.config, b.class_names, b.loss)
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
     assert found.encoder_only().read_head is None
 
@@ -286,9 +280,11 @@ def test_a_pipeline_labels_three_recordings(tmp_path, loss):
         "audio-classification", str(tmp_path / "folder"), trust_remote_code=True, device="cpu"
     )
     recordings = [{"raw": clip, "sampling_rate": 16_000} for clip in CLIPS]
-    for answers, row in zip(classify(recordings, top_k=3), wanted, strict=True):
-        found = {answer["label"]: answer["score"] for answer in answers}
-        assert_close([found[name] for name in CLASSES], row, 1e-4)
+    for batch_size in (1, 3):
+        labelled = classify(recordings, top_k=3, batch_size=batch_size)
+        for answers, row in zip(labelled, wanted, strict=True):
+            found = {answer["label"]: answer["score"] for answer in answers}
+            assert_close([found[name] for name in CLASSES], row, 1e-4)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])

@@ -60,7 +60,10 @@ _PRETRAINING = (
 # How we compute, which a folder does not state.
 _NOT_STATED = {"dtype": "float32", "unroll": False, "remat": "none"}
 _HEAD = "classifier."
-_MULTI_LABEL, _SINGLE_LABEL = "multi_label_classification", "single_label_classification"
+_PROBLEM_TYPES = {
+    "cross_entropy": "single_label_classification",
+    "binary_cross_entropy": "multi_label_classification",
+}
 
 
 class FolderError(ValueError):
@@ -74,14 +77,14 @@ class Head:
     Attributes:
       config: its layer is "last" or "weighted" of an encoder without the layers above the head's.
       class_names: by class number.
-      is_multi_label: whether each class has a probability of its own (sigmoid), or all together
-        (softmax).
+      loss: the loss of the training, which says what logits stand for: "cross_entropy" (softmax) or
+        "binary_cross_entropy" (each class has a probability of its own).
       params: nested dicts of float32 numpy arrays, as in model.Classifier's "head".
     """
 
     config: HeadConfig
     class_names: tuple[str, ...]
-    is_multi_label: bool
+    loss: str
     params: parameters.Tree
 
 
@@ -148,7 +151,7 @@ def write(path: str | os.PathLike, folder: Folder) -> None:
         folder.config,
         num_frames=folder.num_frames,
         class_names=head.class_names if head else (),
-        is_multi_label=bool(head and head.is_multi_label),
+        is_multi_label=bool(head and head.loss == "binary_cross_entropy"),
         training=folder.training,
     )
     (path / "README.md").write_text(text)
@@ -173,7 +176,7 @@ def _config(folder: Folder) -> dict[str, Any]:
     }
     if head:
         config["head"] = dataclasses.asdict(head.config)
-        config["problem_type"] = _MULTI_LABEL if head.is_multi_label else _SINGLE_LABEL
+        config["problem_type"] = _PROBLEM_TYPES[head.loss]
         config["id2label"] = {str(number): name for number, name in enumerate(head.class_names)}
         config["label2id"] = {name: number for number, name in enumerate(head.class_names)}
     return config
@@ -232,7 +235,7 @@ def _head(stated: dict[str, Any], config: ModelConfig, tensors: parameters.Tenso
     head = Head(
         config=HeadConfig(**stated["head"]),
         class_names=tuple(names[number] for number in sorted(names)),
-        is_multi_label=stated["problem_type"] == _MULTI_LABEL,
+        loss={theirs: ours for ours, theirs in _PROBLEM_TYPES.items()}[stated["problem_type"]],
         params=_head_params(tensors),
     )
     _, params, _ = split_model(abstract_classifier(config, head.config, len(names)))
