@@ -98,8 +98,8 @@ def finetune() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.mode = "finetune"  # finetune: the whole model | linear, knn: on frozen features
-    # A checkpoint: a run's workdir, one checkpoint in it, a .pt or .safetensors file, or an exported
-    # folder. "" starts from initial values, with the architecture in `model`.
+    # A checkpoint: a run's workdir, one checkpoint in it, a .pt or .safetensors file, or an
+    # exported folder. "" starts from initial values, with the architecture in `model`.
     config.init_from = ""
     config.epochs = 30
     config.total_steps = 0  # 0 trains for `epochs`
