@@ -8,8 +8,9 @@ Exit codes:
   70   an error that none of these explains, such as a failed device
   75   another process of the run was lost
   143 or 130   SIGTERM or Ctrl-C: training was saved if it had begun
+  129 or 138   SIGHUP, as from a closed SSH window, or SIGUSR1: likewise
 
-After 70, 75, 143 and 130 the same command goes on from the newest checkpoint. maeast_jax/config.py
+After 70 and above the same command goes on from the newest checkpoint. maeast_jax/config.py
 says what each field means, and docs/running.md how several processes share a run (--distributed).
 """
 
@@ -74,7 +75,7 @@ def train(
     distributed.agree("the configuration", run.metadata["config"])
     distributed.agree("the data sets", run.metadata["data"])
     # After all checks, so that a mistake leaves no empty folder behind.
-    storage.make_writable(workdir, "--workdir")
+    checkpoint.make_workdir(workdir)
     with checkpoint.held(workdir), memory.out_of_memory(_REMEDY):
         newest_step = checkpoint.newest_step(workdir)
         if newest_step is not None:
@@ -82,6 +83,11 @@ def train(
         if distributed.from_first(_is_done(run, workdir, newest_step)):
             print(f"{workdir} has done its {typed.total_steps} steps already", flush=True)
             return metrics_writer.last_row(workdir, "eval")
+        if newest_step and batches is not None and not callable(batches):
+            raise ValueError(
+                f"{workdir} goes on from step {newest_step}, where an iterator would give its "
+                "first batches again; give a function of the first step that returns an iterator"
+            )
         return _train(run, workdir, newest_step or 0, init_from, tracker)
 
 

@@ -167,6 +167,14 @@ def test_training_takes_the_callers_batches_and_goes_on_where_they_were(tmp_path
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_an_iterator_of_batches_is_refused_where_a_run_goes_on(tmp_path, finished):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    config = tiny.short_config(total_steps=8)
+    with pytest.raises(ValueError, match=r"goes on from step 4, .* function of the first step"):
+        train(config, tmp_path, batches=noise(config)(0))
+    assert checkpoint.saved_steps(tmp_path) == [4]
+
+
 def final(workdir, step):
     assert checkpoint.saved_steps(workdir)[-1] == step
     return jax.tree.leaves(checkpoint.load_part(checkpoint.find(workdir), "weights"))

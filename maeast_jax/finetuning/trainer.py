@@ -140,6 +140,7 @@ class FoldTrainer:
             batch_size=config.batch_size,
             num_frames=config.num_frames,
             max_frames=config.max_frames,
+            least_frames=config.model.patch_shape[0],
             threads=config.data.threads,
         ):
             placed = sharding.put_batch(self._run.mesh, batch, config.batch_size)
@@ -160,6 +161,7 @@ class FoldTrainer:
             total_steps=self._length.total_steps,
             num_frames=config.num_frames,
             max_frames=config.max_frames,
+            least_frames=config.model.patch_shape[0],
             chances=chances,
             threads=config.data.threads,
         ):

@@ -16,7 +16,7 @@ from flax import nnx
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.interop import AuthorsFile, fairseq, huggingface
+from maeast_jax.interop import AuthorsFile, fairseq, hub, huggingface
 from maeast_jax.model import HeadConfig, ModelConfig, SpectrogramEncoder, model_graph
 from maeast_jax.runtime import storage
 
@@ -100,8 +100,9 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:
 
     Args:
       path: a run's workdir (its newest checkpoint), one checkpoint in it
-        (`DIR/checkpoints/STEP`), a `.pt` or `.safetensors` file in the authors' layout, or a folder
-        for transformers, in which nothing is executed.
+        (`DIR/checkpoints/STEP`), a `.pt` or `.safetensors` file in the authors' layout, a folder
+        for transformers, or `hf://ORG/NAME[@REVISION]` on the Hugging Face Hub. Nothing in a folder
+        or a repository is executed.
       dtype: the type of the computation, float32 or bfloat16.
 
     Raises:
@@ -114,6 +115,8 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:
 def read(path: str | os.PathLike) -> Pretrained:
     """Returns the checkpoint at `path`. Arguments and errors are those of `load`."""
     path = os.path.expanduser(os.fspath(path))
+    if path.startswith(hub.PREFIX):
+        return dataclasses.replace(read(hub.fetch(path)), path=path)
     if path.endswith(fairseq.SUFFIXES):
         storage.check_local(path)
     if Path(path).is_file():
