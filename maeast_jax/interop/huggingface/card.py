@@ -97,7 +97,10 @@ def _classification(class_names: Sequence[str], is_multi_label: bool) -> str:
     listed = ", ".join(class_names[:_MOST_CLASSES])
     if len(class_names) > _MOST_CLASSES:
         listed += ", ... (`id2label` in config.json lists all)"
-    kind = "of which a recording may have several" if is_multi_label else "one per recording"
+    kind, options = "one per recording", ""
+    if is_multi_label:
+        kind = "of which a recording may have several"
+        options = ', function_to_apply="sigmoid"'  # transformers 4 takes softmax by default
     return f"""\
 ## PyTorch
 
@@ -105,7 +108,7 @@ def _classification(class_names: Sequence[str], is_multi_label: bool) -> str:
 from transformers import pipeline
 
 classify = pipeline("audio-classification", "FOLDER_OR_NAME", trust_remote_code=True)
-classify({{"raw": waveform, "sampling_rate": 16_000}})  # [{{"score": ..., "label": ...}}, ...]
+classify({{"raw": waveform, "sampling_rate": 16_000}}{options})
 ```
 
 {len(class_names)} classes, {kind}: {listed}.
