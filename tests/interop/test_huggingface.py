@@ -16,12 +16,20 @@ from flax import nnx
 import maeast_jax
 from benchmarks import reference
 from maeast_jax import checkpoint, fbank
+from maeast_jax import config as configuration
 from maeast_jax.data import demo_corpus
 from maeast_jax.export import export
 from maeast_jax.inference import pretrained
 from maeast_jax.interop import fairseq
 from maeast_jax.interop.huggingface import Training, card
-from maeast_jax.model import Classifier, HeadConfig, ModelConfig, abstract_classifier
+from maeast_jax.model import (
+    Classifier,
+    HeadConfig,
+    ModelConfig,
+    abstract_classifier,
+    backbone_config,
+    split_model,
+)
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -148,6 +156,16 @@ def test_without_a_mask_all_frames_are_real_and_outputs_may_be_tuples(plain):
     assert wanted.hidden_states is None
 
 
+def test_what_lies_in_the_padding_changes_nothing(plain):
+    model, values = load(plain), inputs(plain, CLIPS)
+    with torch.no_grad():
+        wanted = model(**values)
+        values["input_values"][values["attention_mask"] == 0] = torch.nan
+        found = model(**values)
+    real = wanted.token_mask
+    torch.testing.assert_close(found.last_hidden_state[real], wanted.last_hidden_state[real])
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)], ids=str
 )
@@ -204,6 +222,29 @@ def test_recordings_that_it_cannot_take_are_refused(plain, speech, rate, message
 # --- Classifiers ------------------------------------------------------------------------------
 
 
+def write_classifier(workdir, loss="cross_entropy", head=(), **model_fields):
+    """Makes the workdir of a fine-tuned run with random weights; returns `workdir`.
+
+    head: changes of the section `head` of the default configuration.
+    """
+    config = configuration.finetune()
+    config.loss.name = loss
+    config.head.update(dict(head))
+    config.model.update(tiny.get_config().model)
+    config.model.update(model_fields)
+    model, head = tiny.model_config(**config.model), tiny.head_config(**config.head)
+    _, params, _ = split_model(abstract_classifier(model, head, len(CLASSES)))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: np.float32(0.3 * random.normal(size=leaf.shape)), params)
+    numbers = {"mean": np.float32(-6.5), "variance": np.float32(17), "num_batches": np.int32(1)}
+    statistics = {"backbone": {"input_norm": jax.tree.map(np.asarray, numbers)}}
+    config.model.update(vars(backbone_config(model, head)))
+    metadata = {"config": config.to_dict(), "class_names": CLASSES, "is_multi_label": False}
+    weights = {"params": params, "statistics": statistics}
+    checkpoint.write_parts(workdir, {"weights": weights}, metadata)
+    return workdir
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -218,7 +259,7 @@ def classifier(request, tmp_path_factory):
     """A fine-tuned run's workdir and its folder."""
     root = tmp_path_factory.mktemp("classifier")
     head, model = request.param
-    runs.write_classifier(root / "run", CLASSES, head=head, **model)
+    write_classifier(root / "run", head=head, **model)
     export(root / "run", root / "folder")
     return root / "run", root / "folder"
 
@@ -273,7 +314,7 @@ def test_a_classifier_comes_back(classifier):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
 def test_a_pipeline_labels_three_recordings(tmp_path, loss):
-    export(runs.write_classifier(tmp_path / "run", CLASSES, loss), tmp_path / "folder")
+    export(write_classifier(tmp_path / "run", loss), tmp_path / "folder")
     logits = torch.from_numpy(np.array(our_logits(tmp_path / "run", CLIPS)))
     wanted = logits.softmax(-1) if loss == "cross_entropy" else logits.sigmoid()
     classify = pipeline(
@@ -290,8 +331,8 @@ def test_a_pipeline_labels_three_recordings(tmp_path, loss):
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
 def test_it_can_be_fine_tuned_in_pytorch(tmp_path, loss):
     head = {"layer": "weighted"}
-    runs.write_classifier(
-        tmp_path / "run", CLASSES, loss, head, layer_drop=0.0, dropout=0.1, attention_dropout=0.1
+    write_classifier(
+        tmp_path / "run", loss, head, layer_drop=0.0, dropout=0.1, attention_dropout=0.1
     )
     export(tmp_path / "run", tmp_path / "folder")
     model = load(tmp_path / "folder", AutoModelForAudioClassification)
@@ -449,7 +490,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_summary_names_what_to_type(tmp_path, capsys):
-    runs.write_classifier(tmp_path / "run", CLASSES)
+    write_classifier(tmp_path / "run")
     export(tmp_path / "run", tmp_path / "folder")
     said = capsys.readouterr().out
     assert f'pipeline("audio-classification", "{tmp_path / "folder"}", trust_remote_code' in said
