@@ -135,8 +135,8 @@ def _architecture(config: ModelConfig, num_frames: int) -> str:
     ]
     if not config.is_encoder_only:
         lines.append(
-            f"- decoder: {config.decoder_layers} layers of {config.decoder_width}; its weights are "
-            "in `model.safetensors`, for maeast_jax to go on with, and PyTorch ignores them"
+            f"- decoder: {config.decoder_layers} of such layers, of width {config.decoder_width}; "
+            "`model.safetensors` holds them for maeast_jax to go on with, and PyTorch ignores them"
         )
     return "\n".join(lines) + "\n"
 
