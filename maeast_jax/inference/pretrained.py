@@ -222,7 +222,8 @@ def _from_run(path: str) -> Pretrained:
 
 
 def _head(metadata: dict[str, Any], read_params: Callable[[], Any]) -> huggingface.Head:
-    head = HeadConfig(**metadata["config"]["head"])
+    defaults = configuration.finetune().head.to_dict()  # as for the model
+    head = HeadConfig(**defaults | metadata["config"]["head"])
     if head.layer != "weighted":
         # The checkpoint holds the layers up to the head's only.
         head = dataclasses.replace(head, layer="last")
