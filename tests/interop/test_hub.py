@@ -12,6 +12,8 @@ from pathlib import Path
 import fake_hub
 import pytest
 
+from maeast_jax.export import export
+
 pytest.importorskip("huggingface_hub")
 
 ROOT = Path(__file__).parents[2]
@@ -122,5 +124,11 @@ for path in sys.argv[1:]:
     print(json.dumps([np.asarray(out.hidden_states).tolist(), pretrained.read(path).path]))
 """
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
-    (states, name), (wanted, _) = python(program, "hf://me/tiny", str(TINY), **settings)
-    assert states == wanted and name == "hf://me/tiny"
+    export(TINY, tmp_path / "folder", folder_format="transformers")
+    files = (tmp_path / "folder").iterdir()
+    hub.files["me/folder"] = {file.name: file.read_bytes() for file in files}
+    (states, name), (of_folder, _), (wanted, _) = python(
+        program, "hf://me/tiny", "hf://me/folder", str(TINY), **settings
+    )
+    assert states == of_folder == wanted and name == "hf://me/tiny"
+    assert not any(file.endswith(".py") for file in hub.fetched)
