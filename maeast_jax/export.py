@@ -10,6 +10,7 @@ A .pt file has the authors' layout and loads in s3prl (upstream/mae_ast); writin
 holds weights alone, for --config.init_from and for loading.
 """
 
+import inspect
 import os
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from absl import flags
 
 from maeast_jax import checkpoint
 from maeast_jax.inference import Pretrained, pretrained
-from maeast_jax.interop import fairseq, huggingface
+from maeast_jax.interop import fairseq, hub, huggingface
 from maeast_jax.runtime import cli, storage, terminal
 
 # Suffixes by which users mean a file. Any other name is a folder's.
@@ -33,6 +34,8 @@ def export(
     encoder_only: bool = False,
     max_token_length: int | None = None,
     overwrite: bool = False,
+    push_to_hub: str = "",
+    public: bool = False,
 ) -> None:
     """Writes the checkpoint `source`, as pretrained.load takes it, to `output`, by its suffix.
 
@@ -43,6 +46,8 @@ def export(
       max_token_length: rows of a file's position tables, the longest clip in tokens that PyTorch
         will take. None: as in the authors' file that the checkpoint comes from, else 8192 (164 s).
       overwrite: replace a file of that name.
+      push_to_hub: ORG/NAME of a repository on the Hugging Face Hub that gets the folder too.
+      public: whether everybody sees a repository that is made for it.
 
     Raises:
       ValueError: there is no such checkpoint, or it cannot be written so; nothing was written.
@@ -61,6 +66,13 @@ def export(
             f"{source.path} is an SSAST model, and the authors' layout has no place for it; add "
             "--encoder_only, or write a folder with --folder_format=workdir"
         )
+    page = ""
+    if push_to_hub:
+        if output_format != "transformers":
+            raise ValueError(
+                f"--push_to_hub={push_to_hub} takes a folder for transformers, not {output.name}"
+            )
+        page = hub.make_repository(push_to_hub, private=not public)
     if output_format == "workdir":
         pretrained.write_workdir(output, source)
     elif output_format == "transformers":
@@ -71,7 +83,10 @@ def export(
         file = pretrained.authors_file(source, max_token_length)
         with storage.whole(output) as partial:
             fairseq.write(partial, file)
-    print(_summary(source, output, output_format), flush=True)
+    if push_to_hub:
+        hub.upload(output, push_to_hub)
+        page += "" if public else " (private)"
+    print(_summary(source, output, output_format, page), flush=True)
 
 
 def _check_output(output: Path, folder_format: str | None, overwrite: bool) -> str | None:
@@ -92,7 +107,7 @@ def _check_output(output: Path, folder_format: str | None, overwrite: bool) -> s
     return folder_format
 
 
-def _summary(source: Pretrained, output: Path, output_format: str) -> str:
+def _summary(source: Pretrained, output: Path, output_format: str, page: str) -> str:
     model = source.config
     is_classifier = output_format == "transformers" and source.read_head
     decoder = "" if model.is_encoder_only else f" + {model.decoder_layers}"
@@ -120,6 +135,8 @@ def _summary(source: Pretrained, output: Path, output_format: str) -> str:
         if is_classifier:
             load = f'pipeline("audio-classification", "{output}", trust_remote_code=True)'
         lines["load it"] = f'{load}, with transformers\nmaeast_jax.load("{output}")'
+        if page:
+            lines["shared"] = page
         lines["edit"] = f"{output / 'README.md'}: the licence, before you share it"
     else:
         lines["use it"] = (
@@ -153,12 +170,16 @@ def _define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_bool("overwrite", False, "Replace a file of that name.")
+    flags.DEFINE_string(
+        "push_to_hub", "", "ORG/NAME of a repository on the Hugging Face Hub that gets the folder."
+    )
+    flags.DEFINE_bool("public", False, "Let everybody see a repository that is made for it.")
 
 
 def main(arguments: list[str]) -> None:
     if arguments:
         raise ValueError(f"unexpected argument {arguments[0]!r}; flags are --name=value")
-    names = ("output", "folder_format", "encoder_only", "max_token_length", "overwrite")
+    names = [name for name in inspect.signature(export).parameters if name != "source"]
     export(flags.FLAGS.checkpoint, **{name: flags.FLAGS[name].value for name in names})
 
 
