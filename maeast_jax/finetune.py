@@ -8,8 +8,9 @@ that was stopped goes on by the same command.
 """
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from maeast_jax.finetuning import (
     open_run,
     statistics,
 )
+from maeast_jax.inference import batching, classifier
 from maeast_jax.runtime import cli, memory, terminal
 
 _REMEDY = "lower batch_size or max_frames, or raise accumulation_steps"
@@ -56,7 +58,7 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
             folder = run.workdir / sets.name
             if sets.name:
                 print(f"\nfold {sets.name}", flush=True)
-            scored = _probe(run, sets, features) if features else _train(run, sets, folder)
+            scored = _probe(run, sets, folder, features) if features else _train(run, sets, folder)
             found[sets.name] = {
                 name: _evaluate(run, sets, name, of_set) for name, of_set in scored.items()
             }
@@ -88,13 +90,22 @@ def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:
     }
 
 
-def _probe(run: FinetuneRun, sets: Sets, features: Features) -> dict[str, Scored]:
+def _probe(run: FinetuneRun, sets: Sets, folder: Path, features: Features) -> dict[str, Scored]:
     train_x, train_y, _ = features.of(sets.train)
     valid_x, valid_y, _ = features.of(sets.valid)
     fit = {"linear": probe.linear, "knn": probe.knn}[run.config.mode]
     fitted = fit(train_x, train_y, valid_x, valid_y, len(run.class_names))
     chosen = ", ".join(f"{name} {value:g}" for name, value in fitted.chosen.items())
     print(f"features {train_x.shape[1]} per clip; chosen on validation: {chosen}", flush=True)
+    longest_seconds = max(look.seconds for look in sets.train.looks)
+    classifier.write_probe(
+        folder,
+        fitted.fitted,
+        features.encoder,
+        class_names=run.class_names,
+        is_multi_label=sets.train.is_multi_label,
+        longest_frames=math.ceil(longest_seconds * batching.FRAMES_PER_SECOND),
+    )
     scored = {}
     for name, clips in _tests(sets).items():
         test_x, test_y, ids = features.of(clips)
@@ -175,8 +186,17 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
     return lines
 
 
+def _farewell(workdir: str, folds: Iterable[str]) -> str:
+    """Returns the next command to type. Each fold has a classifier of its own."""
+    fold = next(iter(folds))
+    path = os.path.join(workdir, fold) if fold else workdir
+    command = f"python -m maeast_jax.predict FOLDER --checkpoint={path} --output=labels.tsv"
+    return terminal.announce({"next": f"labels for your own files:\n{command}"})
+
+
 def main(config: ConfigDict, workdir: str) -> None:
-    finetune(config, workdir)
+    found = finetune(config, workdir)
+    print(f"\n{_farewell(os.path.expanduser(workdir), found)}", flush=True)
 
 
 if __name__ == "__main__":

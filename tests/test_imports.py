@@ -24,7 +24,7 @@ MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] | {"evaluation"}
 MAY_IMPORT["finetuning"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["benchmark"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["suites"] = MAY_IMPORT["inference"] | {"inference"}
-PROGRAMS = {"train", "finetune", "embed", "build_dataset", "export"}
+PROGRAMS = {"train", "finetune", "embed", "predict", "build_dataset", "export"}
 
 # Modules that are slow to import, and the only ones that use them, inside functions.
 USERS_OF = {

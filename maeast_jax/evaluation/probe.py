@@ -19,7 +19,6 @@ import optax
 
 from maeast_jax.evaluation import metrics
 from maeast_jax.inference import probes
-from maeast_jax.inference.probes import KnnProbe, LinearProbe, Scaler, Whitening
 
 STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 COMPONENTS = (0, 64, 128, 256)
@@ -47,7 +46,7 @@ class Probe:
     metric: str
     grid: list[dict[str, float]]
     chosen: dict[str, float]
-    fitted: LinearProbe | KnnProbe
+    fitted: probes.LinearProbe | probes.KnnProbe
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         """Returns `fitted.scores(x)`."""
@@ -97,7 +96,9 @@ def linear(
     for strength in sorted(strengths, reverse=True):
         params = fit_logistic(fit_x, fit_y, strength, params)
         weights, biases = map(np.asarray, params)
-        fitted.append(LinearProbe(scaler, weights, biases, classes, num_classes, not is_single))
+        fitted.append(
+            probes.LinearProbe(scaler, weights, biases, classes, num_classes, not is_single)
+        )
         metric, value = metrics.main_metric(fitted[-1].scores(valid_x), valid_y)
         grid.append({"strength": float(strength), metric: value})
     best = max(range(len(grid)), key=lambda i: grid[i][metric])
@@ -147,7 +148,7 @@ def knn(
     for count in components:
         whiten = whitening.first(count) if count else None
         embedded = whiten(train_x) if whiten else train_x
-        fitted[count] = KnnProbe(scaler, whiten, embedded, targets, neighbours[0])
+        fitted[count] = probes.KnnProbe(scaler, whiten, embedded, targets, neighbours[0])
         distances, index = fitted[count].nearest(valid_x)
         for k in neighbours:
             valid_scores = probes.shares(distances[:, :k], index[:, :k], targets)
@@ -214,7 +215,7 @@ def _fit_logistic(x: jax.Array, targets: jax.Array, strength: jax.Array, params:
     return jax.lax.while_loop(goes_on, step, carry)[0]
 
 
-def _fit_scaler(x: np.ndarray) -> Scaler:
+def _fit_scaler(x: np.ndarray) -> probes.Scaler:
     """Returns a scaler to deviations of 1 / sqrt(D), which makes constant features 0."""
     from sklearn.preprocessing import StandardScaler
 
@@ -222,10 +223,10 @@ def _fit_scaler(x: np.ndarray) -> Scaler:
     # A feature that is constant but for rounding (a mel band without an FFT bin) would be noise.
     is_constant = np.sqrt(fitted.var_) <= 1e-6 * np.abs(fitted.mean_)
     scale = np.where(is_constant, np.inf, fitted.scale_)
-    return Scaler(fitted.mean_, scale * np.sqrt(max(1, np.sum(~is_constant))))
+    return probes.Scaler(fitted.mean_, scale * np.sqrt(max(1, np.sum(~is_constant))))
 
 
-def _fit_whitening(x: np.ndarray, count: int) -> Whitening:
+def _fit_whitening(x: np.ndarray, count: int) -> probes.Whitening:
     """Returns a whitening to `count` components."""
     from sklearn.decomposition import PCA
 
@@ -233,4 +234,4 @@ def _fit_whitening(x: np.ndarray, count: int) -> Whitening:
     # Components that are only rounding become 0.
     variances = fitted.explained_variance_
     variances = np.where(variances > 1e-6 * variances[0], variances, np.inf)
-    return Whitening(fitted.components_, fitted.mean_, np.sqrt(variances))
+    return probes.Whitening(fitted.components_, fitted.mean_, np.sqrt(variances))

@@ -225,5 +225,6 @@ def _metadata(run: FinetuneRun, sets: Sets) -> dict[str, Any]:
             "stamp": start.stamp if start else "",
         },
         "class_names": list(run.class_names),
+        "is_multi_label": sets.train.is_multi_label,
         "data": sets.train.clips.identity | sets.valid.clips.identity,
     }
