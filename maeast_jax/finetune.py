@@ -8,7 +8,6 @@ that was stopped goes on by the same command.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from maeast_jax.finetuning import (
     open_run,
     statistics,
 )
-from maeast_jax.inference import batching, classifier
+from maeast_jax.inference import classifier
 from maeast_jax.runtime import cli, memory, terminal
 
 _REMEDY = "lower batch_size or max_frames, or raise accumulation_steps"
@@ -97,14 +96,13 @@ def _probe(run: FinetuneRun, sets: Sets, folder: Path, features: Features) -> di
     fitted = fit(train_x, train_y, valid_x, valid_y, len(run.class_names))
     chosen = ", ".join(f"{name} {value:g}" for name, value in fitted.chosen.items())
     print(f"features {train_x.shape[1]} per clip; chosen on validation: {chosen}", flush=True)
-    longest_seconds = max(look.seconds for look in sets.train.looks)
     classifier.write_probe(
         folder,
         fitted.fitted,
         features.encoder,
         class_names=run.class_names,
         is_multi_label=sets.train.is_multi_label,
-        longest_frames=math.ceil(longest_seconds * batching.FRAMES_PER_SECOND),
+        longest_seconds=sets.train.longest_seconds,
     )
     scored = {}
     for name, clips in _tests(sets).items():

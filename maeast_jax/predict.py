@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # Each decoding process imports this file, and does not need 
     from maeast_jax.inference import LabelClassifier
 
 _MULTI_LABEL_THRESHOLD = 0.5
+_MUCH_LONGER = 1.5  # a window this much longer than all training clips deserves a remark
 _SHOWN = 8  # classes in the plan and in the summary
 
 
@@ -111,13 +112,22 @@ def predict(
 def _describe(classifier: "LabelClassifier") -> dict[str, str]:
     """Returns lines of the plan."""
     number = "any number" if classifier.is_multi_label else "one"
-    window = f"{classifier.window_seconds:g} s every {classifier.stride_seconds:g} s"
+    window = "none: files are never cut"
+    if classifier.window_seconds:
+        window = f"{classifier.window_seconds:g} s every {classifier.stride_seconds:g} s"
+    longest = classifier.longest_seconds
+    # A classifier of words hears ten of them at once where a window is so much longer.
+    if longest and not 0 < classifier.window_seconds < _MUCH_LONGER * longest:
+        window += (
+            f"\ntraining clips are at most {longest:.2f} s long: longer files may need "
+            f"--window_seconds={longest:.2f}"
+        )
     names = _listed(classifier.class_names)
     return {
         "checkpoint": "\n".join([classifier.path, *classifier.notes]),
         "model": classifier.about,
         "classes": f"{len(classifier.class_names)}, {number} per clip: {names}",
-        "windows": window if classifier.window_seconds else "none: files are never cut",
+        "windows": window,
     }
 
 

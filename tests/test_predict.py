@@ -167,8 +167,21 @@ def test_several_labels_per_clip_are_those_likelier_than_not(sounds, tmp_path, c
     told = capsys.readouterr().out
     assert "3, any number per clip: bell" in told
     assert "every class of at least 0.5, per file" in told
-    predict([sounds], checkpoint=folder, output=output, top=1, overwrite=True)
-    close(read(output), [(sounds / n, *labels(found[n].probabilities)[0]) for n in GOOD])
+    predict([sounds], checkpoint=folder, output=output, top=3, overwrite=True)
+    expected = [(sounds / n, *one) for n in GOOD for one in labels(found[n].probabilities)]
+    close(read(output), expected)
+
+
+def test_windows_much_longer_than_training_clips_are_remarked_on(sounds, tmp_path, capsys):
+    for longest, window, has_remark in ((0.2, None, True), (0.6, None, False), (0.2, 0.25, False)):
+        folder = tmp_path / f"{longest} {window}"
+        runs.write_classifier(folder, NAMES, longest_seconds=longest)
+        predict([sounds / "a"], checkpoint=folder, output="-", window_seconds=window)
+        remark = (
+            "\n            training clips are at most 0.20 s long: longer files may need "
+            "--window_seconds=0.20\n"
+        )
+        assert (remark in capsys.readouterr().err) == has_remark
 
 
 def test_without_a_readable_file_nothing_is_written(sounds, workdir, tmp_path, capsys):
@@ -260,6 +273,8 @@ def test_files_get_the_predictions_of_the_evaluation(labelled, tmp_path, mode, c
     finetune_program.main(config, tmp_path / "run")
     said = capsys.readouterr().out
     output = tmp_path / "labels.tsv"
+    longest = max(len(samples) for _, samples, _ in tones(24, 0)) / 16_000
+    assert load_classifier(tmp_path / "run").longest_seconds == longest
     assert said.endswith(
         "next  labels for your own files:\n      python -m maeast_jax.predict FOLDER "
         f"--checkpoint={tmp_path / 'run'} --output=labels.tsv\n"

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,9 +72,10 @@ class LabelClassifier:
     Attributes:
       path: the checkpoint or the probe's file.
       class_names: the classes in the order of the probabilities.
-      is_multi_label: whether a clip may have several classes, or none. Probabilities of a clip sum
-        to 1 where it is False.
+      is_multi_label: whether a clip may have several classes, or none. Where it is False, the
+        probabilities of a clip sum to 1, unless the run chose loss.name=binary_cross_entropy.
       about: what the model is, in a few words.
+      longest_seconds: length of the longest training clip; None where it is not known.
       notes: lines for the terminal on what the checkpoint does not say.
     """
 
@@ -84,12 +86,14 @@ class LabelClassifier:
         path: str,
         class_names: Sequence[str],
         is_multi_label: bool,
+        longest_seconds: float | None,
         notes: Sequence[str] = (),
     ):
         self._scorer = scorer
         self.path = path
         self.class_names = tuple(class_names)
         self.is_multi_label = is_multi_label
+        self.longest_seconds = longest_seconds
         self.about = scorer.about
         self.notes = tuple(notes)
 
@@ -270,6 +274,7 @@ def _load_network(
         path=source.path,
         class_names=source.class_names,
         is_multi_label=source.is_multi_label,
+        longest_seconds=source.longest_seconds,
         notes=source.notes,
     )
 
@@ -324,7 +329,7 @@ def write_probe(
     *,
     class_names: Sequence[str],
     is_multi_label: bool,
-    longest_frames: int,
+    longest_seconds: float,
 ) -> None:
     """Writes a probe for `load_classifier`, whole or not at all.
 
@@ -332,14 +337,14 @@ def write_probe(
 
     Args:
       features: what the probe was fitted on; None for `fbank_moments`.
-      longest_frames: the longest training clip. Clips up to this length, or the encoder's own
-        windows where these are longer, are not cut.
+      longest_seconds: length of the longest training clip. Clips up to this length, or the
+        encoder's own windows where these are longer, are not cut.
     """
     about = {
         "kind": probe.kind,
         "class_names": list(class_names),
         "is_multi_label": is_multi_label,
-        "longest_frames": longest_frames,
+        "longest_seconds": longest_seconds,
         "features": features and dataclasses.asdict(features),
     }
     folder = Path(folder)
@@ -361,7 +366,8 @@ def _load_probe(
         kind = PROBES[about["kind"]]
         probe = kind.from_arrays(arrays, len(class_names), is_multi_label)
         features = about["features"] and EncoderFeatures.of(about["features"])
-        longest_frames = about["longest_frames"]
+        longest_seconds = about["longest_seconds"]
+        longest_frames = math.ceil(longest_seconds * FRAMES_PER_SECOND)
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{file} is damaged, or another version of this program wrote it; {_FIT_AGAIN}"
@@ -380,6 +386,7 @@ def _load_probe(
         path=str(file),
         class_names=class_names,
         is_multi_label=is_multi_label,
+        longest_seconds=longest_seconds,
     )
 
 

@@ -32,6 +32,8 @@ class Finetuned:
       loss: name of the loss, which decides how logits become probabilities.
       model, head: the configuration of the classifier, with the compute type of its training.
       num_frames: the longest clip that training and evaluation take whole, in frames of 10 ms.
+      longest_seconds: length of the longest training clip; None where the checkpoint, of an earlier
+        version, does not say.
       notes: lines for the terminal on what the checkpoint does not say.
       read_weights: reads (parameters, statistics), nested dicts of numpy arrays, once.
     """
@@ -43,6 +45,7 @@ class Finetuned:
     model: ModelConfig
     head: HeadConfig
     num_frames: int
+    longest_seconds: float | None
     notes: tuple[str, ...]
     read_weights: Callable[[], tuple[Any, Any]]
 
@@ -118,6 +121,7 @@ def read(path: str | os.PathLike) -> Finetuned:
         model=model,
         head=head,
         num_frames=num_frames,
+        longest_seconds=metadata.get("longest_seconds"),
         notes=tuple(notes),
         read_weights=weights,
     )

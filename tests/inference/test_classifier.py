@@ -155,7 +155,7 @@ def fitted(extract, kind="linear", several=False):
 
 def write_probe(folder, fitted, of, is_multi_label=False):
     classifier.write_probe(
-        folder, fitted, of, class_names=NAMES, is_multi_label=is_multi_label, longest_frames=49
+        folder, fitted, of, class_names=NAMES, is_multi_label=is_multi_label, longest_seconds=0.485
     )
     return folder
 
@@ -174,8 +174,12 @@ def test_a_probe_scores_the_features_of_each_window(tmp_path, kind, several, sou
         assert isinstance(extract, Embedder)
     fit = fitted(extract, kind, several)
     model = load_classifier(write_probe(tmp_path / "run", fit, of, several))
-    assert model.is_multi_label == several and model.class_names == tuple(NAMES)
-    # The longest training clip has 49 frames: 4 whole steps of 16, or 49 of 1.
+    assert (
+        model.longest_seconds == 0.485
+        and model.is_multi_label == several
+        and model.class_names == tuple(NAMES)
+    )
+    # The longest training clip fills less than 49 frames: 4 whole steps of 16, or 49 of 1.
     if of:
         assert (model.window_seconds, model.stride_seconds) == (0.64, 0.64)
     else:
@@ -238,6 +242,7 @@ def test_checkpoints_of_earlier_versions(tmp_path):
         model = load_classifier(tmp_path / loss)
         assert model.is_multi_label == is_multi_label
         (note,) = model.notes
+        assert model.longest_seconds is None
         assert said in note
 
 
