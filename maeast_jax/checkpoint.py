@@ -1,4 +1,4 @@
-"""A run's folder on disk: its checkpoints, its configuration file and its lock.
+"""A run's folder on disk: its checkpoints, its configuration, the record of its starts, its lock.
 
 `WORKDIR/checkpoints/STEP/` is one checkpoint, which Orbax writes in two parts, so that weights load
 without the optimiser: `weights` {params, statistics} and `progress` {step, opt_state}.
@@ -9,6 +9,7 @@ newest folder named STEP is complete. On gs:// nothing can be renamed: there Orb
 """
 
 import errno
+import glob
 import json
 import os
 import warnings
@@ -27,6 +28,7 @@ from maeast_jax.runtime.cli import PeerLostError
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
 _LOCK = "lock"
 _COMPLETE = "commit_success.txt"
 _SAVING = ocp.Context()
@@ -109,8 +111,11 @@ class Checkpoints:
             with _errors_of_a_save():
                 saving.result()
         for step in self._steps[: -self._keep]:
-            if distributed.is_first():
-                (self._folder / str(step)).rmtree(missing_ok=True)
+            old = self._folder / str(step)
+            if distributed.is_first() and os.path.islink(old):
+                os.unlink(old)  # a user moved the checkpoint to another disk, and it stays there
+            elif distributed.is_first():
+                old.rmtree(missing_ok=True)
             self._steps.remove(step)
 
     def close(self) -> None:
@@ -138,7 +143,7 @@ def _errors_of_a_save() -> Iterator[None]:
 def _clear_half_written(folder: epath.Path) -> None:
     if folder.exists():
         for entry in folder.iterdir():
-            is_unfinished = entry.name.isdigit() and not _is_complete(entry)
+            is_unfinished = _step(entry.name) is not None and not _is_complete(entry)
             if is_unfinished or "orbax-checkpoint-tmp" in entry.name:
                 entry.rmtree()
 
@@ -148,14 +153,20 @@ def _is_complete(folder: epath.Path) -> bool:
     return not storage.is_remote(folder) or (folder / _COMPLETE).exists()
 
 
+def _step(name: str) -> int | None:
+    """Returns the step of a checkpoint by its folder's name; None for the name of anything else."""
+    is_number = name.isascii() and name.isdigit()
+    return int(name) if is_number and name == str(int(name)) else None
+
+
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of the checkpoints in a workdir, ascending; the last one is complete."""
     folder = storage.path(workdir) / CHECKPOINTS
     with storage.reaching(folder):
         if not folder.is_dir():
             return []
-        entries = [entry for entry in folder.iterdir() if entry.name.isdigit()]
-        return sorted(int(entry.name) for entry in entries if _is_complete(entry))
+        found = ((_step(entry.name), entry) for entry in folder.iterdir())
+        return sorted(step for step, entry in found if step is not None and _is_complete(entry))
 
 
 def find(path: str | os.PathLike) -> epath.Path:
@@ -164,16 +175,16 @@ def find(path: str | os.PathLike) -> epath.Path:
     Raises CheckpointError where there is none.
     """
     path = storage.absolute(path)  # Orbax reads no others
-    if path.name == CHECKPOINTS:
-        path = path.parent
-    is_step = path.name.isdigit() and path.parent.name == CHECKPOINTS
-    steps = saved_steps(path.parent.parent if is_step else path)
-    if steps and not is_step:
-        return path / CHECKPOINTS / str(steps[-1])
-    if steps and int(path.name) not in steps:
-        raise CheckpointError(f"{path} is not there; saved are {', '.join(map(str, steps))}")
-    if steps:
-        return path
+    # A run comes first, because its name may be `checkpoints` or `checkpoints/1`.
+    for workdir in (path, path.parent) if path.name == CHECKPOINTS else (path,):
+        if steps := saved_steps(workdir):
+            return workdir / CHECKPOINTS / str(steps[-1])
+    if path.parent.name == CHECKPOINTS and (step := _step(path.name)) is not None:
+        steps = saved_steps(path.parent.parent)
+        if step in steps:
+            return path
+        if steps:
+            raise CheckpointError(f"{path} is not there; saved are {', '.join(map(str, steps))}")
     if (path / CONFIG).exists():
         raise CheckpointError(
             f"{path} holds no checkpoint: that run has saved none, or is of mode linear or knn, "
@@ -264,9 +275,37 @@ def write_parts(
 
 def check_new(workdir: str | os.PathLike) -> None:
     """Raises CheckpointError where `write_parts` cannot make a workdir of this name."""
+    _check_name(workdir)
     workdir = Path(workdir)
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise CheckpointError(f"{workdir} exists and is no empty folder; choose another name")
+
+
+def make_workdir(workdir: str | os.PathLike) -> None:
+    """Makes the folder of a run; raises ValueError where the run could not save or be read."""
+    _check_name(workdir)
+    storage.make_writable(storage.path(workdir), "--workdir")
+    folder = Path(os.path.expanduser(workdir))
+    for file in (*folder.glob("*"), *folder.glob(f"{CHECKPOINTS}/*")):
+        if file.exists() and not os.access(file, os.W_OK):
+            raise ValueError(
+                f"{file} cannot be written by this user; choose another --workdir, or have its "
+                "owner give write permission to all files of the run"
+            )
+
+
+def _check_name(workdir: str | os.PathLike) -> None:
+    """Raises CheckpointError for a path in which Orbax cannot find the files that it wrote.
+
+    Orbax looks for them by a pattern that begins with the path, and tensorstore reads a backslash
+    as a slash.
+    """
+    path = os.fspath(storage.absolute(workdir))
+    if glob.has_magic(path) or "\\" in path:
+        raise CheckpointError(
+            f"{path} has one of the characters * ? [ \\ in its path, where Orbax cannot read a "
+            "checkpoint back; choose another name"
+        )
 
 
 def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
@@ -300,6 +339,17 @@ def read_config(workdir: str | os.PathLike, mode: str | None) -> dict[str, Any]:
             f"(--config.init_from={workdir} starts from its weights)"
         )
     return found
+
+
+def record_start(workdir: str | os.PathLike, entry: dict[str, Any]) -> str:
+    """Appends an entry to `environment.json`, a list with one entry per start of the run.
+
+    Returns the first entry's `time`.
+    """
+    file = storage.path(workdir) / ENVIRONMENT
+    entries = [*(json.loads(file.read_text()) if file.exists() else []), entry]
+    storage.write_whole(file, (json.dumps(entries, indent=1) + "\n").encode())
+    return entries[0]["time"]
 
 
 def newest_step(workdir: str | os.PathLike) -> int | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
@@ -30,21 +31,25 @@ from maeast_jax.finetuning import (
     statistics,
 )
 from maeast_jax.inference import classifier
-from maeast_jax.runtime import cli, memory, terminal
+from maeast_jax.runtime import cli, environment, memory, terminal
+from maeast_jax.training import trackers
 
 _REMEDY = "lower batch_size or max_frames, or raise accumulation_steps"
 
 
-def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[str, Evaluation]]:
+def finetune(
+    config: ConfigDict, workdir: str | os.PathLike, tracker: str = ""
+) -> dict[str, dict[str, Evaluation]]:
     """Trains, or goes on, and evaluates; returns evaluations by fold and by test set's name.
 
     Without folds the only fold is "". The files of each test set (evaluation/results.py) lie in
-    `workdir/[FOLD/]NAME/`.
+    `workdir/[FOLD/]NAME/`. `tracker` is that of `train`.
 
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; MemoryError where a
     batch does not fit the devices.
     """
+    trackers.check(tracker)
     run = open_run(config, workdir)
     with checkpoint.held(run.workdir), memory.out_of_memory(_REMEDY):
         _check_workdir(run, config.to_dict())
@@ -52,12 +57,18 @@ def finetune(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, dict[s
         features = Features(run) if run.config.mode != "finetune" else None
         # After all that may fail, so that a mistake does not make the workdir this mode's.
         checkpoint.write_config(run.workdir, config.to_dict())
+        start = environment.describe() | {"config": config.to_dict(), "data": run.identity}
+        started = checkpoint.record_start(run.workdir, start)
         found = {}
         for sets in run.folds:
             folder = run.workdir / sets.name
             if sets.name:
                 print(f"\nfold {sets.name}", flush=True)
-            scored = _probe(run, sets, folder, features) if features else _train(run, sets, folder)
+            if features:
+                scored = _probe(run, sets, folder, features)
+            else:
+                tracking = trackers.Tracker(tracker, folder, started, config.to_dict())
+                scored = _train(run, sets, folder, tracking)
             found[sets.name] = {
                 name: _evaluate(run, sets, name, of_set) for name, of_set in scored.items()
             }
@@ -80,8 +91,10 @@ def _check_workdir(run: FinetuneRun, settings: dict[str, Any]) -> None:
         print(f"replacing the results of other settings: {described}", flush=True)
 
 
-def _train(run: FinetuneRun, sets: Sets, folder: Path) -> dict[str, Scored]:
-    trainer = FoldTrainer(run, sets, folder)
+def _train(
+    run: FinetuneRun, sets: Sets, folder: Path, tracking: trackers.Tracker
+) -> dict[str, Scored]:
+    trainer = FoldTrainer(run, sets, folder, tracking)
     state = trainer.train(statistics(run, sets))
     return {
         name: trainer.score(state.chosen, state.statistics, clips)
@@ -184,18 +197,19 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
     return lines
 
 
-def _farewell(workdir: str, folds: Iterable[str]) -> str:
+def farewell(workdir: str | os.PathLike, folds: Iterable[str]) -> str:
     """Returns the next command to type. Each fold has a classifier of its own."""
-    fold = next(iter(folds))
-    path = os.path.join(workdir, fold) if fold else workdir
+    # Without folds the only one is "".
+    path = Path(workdir).expanduser() / next(iter(folds))
     command = f"python -m maeast_jax.predict FOLDER --checkpoint={path} --output=labels.tsv"
     return terminal.announce({"next": f"labels for your own files:\n{command}"})
 
 
 def main(config: ConfigDict, workdir: str) -> None:
-    found = finetune(config, workdir)
-    print(f"\n{_farewell(os.path.expanduser(workdir), found)}", flush=True)
+    found = finetune(config, workdir, flags.FLAGS.tracker)
+    print(f"\n{farewell(workdir, found)}", flush=True)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_enum("tracker", "", ("", *trackers.TRACKERS), trackers.HELP)
     cli.run(main)

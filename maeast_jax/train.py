@@ -8,8 +8,9 @@ Exit codes:
   70   an error that none of these explains, such as a failed device
   75   another process of the run was lost
   143 or 130   SIGTERM or Ctrl-C: training was saved if it had begun
+  129 or 138   SIGHUP, as from a closed SSH window, or SIGUSR1: likewise
 
-After 70, 75, 143 and 130 the same command goes on from the newest checkpoint. maeast_jax/config.py
+After 70 and above the same command goes on from the newest checkpoint. maeast_jax/config.py
 says what each field means, and docs/running.md how several processes share a run (--distributed).
 """
 
@@ -18,12 +19,13 @@ import os
 from collections.abc import Iterator
 
 import jax
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from maeast_jax import checkpoint
 from maeast_jax.inference import Pretrained
-from maeast_jax.runtime import cli, distributed, memory, storage, terminal
+from maeast_jax.runtime import cli, distributed, environment, memory, storage, terminal
 from maeast_jax.training import (
     Batches,
     DeviceBatch,
@@ -36,6 +38,7 @@ from maeast_jax.training import (
     metrics_writer,
     pretraining,
     summary,
+    trackers,
 )
 
 _REMEDY = (
@@ -45,7 +48,10 @@ _REMEDY = (
 
 
 def train(
-    config: ConfigDict, workdir: str | os.PathLike, batches: Batches | None = None
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    batches: Batches | None = None,
+    tracker: str = "",
 ) -> dict[str, float]:
     """Starts the run in `workdir`, or goes on with it; returns the last evaluation's metrics.
 
@@ -54,11 +60,14 @@ def train(
     of the first step that returns such an iterator. Each of several processes gives its own rows
     only (`sharding.process_rows`).
 
+    `tracker` names a service that gets the metrics too: wandb or trackio.
+
     Raises ValueError, in one line, for what cannot work, before anything is compiled or
     overwritten; Interrupted after saving, on SIGTERM or Ctrl-C; NonFiniteError; PeerLostError where
     another process of the run is gone; MemoryError where a step does not fit the devices.
     """
     workdir = storage.path(workdir)
+    trackers.check(tracker)
     typed = PretrainConfig.of(config)
     checkpoint.read_config(workdir, mode=None)  # raises for the workdir of a fine-tuned run
     typed, init_from = pretraining.settle_architecture(typed, workdir)
@@ -66,7 +75,7 @@ def train(
     distributed.agree("the configuration", run.metadata["config"])
     distributed.agree("the data sets", run.metadata["data"])
     # After all checks, so that a mistake leaves no empty folder behind.
-    storage.make_writable(workdir, "--workdir")
+    checkpoint.make_workdir(workdir)
     with checkpoint.held(workdir), memory.out_of_memory(_REMEDY):
         newest_step = checkpoint.newest_step(workdir)
         if newest_step is not None:
@@ -74,7 +83,12 @@ def train(
         if distributed.from_first(_is_done(run, workdir, newest_step)):
             print(f"{workdir} has done its {typed.total_steps} steps already", flush=True)
             return metrics_writer.last_row(workdir, "eval")
-        return _train(run, workdir, newest_step or 0, init_from)
+        if newest_step and batches is not None and not callable(batches):
+            raise ValueError(
+                f"{workdir} goes on from step {newest_step}, where an iterator would give its "
+                "first batches again; give a function of the first step that returns an iterator"
+            )
+        return _train(run, workdir, newest_step or 0, init_from, tracker)
 
 
 def _is_done(run: Pretraining, workdir: epath.Path, newest_step: int | None) -> bool:
@@ -86,7 +100,11 @@ def _is_done(run: Pretraining, workdir: epath.Path, newest_step: int | None) -> 
 
 
 def _train(
-    run: Pretraining, workdir: epath.Path, start_step: int, init_from: Pretrained | None
+    run: Pretraining,
+    workdir: epath.Path,
+    start_step: int,
+    init_from: Pretrained | None,
+    tracker: str,
 ) -> dict[str, float]:
     config = run.config
     print(summary.describe(run, workdir, start_step, init_from), flush=True)
@@ -97,7 +115,12 @@ def _train(
         state = TrainState.from_parts(parts)
     else:
         state = run.initial_state(init_from)
-    writer = MetricsWriter(workdir, start_step)
+    started = ""
+    if distributed.is_first():
+        start = environment.describe() | {"start_step": start_step, **run.metadata}
+        started = checkpoint.record_start(workdir, start)
+    tracking = trackers.Tracker(tracker, workdir, started, run.metadata["config"])
+    writer = MetricsWriter(workdir, start_step, tracking)
     print("compiling the training step", flush=True)
     step = run.compile_step()
     planned = memory.planned_bytes(step)
@@ -138,11 +161,12 @@ def _with_first(first: DeviceBatch, rest: Iterator[DeviceBatch]) -> Iterator[Dev
 
 
 def main(config: ConfigDict, workdir: str) -> None:
-    train(config, workdir)
+    train(config, workdir, tracker=flags.FLAGS.tracker)
     if distributed.is_first():
         print(summary.farewell(os.path.expanduser(workdir)))
 
 
 if __name__ == "__main__":
     memory.share_heap()
+    flags.DEFINE_enum("tracker", "", ("", *trackers.TRACKERS), trackers.HELP)
     cli.run(main, join=distributed.initialize)

@@ -121,6 +121,35 @@ def test_a_run_or_one_checkpoint_is_found_and_anything_else_is_refused(written, 
         checkpoint.find(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/1"])
+def test_a_run_may_have_the_name_of_a_checkpoint(written, tmp_path, name):
+    """Its own checkpoints come before those of a run around it."""
+    shutil.copytree(written / "checkpoints" / "10", tmp_path / "checkpoints" / "1")
+    shutil.copytree(written, tmp_path / name, dirs_exist_ok=True)
+    assert checkpoint.find(tmp_path / name) == tmp_path / name / "checkpoints" / "15"
+    assert checkpoint.find(tmp_path / name / "checkpoints" / "10").name == "10"
+
+
+def test_folders_beside_the_checkpoints_that_only_look_like_steps_are_passed_over(saved):
+    folder = saved / "checkpoints"
+    for name in ("0020", "\u00b2", "\u0662\u0660", "20 (copy)"):
+        shutil.copytree(folder / "15", folder / name)
+    assert checkpoint.saved_steps(saved) == [10, 15]
+    with pytest.raises(checkpoint.CheckpointError, match="0020 holds no checkpoint; name a run"):
+        checkpoint.find(folder / "0020")
+    write(saved, 20)
+    assert checkpoint.saved_steps(saved) == [15, 20] and (folder / "0020").exists()
+
+
+def test_an_old_checkpoint_that_was_moved_to_another_disk_stays_there(saved, tmp_path):
+    folder, moved = saved / "checkpoints", tmp_path / "moved"
+    (folder / "10").rename(moved)
+    (folder / "10").symlink_to(moved)
+    write(saved, 20)
+    assert sorted(os.listdir(folder)) == ["15", "20"]
+    checkpoint.metadata(moved)
+
+
 def test_relative_paths_are_made_absolute(written, monkeypatch):
     monkeypatch.chdir(written.parent)
     assert checkpoint.metadata(checkpoint.find(written.name)) == {"config": CONFIG}
@@ -196,6 +225,41 @@ def test_weights_alone_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     shutil.rmtree(whole)
     checkpoint.write_parts(whole, weights, {"config": CONFIG})
     assert checkpoint.stamp(checkpoint.find(whole)) > stamp  # another checkpoint
+
+
+@pytest.mark.parametrize("name", ["seeds[1]", "a\\b", "a**b", "lr=*", "new?", "[1]/run"])
+@pytest.mark.parametrize("make", ["run", "weights"])
+def test_a_path_in_which_orbax_loses_files_is_refused(tmp_path, monkeypatch, name, make):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        if make == "run":
+            checkpoint.make_workdir(name)
+        else:
+            checkpoint.write_parts(name, {"weights": {}}, {"config": CONFIG})
+    assert str(error.value) == (
+        f"{tmp_path / name} has one of the characters * ? [ \\ in its path, where Orbax cannot "
+        "read a checkpoint back; choose another name"
+    )
+    assert not os.listdir()
+
+
+def test_a_path_with_other_signs_is_none_of_these(tmp_path):
+    workdir = tmp_path / 'lr=1e-4,bs=32 %d \u00fc@v2 {x}\'s "a" #1 a|b;c]'
+    checkpoint.make_workdir(workdir)
+    write(workdir, 5)
+    assert_holds(workdir, 5)
+
+
+@pytest.mark.parametrize("name", ["lock", "checkpoints", "checkpoints/10"])
+def test_a_run_whose_files_another_user_may_not_write_is_one_line(saved, name, monkeypatch):
+    with checkpoint.held(saved):
+        pass
+    checkpoint.make_workdir(saved)
+    (saved / name).chmod(0o555)
+    # Root may write any file, and tests may run as root.
+    monkeypatch.setattr(os, "access", lambda path, _: os.stat(path).st_mode & 0o222 != 0)
+    with pytest.raises(ValueError, match=f"{name} cannot be written by this .* choose another --w"):
+        checkpoint.make_workdir(saved)
 
 
 def test_a_folder_that_cannot_be_made_fails_before_any_thread_waits_for_it(tmp_path, monkeypatch):

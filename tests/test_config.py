@@ -95,7 +95,7 @@ def change(path, value):
         ("seed", -1, r"config.seed=-1 must not be negative"),
         ("data.source", "s3", r"data.source='s3' is unknown; known: tfds, synthetic"),
         ("data.fbank", "phone", r"data.fbank='phone' is unknown; known: device, host"),
-        ("optimizer.warmup_steps", 600_000, r"warmup_steps=600000 must be below total"),
+        ("optimizer.warmup_steps", 600_000, r"warmup_steps=600000 must be below the 600000 s"),
         ("init_from", "nowhere", r"nowhere does not exist; name a run's workdir"),
         ("data.train", "missing_set", r"missing_set.*build_dataset"),
         ("data.train", "a*0.5,b", r"gives weights to some data sets only"),

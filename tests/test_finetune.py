@@ -82,6 +82,9 @@ def test_it_learns_and_leaves_what_it_promises(finished):
     assert right == pytest.approx(evaluation.value)
     assert json.loads((folder / "results.json").read_text())["value"] == evaluation.value
     assert (folder / "confusion.png").stat().st_size > 1000
+    (start,) = json.loads((workdir / "environment.json").read_text())
+    sizes = {name: kept["clips"] for name, kept in start["data"].items()}
+    assert sizes == {f"tones/1.0.0@{s}": n for s, n in (("train", 24), ("valid", 9), ("test", 11))}
     steps = [row["step"] for row in metrics_writer.read_metrics(workdir) if row["split"] == "eval"]
     assert steps == [3, 6, 9]
 
@@ -361,6 +364,12 @@ def test_evaluations_are_by_epoch_or_by_step():
         ("data.folds", "a+b", "data.test='tones@test' has no meaning with data.folds='a\\+b'"),
         ("average_from", 0, "config.average_from=0 must be at least 1"),
         ("average_from", 4, "average_from=4 must not be past the 3 evaluations of 9 steps; lower"),
+        (
+            "schedule.warmup_steps",
+            9,
+            "schedule.warmup_steps=9 must be below the 9 steps of the run",
+        ),
+        ("num_frames", 15, "config.num_frames=15 must be at least 16, the frames of a patch token"),
         ("accumulation_steps", 0, "config.accumulation_steps=0 must be at least 1"),
         ("accumulation_steps", 3, r"batch_size=8 must be a multiple of 3, .*accumulation_steps"),
         ("seed", -1, "config.seed=-1 must not be negative"),
@@ -429,3 +438,9 @@ def test_the_workdir_of_another_mode_is_refused_and_left_as_it_is(data_dir, fini
     with pytest.raises(ValueError, match="holds a run of finetune, not of pretraining; choose"):
         train(tiny.short_config(), workdir)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_batches_of_any_length_hold_a_token(tmp_path, data_dir):
+    config = small(data_dir, num_frames=0, max_frames=15)
+    with pytest.raises(ValueError, match=r"config\.max_frames=15 must be at least 16, the frames"):
+        finetune(config, tmp_path / "run")

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "model": {"fbank", "runtime"},
     "data": {"fbank", "runtime"},
     "ingest": {"data", "runtime"},
-    "interop": {"model", "fbank"},
+    "interop": FOUNDATION | {"model"},
     "inference": FOUNDATION | {"checkpoint", "model", "data", "interop"},
     "evaluation": FOUNDATION | {"checkpoint", "model", "data", "interop", "inference"},
 }
@@ -26,11 +26,15 @@ MAY_IMPORT["benchmark"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["suites"] = MAY_IMPORT["inference"] | {"inference"}
 PROGRAMS = {"train", "finetune", "embed", "predict", "build_dataset", "export"}
 
+# Suites that hand over torch tensors. X-ARES and XARES-LLM take a torch class from a module, so
+# theirs import it at the top, guarded by the pip command; only these suites import those modules.
+TORCH_SUITES = ("hear", "sounds", "xares", "xares_llm")
+
 # Modules that are slow to import, and the only ones that use them, inside functions.
 USERS_OF = {
     "tensorflow": {"data/pipeline", "data/dataset", "data/writer", "fbank"},
     "tensorflow_datasets": {"data/pipeline", "data/dataset", "data/writer"},
-    "torch": {"interop/fairseq", "suites/hear"},
+    "torch": {"interop/fairseq", *(f"suites/{name}" for name in TORCH_SUITES)},
     "apache_beam": {"ingest/beam"},
 }
 WITHOUT_JAX = {"data", "ingest"}

@@ -497,15 +497,16 @@ def test_slurm_does_not_requeue_after_a_mistake_in_one_task(tmp_path, ends, code
     assert not list((tmp_path / "clone").glob(".slurm_*"))
 
 
-def test_slurm_waits_for_a_program_that_saves_on_sigterm(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_slurm_waits_for_a_program_that_saves_on_a_signal(tmp_path, number, code):
     launch, _ = dry(tmp_path, "slurm.sbatch", "--dry_run", "--", *PROGRAM, SLURM_JOB_ID="17")
     task = launch[launch.index("-c") + 1]
-    program = "trap 'sleep 0.5; exit 143' TERM; echo here; while :; do sleep 0.1; done"
+    program = f"trap 'sleep 0.5; exit {code}' {number:d}; echo here; while :; do sleep 0.1; done"
     words = ["bash", "-c", task, str(tmp_path / "mistake"), "bash", "-c", program]
     started = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert started.stdout.readline() == "here\n"
-    os.killpg(started.pid, signal.SIGTERM)  # as slurmstepd does
-    assert started.wait(timeout=20) == 143
+    os.killpg(started.pid, number)  # as slurmstepd does
+    assert started.wait(timeout=20) == code
     assert not (tmp_path / "mistake").exists()
 
 

@@ -167,6 +167,14 @@ def test_training_takes_the_callers_batches_and_goes_on_where_they_were(tmp_path
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_an_iterator_of_batches_is_refused_where_a_run_goes_on(tmp_path, finished):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    config = tiny.short_config(total_steps=8)
+    with pytest.raises(ValueError, match=r"goes on from step 4, .* function of the first step"):
+        train(config, tmp_path, batches=noise(config)(0))
+    assert checkpoint.saved_steps(tmp_path) == [4]
+
+
 def final(workdir, step):
     assert checkpoint.saved_steps(workdir)[-1] == step
     return jax.tree.leaves(checkpoint.load_part(checkpoint.find(workdir), "weights"))
@@ -459,6 +467,14 @@ def test_a_run_leaves_what_it_promises_and_says_what_it_will_do(tmp_path, data_d
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    config.total_steps = 13
+    train(config, tmp_path)
+    first, second = json.loads((tmp_path / "environment.json").read_text())
+    assert (first["start_step"], second["start_step"]) == (0, 12)
+    assert first["packages"]["jax"] == jax.__version__
+    assert first["devices"] == {"kind": "cpu", "count": 8} and first["command"] == sys.argv
+    assert second["config"]["total_steps"] == 13
+    assert first["data"]["sounds/1.0.0@train"]["clips"] == 11
 
 
 @pytest.mark.slow

@@ -325,6 +325,7 @@ def train_batches(
     total_steps: int,
     num_frames: int,
     max_frames: int,
+    least_frames: int = 1,
     chances: np.ndarray | None = None,
     threads: int = 0,
 ) -> Iterator[Batch]:
@@ -335,6 +336,7 @@ def train_batches(
         (seed, step, row), shorter ones padded with silence. With 0 a batch is as long as its
         longest clip, rounded up to one of a few lengths.
       max_frames: the longest batch where `num_frames` is 0.
+      least_frames: the shortest one, such as the frames of a token.
       chances: chance to draw each clip; None draws each clip once per epoch.
       threads: as for `pipeline.prefetched`.
 
@@ -352,14 +354,20 @@ def train_batches(
             start = int(random.integers(max(len(clip.samples) - limit, 0) + 1))
             cut.append(clip.samples[start : start + limit])
         target = _several_hot([clip.classes for clip in clips], labelled.num_classes)
-        return pad(cut, num_frames, max_frames) | {"target": target}
+        return pad(cut, num_frames, max_frames, least_frames) | {"target": target}
 
     fields = _fields(batch_size) | {"target": (np.float32, (batch_size, labelled.num_classes))}
     return pipeline.prefetched(load, range(start_step, total_steps), fields, threads)
 
 
 def eval_batches(
-    labelled: Labelled, *, batch_size: int, num_frames: int, max_frames: int, threads: int = 0
+    labelled: Labelled,
+    *,
+    batch_size: int,
+    num_frames: int,
+    max_frames: int,
+    least_frames: int = 1,
+    threads: int = 0,
 ) -> Iterator[tuple[Batch, list[Clip]]]:
     """Yields every clip once, in the sets' order, as (batch, clips in the batch).
 
@@ -378,7 +386,7 @@ def eval_batches(
             cut.append(clip.samples[start : start + limit])
         cut += [np.zeros(1, np.int16)] * (batch_size - len(clips))
         clips_of[step] = clips
-        return pad(cut, num_frames, max_frames)
+        return pad(cut, num_frames, max_frames, least_frames)
 
     steps = range(math.ceil(len(labelled) / batch_size))
     batches = pipeline.prefetched(load, steps, _fields(batch_size), threads)
@@ -386,18 +394,18 @@ def eval_batches(
         yield batch, clips_of.pop(step)
 
 
-def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int) -> Batch:
+def pad(clips: Sequence[np.ndarray], num_frames: int, max_frames: int, least_frames: int) -> Batch:
     """Returns {audio int16 [b, samples], num_samples int32 [b]}: the clips padded with silence.
 
     With `num_frames` clips are padded to that length, with 0 to the first of at most nine lengths
-    that holds them all. `num_samples` is the own length of a clip, at least a frame (400). It masks
-    the padding, which SSAST treats as part of the clip.
+    that holds them all, or to `least_frames`. `num_samples` is the own length of a clip, at least a
+    frame (400). It masks the padding, which SSAST treats as part of the clip.
     """
     longest = max(len(clip) for clip in clips)
     frames = num_frames
     if not frames:
         whole = math.ceil(max(longest - fbank.FRAME_LENGTH, 0) / fbank.FRAME_SHIFT) + 1
-        frames = pipeline.bucket_steps(min(whole, max_frames), max_frames)
+        frames = max(pipeline.bucket_steps(min(whole, max_frames), max_frames), least_frames)
     audio = np.zeros((len(clips), fbank.num_samples(frames)), np.int16)
     for row, clip in zip(audio, clips, strict=True):
         row[: len(clip)] = clip

@@ -6,6 +6,7 @@ no reference to it.
 
 import io
 import os
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -44,9 +45,9 @@ def reconstructions(
     Returns:
       uint8 [H, W, 3].
     """
-    import librosa
     from matplotlib import colormaps
 
+    librosa = _import_librosa()
     grey = tuple(level / 255 for level in MASKED_GREY)
     palette = colormaps["magma"].with_extremes(bad=grey)
     rows, frames, bands = original.shape
@@ -211,10 +212,22 @@ def pixels(picture) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _band_scale(num_bands: int):
-    """Returns two functions of arrays: the centre in Hz of a band's number, and its inverse."""
+def _import_librosa():
+    """Returns librosa, for which numba keeps programs in a folder that every user can write.
+
+    Without this, importing it fails where neither its package nor a home can be written, as in a
+    container that runs under another user's number.
+    """
+    folder = os.path.join(tempfile.gettempdir(), f"numba-{os.getuid()}")
+    os.environ.setdefault("NUMBA_CACHE_DIR", folder)
     import librosa
 
+    return librosa
+
+
+def _band_scale(num_bands: int):
+    """Returns two functions of arrays: the centre in Hz of a band's number, and its inverse."""
+    librosa = _import_librosa()
     lowest, highest = librosa.hz_to_mel([fbank.LOWEST_HZ, fbank.SAMPLE_RATE_HZ / 2], htk=True)
     step = (highest - lowest) / (num_bands + 1)
 

@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from maeast_jax import fbank
+
 # SSAST's: the noise's highest value, in normalised energies (their deviation is 0.5), and the
 # farthest roll.
 NOISE = 0.1
@@ -44,9 +46,13 @@ class AugmentConfig:
             raise ValueError(f"augment.mixup={self.mixup} must be 0 to 1, the share that is mixed")
         if not 0.0 < self.mixup_alpha < float("inf"):
             raise ValueError(f"augment.mixup_alpha={self.mixup_alpha} must be above 0 and finite")
-        for field in ("frequency_mask", "time_mask"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"augment.{field}={getattr(self, field)} must not be negative")
+        if not self.time_mask >= 0:
+            raise ValueError(f"augment.time_mask={self.time_mask} must not be negative")
+        if not 0 <= self.frequency_mask <= fbank.NUM_MEL_BANDS:
+            raise ValueError(
+                f"augment.frequency_mask={self.frequency_mask} must be 0 to {fbank.NUM_MEL_BANDS}, "
+                "the number of bands"
+            )
 
 
 def mixup(

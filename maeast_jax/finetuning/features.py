@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def _encoder_features(run: FinetuneRun) -> EncoderFeatures:
     patch_frames, _ = config.model.patch_shape
     frames = start.window_frames if start else config.max_frames
     return EncoderFeatures(
-        checkpoint=str(storage.absolute(start.path)) if start else "",
+        checkpoint=_address(start.path) if start else "",
         stamp=start.stamp if start else "",
         seed=0 if start else config.seed,
         model=config.model,
@@ -72,6 +73,11 @@ def _encoder_features(run: FinetuneRun) -> EncoderFeatures:
         phases=config.features.phases,
         window_frames=max(1, frames // patch_frames) * patch_frames,
     )
+
+
+def _address(path: str) -> str:
+    """Returns the path of a checkpoint for use from any working directory."""
+    return path if storage.is_remote(path) else os.path.abspath(path)
 
 
 def statistics(run: FinetuneRun, sets: Sets) -> tuple[float, float] | None:

@@ -1,17 +1,20 @@
 """A run on labelled clips before anything is compiled: configuration checked, data opened."""
 
 import dataclasses
+import functools
 import math
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from maeast_jax import checkpoint, fbank
 from maeast_jax import config as configuration
-from maeast_jax import fbank
 from maeast_jax.data import Labelled, labelled, mixture
 from maeast_jax.evaluation import checks
 from maeast_jax.finetuning.augment import AugmentConfig
@@ -200,6 +203,12 @@ class FinetuneRun:
         return self.folds[0].train.class_names
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Clips and fingerprint of every data set of the run, by name and split."""
+        opened = [c for sets in self.folds for c in (sets.train, sets.valid, *sets.tests)]
+        return functools.reduce(operator.or_, (clips.clips.identity for clips in opened))
+
+    @property
     def loss(self) -> LossConfig:
         """Binary cross-entropy where a clip has several labels, whatever the configuration says."""
         if self.folds[0].train.is_multi_label:
@@ -229,20 +238,26 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike) -> FinetuneRun:
     typed = dataclasses.replace(typed, model=_encoder(typed.model, init_from))
     backbone_config(typed.model, typed.head)  # raises if head.layer is not a layer of the model
     typed.features.layer_number(typed.model.encoder_layers)
+    length = "num_frames" if typed.num_frames else "max_frames"
+    if getattr(typed, length) < (least := typed.model.patch_shape[0]):
+        raise ValueError(
+            f"config.{length}={getattr(typed, length)} must be at least {least}, the frames of a "
+            f"{typed.model.tokens} token"
+        )
     folds = tuple(_open_folds(typed))
     mesh = None
     if typed.mode == "finetune":
         mesh = _make_mesh(typed, len(folds[0].train.class_names))
     run = FinetuneRun(typed, Path(workdir).expanduser(), init_from, mesh, folds)
-    if typed.mode == "finetune" and typed.select == "average":
-        _check_average(run)
+    if typed.mode == "finetune":
+        _check_lengths(run)
     # It reads every clip, so it comes after all that needs none.
     longest = math.inf  # probes embed clips of any length
     if typed.mode == "finetune":
         longest = fbank.num_samples(typed.num_frames or typed.max_frames) / fbank.SAMPLE_RATE_HZ
     run = dataclasses.replace(run, folds=tuple(sets.checked(longest) for sets in folds))
     # Last, so that a mistake leaves no empty folder behind.
-    storage.make_writable(storage.path(workdir), "--workdir")
+    checkpoint.make_workdir(workdir)
     return run
 
 
@@ -271,12 +286,15 @@ def _make_mesh(config: FinetuneConfig, num_classes: int) -> Mesh:
     return mesh
 
 
-def _check_average(run: FinetuneRun) -> None:
+def _check_lengths(run: FinetuneRun) -> None:
+    """Raises ValueError where a fold is trained for too few steps."""
+    config = run.config
     for sets in run.folds:
         length = run.length(sets)
-        if run.config.average_from > len(length.evaluations):
+        optimizers.check_warmup("schedule", config.schedule.warmup_steps, length.total_steps)
+        if config.select == "average" and config.average_from > len(length.evaluations):
             raise ValueError(
-                f"average_from={run.config.average_from} must not be past the "
+                f"average_from={config.average_from} must not be past the "
                 f"{len(length.evaluations)} evaluations of {length.total_steps} steps; lower it or "
                 "eval_every, or train for longer"
             )

@@ -18,7 +18,15 @@ from maeast_jax.finetuning.run import FinetuneRun, Sets
 from maeast_jax.finetuning.step import FinetuneState
 from maeast_jax.model import backbone_config, classifier_graph
 from maeast_jax.runtime import sharding
-from maeast_jax.training import DeviceBatch, Evaluation, LoopConfig, MetricsWriter, loop, optimizer
+from maeast_jax.training import (
+    DeviceBatch,
+    Evaluation,
+    LoopConfig,
+    MetricsWriter,
+    Tracker,
+    loop,
+    optimizer,
+)
 
 # The start of the fields with other values of which a run may go on: they change neither what it
 # has learnt so far nor what its scores mean. The stamp of a checkpoint stands for `init_from`.
@@ -46,8 +54,8 @@ class Scored:
 class FoldTrainer:
     """The programs and data of one fold; `folder` holds its checkpoints and metrics."""
 
-    def __init__(self, run: FinetuneRun, sets: Sets, folder: Path):
-        self._run, self._sets, self._folder = run, sets, folder
+    def __init__(self, run: FinetuneRun, sets: Sets, folder: Path, tracker: Tracker | None = None):
+        self._run, self._sets, self._folder, self._tracker = run, sets, folder, tracker
         self._length = run.length(sets)
         config = run.config
         rate = optimizer.by_epoch(
@@ -98,7 +106,7 @@ class FoldTrainer:
             self._train_batches(start_step),
             self.evaluate,
             checkpoints,
-            MetricsWriter(self._folder, start_step),
+            MetricsWriter(self._folder, start_step, self._tracker),
             LoopConfig(
                 start_step=start_step,
                 total_steps=length.total_steps,
@@ -132,6 +140,7 @@ class FoldTrainer:
             batch_size=config.batch_size,
             num_frames=config.num_frames,
             max_frames=config.max_frames,
+            least_frames=config.model.patch_shape[0],
             threads=config.data.threads,
         ):
             placed = sharding.put_batch(self._run.mesh, batch, config.batch_size)
@@ -152,6 +161,7 @@ class FoldTrainer:
             total_steps=self._length.total_steps,
             num_frames=config.num_frames,
             max_frames=config.max_frames,
+            least_frames=config.model.patch_shape[0],
             chances=chances,
             threads=config.data.threads,
         ):

@@ -187,6 +187,7 @@ def load_classifier(
       OSError: the checkpoint cannot be read.
     """
     path = os.path.expanduser(os.fspath(path))
+    finetuned.check_address(path)
     folder = storage.path(path)
     with storage.reaching(folder):
         has_probe = (folder / _PROBE).exists()

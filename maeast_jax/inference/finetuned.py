@@ -12,7 +12,7 @@ from flax import nnx
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.interop import fairseq
+from maeast_jax.interop import fairseq, hub
 from maeast_jax.model import Classifier, HeadConfig, ModelConfig, classifier_graph
 
 _HOW_TO_FINETUNE = (
@@ -61,16 +61,24 @@ class Finetuned:
         return nnx.merge(graph, *jax.tree.map(jnp.asarray, self.read_weights()))
 
 
+def check_address(path: str) -> None:
+    """Raises CheckpointError for addresses at which there are only encoders."""
+    if path.startswith(hub.PREFIX):
+        raise checkpoint.CheckpointError(
+            f"{path} is on the Hub, from which only encoders are loaded; "
+            f"{_HOW_TO_FINETUNE.format(path)}"
+        )
+    if path.endswith(fairseq.SUFFIXES):
+        raise checkpoint.CheckpointError(
+            f"{path} is an encoder without classes; {_HOW_TO_FINETUNE.format(path)}"
+        )
+
+
 def read(path: str | os.PathLike) -> Finetuned:
     """Returns the fine-tuned classifier of a run's workdir, or of one checkpoint in it.
 
     Raises CheckpointError, in one line, where there is none.
     """
-    path = os.path.expanduser(os.fspath(path))
-    if path.endswith(fairseq.SUFFIXES):
-        raise checkpoint.CheckpointError(
-            f"{path} is an encoder without classes; {_HOW_TO_FINETUNE.format(path)}"
-        )
     folder = checkpoint.find(path)
     metadata = checkpoint.metadata(folder)
     config = metadata["config"]

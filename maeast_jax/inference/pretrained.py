@@ -15,7 +15,7 @@ from flax import nnx
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.interop import AuthorsFile, fairseq
+from maeast_jax.interop import AuthorsFile, fairseq, hub
 from maeast_jax.model import ModelConfig, SpectrogramEncoder, model_graph
 from maeast_jax.runtime import storage
 
@@ -91,7 +91,8 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:
 
     Args:
       path: a run's workdir (its newest checkpoint), one checkpoint in it
-        (`DIR/checkpoints/STEP`), or a `.pt` or `.safetensors` file in the authors' layout.
+        (`DIR/checkpoints/STEP`), a `.pt` or `.safetensors` file in the authors' layout, or
+        `hf://ORG/NAME[@REVISION]` on the Hugging Face Hub.
       dtype: the type of the computation, float32 or bfloat16.
 
     Raises:
@@ -104,6 +105,8 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:
 def read(path: str | os.PathLike) -> Pretrained:
     """Returns the checkpoint at `path`. Arguments and errors are those of `load`."""
     path = os.path.expanduser(os.fspath(path))
+    if path.startswith(hub.PREFIX):
+        return dataclasses.replace(read(hub.fetch(path)), path=path)
     if path.endswith(fairseq.SUFFIXES):
         storage.check_local(path)
     return _from_file(path) if Path(path).is_file() else _from_run(path)

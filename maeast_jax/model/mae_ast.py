@@ -115,14 +115,21 @@ class SpectrogramEncoder(nnx.Module):
           lengths: each clip's samples [b]; None takes all clips as full. Samples past a clip's
             length change no result.
 
-        Raises ValueError for another shape, type or values, and for a length under 400 samples (one
-        frame) or past the waveform.
+        Raises ValueError for another shape, type or values, for fewer samples than one token (2,800
+        for patches, 560 for frames), and for a length under 400 samples (one frame) or past the
+        waveform.
         """
         waveforms_BxS = jnp.asarray(waveforms)
         if waveforms_BxS.ndim != 2:
             raise ValueError(f"waveforms are {waveforms_BxS.shape}, expected [clips, samples]")
         num_clips, num_samples = waveforms_BxS.shape
-        fbank.num_frames(num_samples)  # raises for fewer samples than one frame
+        frames, _ = self.config.patch_shape
+        if num_samples < (least := fbank.num_samples(frames)):
+            raise ValueError(
+                f"waveforms of {num_samples} samples, expected at least {least}, the {frames} "
+                f"frames of a {self.config.tokens} token; pad them with zeros, and give their "
+                "lengths"
+            )
         if not isinstance(waveforms_BxS, jax.core.Tracer):
             waveforms_BxS = fbank.as_samples(waveforms_BxS)
         lengths_B = np.asarray([num_samples] * num_clips if lengths is None else lengths, np.int32)
@@ -271,8 +278,8 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
 
 
 def stream_key(seed: int, step: jax.Array, name: str) -> jax.Array:
-    """The key of the random numbers called `name` at one step."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    """The key of the random numbers called `name` at one step, whatever jax's default generator."""
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 

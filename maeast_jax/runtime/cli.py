@@ -1,5 +1,7 @@
 """The edge of programs: flags go in, one-line errors and exit codes come out."""
 
+import contextlib
+import errno
 import io
 import os
 import re
@@ -8,7 +10,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -35,7 +36,7 @@ _STOPPED_EARLY = (
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C stopped the run after it saved its state.
+    """A signal, such as SIGTERM or Ctrl-C, stopped the run after it saved its state.
 
     `exit_code` is the shell's: 128 + the signal's number.
     """
@@ -82,7 +83,7 @@ def run(
     Exit codes: 0; 1 where the system refused something (a full disk, a folder, memory); 2 for a
     ValueError, which is a mistake in flags, configuration, data or checkpoint; 3 for a loss that is
     not finite; 70 for any other error, with its traceback; 75 where another process of the run was
-    lost; 143 or 130 after SIGTERM or Ctrl-C.
+    lost; 128 + its number after a signal: 143 SIGTERM, 130 Ctrl-C, 129 SIGHUP, 138 SIGUSR1.
     """
     names = ("config", "workdir") if workdir else ("config",)
 
@@ -138,13 +139,17 @@ def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) 
     _start(call, parse)
 
 
-@contextmanager
+@contextlib.contextmanager
 def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Handles these signals by `catch`, in the main thread; Python allows it nowhere else."""
+    """Handles these signals by `catch`, in the main thread; Python allows it nowhere else.
+
+    A signal that is ignored stays ignored, as SIGHUP is after nohup.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, catch) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, catch) for number in heard}
     try:
         yield
     finally:
@@ -152,7 +157,7 @@ def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> I
             signal.signal(number, handler)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ending_where_ctrl_c_is_ignored(message: str) -> Iterator[None]:
     """Ends the process where Python drops the KeyboardInterrupt of a Ctrl-C.
 
@@ -212,6 +217,9 @@ def _flag_error(error: flags.Error) -> str:
     first, *others = str(error).strip().splitlines()
     if file := next((w for w in sys.argv[1:] if w.startswith("-") and os.path.exists(w)), None):
         return f"{first}; to name the file, write ./{file}"
+    name = getattr(error, "flagname", "")
+    if "config" in flags.FLAGS and name in (flags.FLAGS["config"].value or ()):
+        return f"{first}; the field is set as --config.{name}=VALUE"
     return f"{first} {others[-1] if others else '(--help lists the flags)'}"
 
 
@@ -234,17 +242,54 @@ def _config_error(error: Exception, argv: Sequence[str]) -> str:
     return f"{file}: {place}{name}: {reason}; {where}"
 
 
+class _Output(io.TextIOWrapper):
+    """Standard output or error, where what cannot be shown or has no reader ends no run.
+
+    A character that the encoding lacks is written as its number. After a terminal or the reader of
+    a pipe is gone, nothing is written.
+    """
+
+    @classmethod
+    def of(cls, stream: io.TextIOWrapper) -> "_Output":
+        return cls(
+            stream.buffer, stream.encoding, "backslashreplace",
+            line_buffering=stream.line_buffering, write_through=stream.write_through,
+        )  # fmt: skip
+
+    def write(self, text: str) -> int:
+        with _no_reader_needed():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _no_reader_needed():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _no_reader_needed() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise
+
+
 def _start(call: Callable[[Sequence[str]], int], parse: Callable) -> None:
-    # A character that the terminal's encoding lacks is no reason to end a run.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if type(stream := getattr(sys, name)) is io.TextIOWrapper:  # a notebook has others
+            setattr(sys, name, _Output.of(stream))
     # TensorFlow, which reads the data, prints a page at its import unless this is set. It
     # announces oneDNN unless that is off; host fbank then also sums in one order on all machines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # epath then reaches gs:// by a library that works without TensorFlow.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    # Both change a run's numbers, and a run that goes on elsewhere would mix the two.
+    for name, value in (("jax_enable_x64", False), ("jax_threefry_partitionable", True)):
+        os.environ[name.upper()] = str(value)
+        if jax := sys.modules.get("jax"):  # it has read the environment
+            jax.config.update(name, value)
 
     def call_and_leave(argv: Sequence[str]) -> int:
         code = call(argv)

@@ -22,6 +22,8 @@ from maeast_jax.runtime.cli import PeerLostError, catching
 
 # The other processes take a process for dead, and end, after it was silent for this long.
 HEARTBEAT_SECONDS = int(os.environ.get("MAEAST_JAX_HEARTBEAT_SECONDS", "30"))
+# Ctrl-C, a closed SSH window, and what `sbatch --signal=USR1` sends.
+_ALSO_STOP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # An exchange that failed because a process is gone says one of these words: jax's status codes, and
 # the libraries that connect CPUs and GPUs.
 _WORDS_OF_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL")
@@ -148,7 +150,8 @@ def stopping() -> Iterator[Callable[[], int | None]]:
 
     All processes get the same answer at the same call, whichever of them was signalled, so all save
     the same step; they must call it at the same places. In a single process a second Ctrl-C raises
-    KeyboardInterrupt at once. Outside of the main thread no signal is noted.
+    KeyboardInterrupt at once. Outside of the main thread no signal is noted. The signals are
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1; those that were ignored before stay so.
     """
     if jax.process_count() == 1:
         caught: list[int] = []
@@ -158,7 +161,7 @@ def stopping() -> Iterator[Callable[[], int | None]]:
                 raise KeyboardInterrupt
             caught.append(number)
 
-        with catching(catch, signal.SIGTERM, signal.SIGINT):
+        with catching(catch, signal.SIGTERM, *_ALSO_STOP):
             yield lambda: caught[0] if caught else None
         return
     calls, stopped = itertools.count(), []
@@ -169,6 +172,6 @@ def stopping() -> Iterator[Callable[[], int | None]]:
                 stopped.append(signal.SIGTERM)
         return stopped[0] if stopped else None
 
-    # jax has caught SIGTERM since `initialize`; Ctrl-C joins it.
-    with catching(lambda *_: os.kill(os.getpid(), signal.SIGTERM), signal.SIGINT):
+    # jax has caught SIGTERM since `initialize`; the others join it.
+    with catching(lambda *_: os.kill(os.getpid(), signal.SIGTERM), *_ALSO_STOP):
         yield asked

@@ -11,6 +11,7 @@ import numpy as np
 
 from maeast_jax import fbank
 from maeast_jax.inference import Embedder, load
+from maeast_jax.suites import sounds
 
 
 def load_model(
@@ -42,8 +43,8 @@ def load_model(
     encoder = load(model_file_path, dtype)
     model = torch.nn.Module()  # HEAR asks for a module of torch or TensorFlow
     model.sample_rate = fbank.SAMPLE_RATE_HZ
-    model.scene = Embedder(encoder, pool=scene_pool, layer=layer)
-    model.timestamp = Embedder(encoder, pool="none", layer=layer)
+    model.scene = sounds.scene_embedder(encoder, scene_pool, layer)
+    model.timestamp = sounds.step_embedder(encoder, layer)
     model.scene_embedding_size = model.scene.embedding_size
     model.timestamp_embedding_size = model.timestamp.embedding_size
     return model
@@ -64,14 +65,12 @@ def get_timestamp_embeddings(audio, model):
 
     Raises ValueError for another shape, type or values, as `Embedder` does.
     """
-    import torch
-
     embeddings = _embed(audio, model.timestamp)
     step_ms = 1000 * model.timestamp.step_seconds
     # The frames of a step start one shift apart, and the last frame is longer than the shift.
     overhang_ms = 1000 * (fbank.FRAME_LENGTH - fbank.FRAME_SHIFT) / fbank.SAMPLE_RATE_HZ
     middles_ms = step_ms * np.arange(embeddings.shape[1]) + (step_ms + overhang_ms) / 2
-    timestamps = torch.from_numpy(np.float32(middles_ms)).to(audio.device)
+    timestamps = sounds.to_tensor(np.float32(middles_ms), like=audio)
     return embeddings, timestamps.repeat(len(audio), 1)
 
 
@@ -83,14 +82,6 @@ def get_scene_embeddings(audio, model):
     return _embed(audio, model.scene)
 
 
-def _embed(audio, embed: Embedder):
-    import torch
-
-    if audio.ndim != 2 or not audio.is_floating_point():
-        raise ValueError(
-            f"audio is {audio.dtype} {list(audio.shape)}; expected float [n_sounds, n_samples]"
-        )
-    sounds = audio.detach().cpu().float().numpy()
-    missing = max(0, fbank.FRAME_LENGTH - sounds.shape[1])
-    sounds = np.pad(sounds, ((0, 0), (0, missing)))
-    return torch.from_numpy(np.stack(list(embed(sounds)))).to(audio.device)
+def _embed(audio, embedder: Embedder):
+    embeddings = sounds.embed(sounds.from_tensor(audio), embedder)
+    return sounds.to_tensor(np.stack(embeddings), like=audio)

@@ -4,6 +4,7 @@ from maeast_jax.training.loop import Evaluation, LoopConfig
 from maeast_jax.training.metrics_writer import MetricsWriter
 from maeast_jax.training.pretraining import Batches, PretrainConfig, Pretraining
 from maeast_jax.training.steps import DeviceBatch, Metrics, TrainState
+from maeast_jax.training.trackers import Tracker
 
 __all__ = [
     "Batches",
@@ -14,5 +15,6 @@ __all__ = [
     "MetricsWriter",
     "PretrainConfig",
     "Pretraining",
+    "Tracker",
     "TrainState",
 ]

@@ -11,6 +11,7 @@ from etils import epath
 
 from maeast_jax.evaluation import plots
 from maeast_jax.runtime import distributed, storage
+from maeast_jax.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 CURVES = "curves"
@@ -30,15 +31,19 @@ class MetricsWriter:
         self,
         workdir: str | os.PathLike,
         resume_step: int = 0,
+        tracker: Tracker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Opens the files for a run that has done `resume_step` steps; 0 is a run from the start.
+
+        `tracker` gets each line too.
 
         Raises:
           ValueError: metrics.jsonl holds a line, other than the last, that is not a metrics row.
           OSError: `workdir` cannot be written.
         """
         self._workdir = storage.path(workdir)
+        self._tracker = tracker
         self._written: set[tuple[int, str]] = set()
         self._file = self._events = None
         if not distributed.is_first():
@@ -77,6 +82,8 @@ class MetricsWriter:
         self._written.add((step, split))
         values = {key: float(value) for key, value in values.items()}
         self._file.write(_json_line({"step": step, "split": split, **values}).encode("ascii"))
+        if self._tracker is not None:
+            self._tracker.log(step, split, values)
         if self._events is None:
             return
         self._file.flush()
@@ -112,6 +119,8 @@ class MetricsWriter:
             self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

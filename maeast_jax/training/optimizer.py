@@ -74,6 +74,15 @@ class ScheduleConfig:
                 raise ValueError(f"schedule.{field}={getattr(self, field)} must be {least} or more")
 
 
+def check_warmup(section: str, warmup_steps: int, total_steps: int) -> None:
+    """Raises ValueError, which names the configuration's section, where it leaves no other step."""
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"{section}.warmup_steps={warmup_steps} must be below the {total_steps} steps of the "
+            f"run; give --config.{section}.warmup_steps={total_steps // 10}, or train for longer"
+        )
+
+
 def warmup_and_decay(config: AdamWConfig, total_steps: int) -> optax.Schedule:
     """Returns the authors' schedule: a linear rise to the peak, then a linear fall to 0.
 
@@ -81,11 +90,7 @@ def warmup_and_decay(config: AdamWConfig, total_steps: int) -> optax.Schedule:
     ValueError where the warm-up leaves no step to train.
     """
     warmup_steps = config.warmup_steps
-    if warmup_steps >= total_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={warmup_steps} must be below total_steps={total_steps}; give "
-            f"--config.optimizer.warmup_steps={total_steps // 10}, or raise total_steps"
-        )
+    check_warmup("optimizer", warmup_steps, total_steps)
     peak = config.learning_rate
     fall = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
     if warmup_steps < 2:

@@ -212,14 +212,16 @@ def test_fixed_lengths_cut_and_pad(data_dir):
 
 def test_own_lengths_are_padded_to_few_shapes_and_masked():
     lengths = [120, 500, 2_000, 9_000]
-    batch = labelled.pad([np.ones(n, np.int16) for n in lengths], 0, 64)
+    batch = labelled.pad([np.ones(n, np.int16) for n in lengths], 0, 64, 1)
     assert batch["audio"].shape == (4, 400 + 63 * 160)
     np.testing.assert_array_equal(batch["num_samples"], [400, 500, 2_000, 9_000])
     np.testing.assert_array_equal(batch["audio"].sum(axis=1), lengths)
     shapes = {
-        labelled.pad([np.ones(n, np.int16)], 0, 64)["audio"].shape for n in range(1, 10_480, 37)
+        labelled.pad([np.ones(n, np.int16)], 0, 64, 1)["audio"].shape for n in range(1, 10_480, 37)
     }
     assert len(shapes) <= 9
+    short = labelled.pad([np.ones(500, np.int16)], 0, 64, 16)  # a token of 16 frames
+    assert short["audio"].shape == (1, 400 + 15 * 160)
 
 
 def test_evaluation_takes_every_clip_once_and_its_middle(data_dir):

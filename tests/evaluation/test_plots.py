@@ -1,6 +1,10 @@
 """Pictures show the values they were given: the tests look at pixels and at matplotlib's axes."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import fontTools.fontBuilder
 import matplotlib.pyplot
@@ -80,6 +84,23 @@ def test_the_frequency_axis_has_the_bands_of_the_filter_bank():
         tone = np.sin(2 * np.pi * frequency_hz * np.arange(1600) / 16_000).astype(np.float32)
         loudest = np.asarray(fbank.fbank(tone)).mean(axis=0).argmax()
         assert abs(to_band(frequency_hz) - loudest) < 1
+
+
+def test_librosas_compiled_programs_are_kept_where_every_user_can_write(tmp_path):
+    """A container that runs under another user's number has no home, nor a writable package."""
+    program = """
+import numpy as np
+from maeast_jax.evaluation import plots
+x = np.zeros((1, 16, 128), np.float32)
+plots.reconstructions(x, x, x)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    subprocess.run(
+        [sys.executable, "-c", program], env=environment | {"TMPDIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2], check=True,
+    )  # fmt: skip
+    (kept,) = tmp_path.glob("numba-*")
+    assert list(kept.iterdir())
 
 
 def test_a_row_has_the_colour_scale_of_its_original():

@@ -269,7 +269,8 @@ def test_a_clip_does_not_depend_on_the_devices():
         ({"mixup": 1.5}, "augment.mixup=1.5 must be 0 to 1"),
         ({"mixup": float("nan")}, "augment.mixup=nan must be 0 to 1"),
         ({"mixup_alpha": 0.0}, "augment.mixup_alpha=0.0 must be above 0 and finite"),
-        ({"frequency_mask": -1}, "augment.frequency_mask=-1 must not be negative"),
+        ({"frequency_mask": -1}, "augment.frequency_mask=-1 must be 0 to 128, the number of bands"),
+        ({"frequency_mask": 129}, "augment.frequency_mask=129 must be 0 to 128"),
         ({"time_mask": -1}, "augment.time_mask=-1 must not be negative"),
     ],
 )

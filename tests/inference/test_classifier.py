@@ -227,6 +227,9 @@ def test_a_checkpoint_without_classes_names_the_remedy(tmp_path):
     )
     message = refusal(GOLDEN / "tiny_patch.pt")
     assert "tiny_patch.pt is an encoder without classes; fine-tune it first: " in message
+    assert "hf://org/name@main is on the Hub, from which only encoders are loaded; fine-tune" in (
+        refusal("hf://org/name@main")
+    )
     assert "gone does not exist" in refusal(tmp_path / "gone")
 
 

@@ -85,6 +85,11 @@ def test_clips_without_lengths_are_full(model):
     [
         (WAVE[0], None, r"waveforms are \(6000,\), expected \[clips, samples\]"),
         (WAVE, [6000], r"lengths are \(1,\), expected one .* clip, 2"),
+        (
+            WAVE[:, :2799],
+            None,
+            "waveforms of 2799 samples, expected at least 2800, the 16 frames of a patch token",
+        ),
         (WAVE, [6000, 399], "a length of 399 samples, expected 400"),
         (WAVE, [6001, 6000], "a length of 6001 samples, expected 400 .* to 6000"),
         (np.where(np.arange(6000) == 9, np.nan, 0.0)[None], None, "samples hold NaN or infinity"),

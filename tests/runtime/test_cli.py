@@ -81,6 +81,7 @@ def test_a_program_may_have_a_default_configuration_flags_of_its_own_and_no_work
         ([], "--config and --workdir are missing (--help lists the flags)"),
         (["--config={}", "--wrokdir=x"], "flag 'wrokdir'. Did you mean: workdir ?"),
         (["--config={}", "--config.model.widht=3"], 'Did you mean "width" instead of "widht"?'),
+        (["--config={}", "--batch_size=8"], "; the field is set as --config.batch_size=VALUE"),
         (["--config={}", "--config.model.q=3"], "'q'; maeast_jax/config.py lists the fields"),
         (["--config={}", "--config.batch_size=abc"], "flag --config.batch_size=abc: invalid"),
         (["--config=nowhere.py", "--workdir=x"], "No such file or directory: 'nowhere.py'"),
@@ -294,6 +295,63 @@ cli.run_flags(main, required=())
     assert done.stdout == rf"\u65e5\u672c  84.5 {sign} 1.0 (5)" "\n" * 3
     assert done.returncode == 2 and "3/3" in done.stderr
     assert done.stderr.endswith("error: no class \\u65e5\\u672c\n")
+
+
+def test_a_run_goes_on_where_its_terminal_or_the_reader_of_its_pipe_is_gone():
+    text = """
+import sys
+from maeast_jax.runtime import cli
+
+def main(arguments):
+    print("ready", flush=True)
+    sys.stdin.read(1)
+    for step in range(3):
+        print("step", step, file=sys.stderr)
+    print("to standard output", flush=True)
+    raise cli.Interrupted(15, 3)
+
+cli.run_flags(main, required=())
+"""
+    for reading, writing in (os.openpty(), os.pipe()):
+        with subprocess.Popen(
+            [sys.executable, "-c", text], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=writing, stderr=writing,
+        ) as program:  # fmt: skip
+            os.close(writing)
+            assert os.read(reading, 5) == b"ready"
+            os.close(reading)
+            program.stdin.write(b"x")
+        assert program.returncode == 143
+
+
+def test_other_failures_to_print_are_errors():
+    with open("/dev/full", "w") as full:
+        text = (
+            "from maeast_jax.runtime import cli; cli.run_flags(lambda _: print(1, flush=True), ())"
+        )
+        command = [sys.executable, "-c", text]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.stderr.startswith("error: No space left on device\n") and done.returncode
+
+
+@pytest.mark.parametrize("is_imported", [True, False])
+def test_jax_computes_alike_whatever_the_shell_says(is_imported):
+    done = run_program(
+        f"""
+import sys
+from maeast_jax.runtime import cli
+{"import jax" if is_imported else ""}
+
+def main(arguments):
+    import jax
+    print(jax.numpy.ones(1, float).dtype, jax.config.jax_threefry_partitionable)
+
+cli.run_flags(main, required=())
+""",
+        JAX_ENABLE_X64="1",
+        JAX_THREEFRY_PARTITIONABLE="0",
+    )
+    assert done.stdout == "float32 True\n", done.stderr
 
 
 # Orbax logs a page per thread about a full disk, and then raises the exception itself.

@@ -19,7 +19,7 @@ from recordings import clips_of_noise
 
 from maeast_jax import checkpoint, train
 from maeast_jax.data import writer
-from maeast_jax.runtime import distributed
+from maeast_jax.runtime import cli, distributed
 from maeast_jax.runtime.cli import PeerLostError
 from maeast_jax.training import metrics_writer
 
@@ -124,6 +124,30 @@ def test_a_single_process_notes_signals_and_a_second_ctrl_c_acts_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_window_and_slurm_stop_a_run_unless_they_are_ignored(number, monkeypatch):
+    with distributed.stopping() as asked:
+        os.kill(os.getpid(), number)
+        assert asked() == number
+    assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        with distributed.stopping() as asked:
+            os.kill(os.getpid(), number)
+            assert asked() is None
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+    # In several processes jax agrees on the step where one of them got SIGTERM.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    passed_on = []
+    with (
+        cli.catching(lambda number, _: passed_on.append(number), signal.SIGTERM),
+        distributed.stopping(),
+    ):
+        os.kill(os.getpid(), number)
+    assert passed_on == [signal.SIGTERM]
 
 
 def test_outside_of_the_main_thread_no_signal_is_noted():

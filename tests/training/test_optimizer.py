@@ -41,7 +41,7 @@ def test_schedule_without_warmup_starts_at_the_peak(warmup_steps):
 
 
 def test_a_warmup_that_leaves_nothing_is_refused():
-    with pytest.raises(ValueError, match="warmup_steps=100 must be below total_steps=100"):
+    with pytest.raises(ValueError, match="warmup_steps=100 must be below the 100 steps of the run"):
         warmup_and_decay(adamw_config(warmup_steps=100), 100)
 
 

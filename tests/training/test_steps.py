@@ -262,6 +262,12 @@ def test_streams_differ_by_step_and_by_name():
     assert len(keys) == 8
 
 
+def test_streams_are_the_same_whatever_generator_the_shell_names():
+    wanted = jax.random.uniform(stream_key(3, 7, "mask"), (4,))
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(jax.random.uniform(stream_key(3, 7, "mask"), (4,)), wanted)
+
+
 def test_masks_change_from_step_to_step():
     """With a learning rate of 0 the same batch costs another loss at the next step."""
     optimizer = optax.set_to_zero()

@@ -1,0 +1,126 @@
+"""Checkpoints on the Hugging Face Hub, against a stand-in; each part is a process of its own.
+
+huggingface_hub reads its settings when it is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_hub
+import pytest
+
+pytest.importorskip("huggingface_hub")
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "golden" / "tiny_patch.pt"
+FETCH = """
+import json, sys
+from maeast_jax.interop import hub
+for address in sys.argv[1:]:
+    try:
+        print(json.dumps(hub.fetch(address)))
+    except hub.HubError as error:
+        print(json.dumps([str(error)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with fake_hub.standing_in() as server:
+        server.files["me/tiny"] = {"tiny.pt": TINY.read_bytes(), "evil.py": b"1 / 0"}
+        server.files["me/two"] = {"a.pt": b"a", "b.pt": b"b"}
+        server.files["me/private"] = {"a.pt": b"a"}
+        server.private.add("me/private")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def python(program, *arguments, **variables):
+    """Returns the lines that a program prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT,
+        env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1"} | variables,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def fetch(*addresses, **variables):
+    return python(FETCH, *addresses, **variables)
+
+
+def test_an_address_names_the_only_checkpoint_a_file_or_a_revision(hub, cache):
+    revision = hub.commit("me/tiny")
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache)}
+    plain, at, file, one = fetch(
+        "hf://me/tiny", f"hf://me/tiny@{revision}", "hf://me/tiny/tiny.pt", "hf://me/two/b.pt",
+        **settings,
+    )  # fmt: skip
+    assert plain == at == file and Path(plain).read_bytes() == TINY.read_bytes()
+    assert Path(one).read_bytes() == b"b"
+    assert sorted(hub.fetched) == ["b.pt", "tiny.pt"]  # each once, and no program
+
+    # The cache serves where there is no network, and says so where it does not hold the name.
+    for variables in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        again, (message,) = fetch("hf://me/tiny", "hf://me/other", **settings | variables)
+        assert again == plain
+        assert message.startswith(
+            "hf://me/other is not in the cache, and the Hub cannot be reached"
+        )
+
+
+def test_what_cannot_be_fetched_is_one_line(hub, tmp_path):
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
+    wanted = {
+        "hf://me": "hf://me must read hf://ORG/NAME",
+        "hf://me/none": "is not there, or is private: check the name, or log in",
+        "hf://me/private": "is not there, or is private: check the name, or log in",
+        "hf://me/tiny@v9": "has no such revision: name a branch, tag or commit",
+        "hf://me/two": "it has a.pt, b.pt: name one as hf://me/two/FILE",
+        "hf://me/tiny/none.pt": "it has none: name one as hf://me/tiny/FILE",
+    }
+    for (message,), part in zip(fetch(*wanted, **settings), wanted.values(), strict=True):
+        assert part in message and "\n" not in message
+    (found,) = fetch("hf://me/private", HF_TOKEN="secret", **settings)
+    assert Path(found).read_bytes() == b"a"
+
+
+def test_a_folder_is_pushed_and_is_private_unless_told(hub, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    program = """
+import json, sys
+from maeast_jax.interop import hub
+for name, private in (("me/mine", True), ("me/open", False)):
+    print(json.dumps(hub.push(sys.argv[1], name, private)))
+"""
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "secret"}
+    assert python(program, str(folder), **settings) == [
+        f"{hub.address}/me/mine", f"{hub.address}/me/open"
+    ]  # fmt: skip
+    assert hub.files["me/mine"] == hub.files["me/open"] == {"config.json": b"{}"}
+    assert "me/mine" in hub.private and "me/open" not in hub.private
+
+
+def test_a_model_is_loaded_by_its_name(hub, tmp_path):
+    program = """
+import json, sys
+import numpy as np
+import maeast_jax
+from maeast_jax.inference import pretrained
+for path in sys.argv[1:]:
+    out = maeast_jax.load(path).encode(np.full((1, 8_000), 0.1, np.float32))
+    print(json.dumps([np.asarray(out.hidden_states).tolist(), pretrained.read(path).path]))
+"""
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
+    (states, name), (wanted, _) = python(program, "hf://me/tiny", str(TINY), **settings)
+    assert states == wanted and name == "hf://me/tiny"
