@@ -193,7 +193,7 @@ def find(path: str | os.PathLike) -> epath.Path:
     is_there = storage.is_remote(path) or path.exists()
     raise CheckpointError(
         f"{path} {'holds no checkpoint' if is_there else 'does not exist'}; name a run's workdir, "
-        f"WORKDIR/{CHECKPOINTS}/STEP, or a .pt or .safetensors file"
+        f"WORKDIR/{CHECKPOINTS}/STEP, a .pt or .safetensors file, or an exported folder"
     )
 
 

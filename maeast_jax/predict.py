@@ -139,8 +139,8 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "The workdir of a run of maeast_jax.finetune (of one of its folds), or"
-        " WORKDIR/checkpoints/STEP.",
+        "The workdir of a run of maeast_jax.finetune (of one of its folds),"
+        " WORKDIR/checkpoints/STEP, a folder for transformers, or hf://ORG/NAME.",
     )
     flags.DEFINE_string(
         "output",

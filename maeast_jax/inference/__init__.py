@@ -3,14 +3,12 @@
 from maeast_jax.inference.classifier import LabelClassifier, Prediction, load_classifier
 from maeast_jax.inference.embedder import POOLS, Embedder
 from maeast_jax.inference.features import EncoderFeatures
-from maeast_jax.inference.finetuned import Finetuned
 from maeast_jax.inference.pretrained import Pretrained, load
 
 __all__ = [
     "POOLS",
     "Embedder",
     "EncoderFeatures",
-    "Finetuned",
     "LabelClassifier",
     "Prediction",
     "Pretrained",

@@ -26,6 +26,7 @@ from maeast_jax.inference.batching import FRAMES_PER_SECOND, Batch, Cutter, Wind
 from maeast_jax.inference.features import EncoderFeatures, Extractor, fbank_moments
 from maeast_jax.inference.finetuned import Finetuned
 from maeast_jax.inference.probes import PROBES, KnnProbe, LinearProbe
+from maeast_jax.interop import hub
 from maeast_jax.runtime import storage, terminal
 
 _PROBE = "probe.npz"
@@ -175,7 +176,9 @@ def load_classifier(
     """Returns the classifier that a run of `maeast_jax.finetune` made, in any of its modes.
 
     Args:
-      path: the run's workdir, one of its folds, or one checkpoint in it.
+      path: the run's workdir, one of its folds, one checkpoint in it, a folder for transformers
+        that `maeast_jax.export` made of it, or `hf://ORG/NAME[@REVISION]`, such a folder on the
+        Hugging Face Hub.
       window_seconds: longer clips are cut into windows of this length, rounded down to whole
         tokens. None: the longest clip that the run takes whole. 0: clips are never cut, and memory
         grows with the square of their length.
@@ -187,13 +190,14 @@ def load_classifier(
       OSError: the checkpoint cannot be read.
     """
     path = os.path.expanduser(os.fspath(path))
-    finetuned.check_address(path)
-    folder = storage.path(path)
-    with storage.reaching(folder):
-        has_probe = (folder / _PROBE).exists()
-    _check_mode(path, has_probe)
     seconds = (window_seconds, stride_seconds)
-    return (_load_probe if has_probe else _load_network)(path, seconds, batch_tokens)
+    if not path.startswith(hub.PREFIX):
+        with storage.reaching(path):
+            has_probe = (storage.path(path) / _PROBE).exists()
+        _check_mode(path, has_probe)
+        if has_probe:
+            return _load_probe(path, seconds, batch_tokens)
+    return _load_network(path, seconds, batch_tokens)
 
 
 def _check_mode(path: str, has_probe: bool) -> None:
@@ -230,15 +234,16 @@ class _Network:
     """A fine-tuned classifier."""
 
     def __init__(self, source: Finetuned, cutter: Cutter):
+        config = source.encoder.config
         self.about = (
-            f"fine-tuned, {source.model.encoder_layers} layers of {source.model.width}, "
-            f"{source.model.tokens} tokens, {source.model.dtype}"
+            f"fine-tuned, {config.encoder_layers} layers of {config.width}, {config.tokens} "
+            f"tokens, {config.dtype}"
         )
         self.cutter = cutter
-        self._loss = source.loss
+        self._loss = source.head.loss
         self._graph, state = nnx.split(source.classifier())
         self._state = jax.device_put(state)
-        self._num_classes = len(source.class_names)
+        self._num_classes = len(source.head.class_names)
 
     def __call__(self, clips: Iterable[np.ndarray]) -> Iterator[tuple[list[Window], np.ndarray]]:
         versions = ([samples] for samples in clips)
@@ -269,13 +274,14 @@ def _load_network(
     path: str, seconds: tuple[float | None, float | None], batch_tokens: int | None
 ) -> LabelClassifier:
     source = finetuned.read(path)
-    cutter = _cutter(source.model, source.window_frames, seconds, batch_tokens)
+    encoder, head = source.encoder, source.head
+    cutter = _cutter(encoder.config, encoder.window_frames, seconds, batch_tokens)
     return LabelClassifier(
         _Network(source, cutter),
-        path=source.path,
-        class_names=source.class_names,
+        path=encoder.path,
+        class_names=head.class_names,
         is_multi_label=source.is_multi_label,
-        longest_seconds=source.longest_seconds,
+        longest_seconds=head.longest_seconds,
         notes=source.notes,
     )
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import fake_hub
 import pytest
+import runs
+
+from maeast_jax.export import export
 
 pytest.importorskip("huggingface_hub")
 
@@ -122,5 +125,31 @@ for path in sys.argv[1:]:
     print(json.dumps([np.asarray(out.hidden_states).tolist(), pretrained.read(path).path]))
 """
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
-    (states, name), (wanted, _) = python(program, "hf://me/tiny", str(TINY), **settings)
-    assert states == wanted and name == "hf://me/tiny"
+    export(TINY, tmp_path / "folder", folder_format="transformers")
+    files = (tmp_path / "folder").iterdir()
+    hub.files["me/folder"] = {file.name: file.read_bytes() for file in files}
+    (states, name), (of_folder, _), (wanted, _) = python(
+        program, "hf://me/tiny", "hf://me/folder", str(TINY), **settings
+    )
+    assert states == of_folder == wanted and name == "hf://me/tiny"
+    assert not any(file.endswith(".py") for file in hub.fetched)
+
+
+def test_a_classifier_on_the_hub_labels_and_an_encoder_there_does_not(hub, tmp_path):
+    program = """
+import json, sys
+from maeast_jax.inference import load_classifier
+classifier = load_classifier("hf://me/labels")
+print(json.dumps([classifier.path, classifier.class_names]))
+try:
+    load_classifier("hf://me/tiny")
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    runs.write_classifier(tmp_path / "run", ["bell", "drum"])
+    export(tmp_path / "run", tmp_path / "folder")
+    files = (tmp_path / "folder").iterdir()
+    hub.files["me/labels"] = {file.name: file.read_bytes() for file in files}
+    found, refusal = python(program, HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path))
+    assert found == ["hf://me/labels", ["bell", "drum"]]
+    assert refusal.startswith("hf://me/tiny is an encoder without classes; fine-tune it first: ")
