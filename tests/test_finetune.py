@@ -284,6 +284,10 @@ def test_each_fold_is_tested_once_by_a_model_that_has_not_seen_it(tmp_path, data
     config.data.valid_percent = 20.0
     found = finetune(config, tmp_path)
     assert list(found) == ["fold0", "fold1", "fold2"]
+    for fold in found:
+        assert maeast_jax.load_classifier(tmp_path / fold).class_names == tuple(TONES)
+    with pytest.raises(ValueError, match=r"holds a classifier per fold; name one of .*/fold0, "):
+        maeast_jax.load_classifier(tmp_path)
     run = open_run(config, tmp_path)
     for sets in run.folds:
         seen = {

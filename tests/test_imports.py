@@ -24,7 +24,7 @@ MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] | {"evaluation"}
 MAY_IMPORT["finetuning"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["benchmark"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["suites"] = MAY_IMPORT["inference"] | {"inference"}
-PROGRAMS = {"train", "finetune", "embed", "build_dataset", "export"}
+PROGRAMS = {"train", "finetune", "embed", "predict", "build_dataset", "export"}
 
 # Suites that hand over torch tensors. X-ARES and XARES-LLM take a torch class from a module, so
 # theirs import it at the top, guarded by the pip command; only these suites import those modules.

@@ -235,6 +235,8 @@ def _head(metadata: dict[str, Any], read_params: Callable[[], Any]) -> huggingfa
         class_names=tuple(metadata["class_names"]),
         loss=loss,
         params=read_params(),
+        is_multi_label=metadata.get("is_multi_label"),
+        longest_seconds=metadata.get("longest_seconds"),
     )
 
 

@@ -157,3 +157,23 @@ for path in sys.argv[1:]:
     (states, name), (of_folder, _), (wanted, _) = map(json.loads, lines)
     assert states == of_folder == wanted and name == "hf://me/tiny"
     assert not any(file.endswith(".py") for file in hub.fetched)
+
+
+def test_a_classifier_on_the_hub_labels_and_an_encoder_there_does_not(hub, tmp_path):
+    program = """
+import json, sys
+from maeast_jax.inference import load_classifier
+classifier = load_classifier("hf://me/labels")
+print(json.dumps([classifier.path, classifier.class_names]))
+try:
+    load_classifier("hf://me/tiny")
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    runs.write_classifier(tmp_path / "run", ["bell", "drum"])
+    export(tmp_path / "run", tmp_path / "folder")
+    files = (tmp_path / "folder").iterdir()
+    hub.files["me/labels"] = {file.name: file.read_bytes() for file in files}
+    found, refusal = python(program, HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path))
+    assert found == ["hf://me/labels", ["bell", "drum"]]
+    assert refusal.startswith("hf://me/tiny is an encoder without classes; fine-tune it first: ")

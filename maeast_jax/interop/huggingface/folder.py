@@ -80,12 +80,17 @@ class Head:
       loss: the loss of the training, which says what logits stand for: "cross_entropy" (softmax) or
         "binary_cross_entropy" (each class has a probability of its own).
       params: nested dicts of float32 numpy arrays, as in model.Classifier's "head".
+      is_multi_label: whether a clip may have several classes, or none. None in a folder and in
+        checkpoints of earlier versions, which do not say.
+      longest_seconds: length of the longest training clip; None as for `is_multi_label`.
     """
 
     config: HeadConfig
     class_names: tuple[str, ...]
     loss: str
     params: parameters.Tree
+    is_multi_label: bool | None = None
+    longest_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
