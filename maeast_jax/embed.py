@@ -134,7 +134,8 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "A run's workdir, WORKDIR/checkpoints/STEP, or a .pt or .safetensors file.",
+        "A run's workdir, WORKDIR/checkpoints/STEP, a .pt or .safetensors file, an exported folder,"
+        " or hf://ORG/NAME.",
     )
     flags.DEFINE_string("output", None, "FILE.npz, or FILE.parquet, which needs little memory.")
     flags.DEFINE_enum(

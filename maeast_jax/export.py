@@ -132,9 +132,11 @@ def _summary(source: Pretrained, output: Path, output_format: str, page: str) ->
         lines["load it"] = f'safetensors.torch.load_file("{output}"), with PyTorch'
     elif output_format == "transformers":
         load = f'AutoModel.from_pretrained("{output}", trust_remote_code=True)'
+        ours = f'maeast_jax.load("{output}")'
         if is_classifier:
             load = f'pipeline("audio-classification", "{output}", trust_remote_code=True)'
-        lines["load it"] = f'{load}, with transformers\nmaeast_jax.load("{output}")'
+            ours = f'maeast_jax.load_classifier("{output}")'
+        lines["load it"] = f"{load}, with transformers\n{ours}"
         if page:
             lines["shared"] = page
         lines["edit"] = f"{output / 'README.md'}: the licence, before you share it"

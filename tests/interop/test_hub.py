@@ -174,6 +174,7 @@ except ValueError as error:
     export(tmp_path / "run", tmp_path / "folder")
     files = (tmp_path / "folder").iterdir()
     hub.files["me/labels"] = {file.name: file.read_bytes() for file in files}
-    found, refusal = python(program, HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path))
+    lines = python(program, HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path))
+    found, refusal = map(json.loads, lines)
     assert found == ["hf://me/labels", ["bell", "drum"]]
     assert refusal.startswith("hf://me/tiny is an encoder without classes; fine-tune it first: ")

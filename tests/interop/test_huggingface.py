@@ -494,7 +494,7 @@ def test_the_summary_names_what_to_type(tmp_path, capsys):
     export(tmp_path / "run", tmp_path / "folder")
     said = capsys.readouterr().out
     assert f'pipeline("audio-classification", "{tmp_path / "folder"}", trust_remote_code' in said
-    assert f'maeast_jax.load("{tmp_path / "folder"}")' in said
+    assert f'maeast_jax.load_classifier("{tmp_path / "folder"}")' in said
     assert "2 layers of 16, patch tokens, 3 classes" in said
     assert "README.md: the licence" in said
 

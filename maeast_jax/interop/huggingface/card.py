@@ -55,7 +55,7 @@ A Masked Autoencoding Audio Spectrogram Transformer
 ([Baade, Peng, Harwath 2022](https://arxiv.org/abs/2203.16691)), written by maeast_jax.
 """,
         _classification(class_names, is_multi_label) if is_classifier else _ENCODER_USE,
-        _JAX_USE,
+        _JAX_CLASSIFIER if is_classifier else _JAX_ENCODER,
         _architecture(config, num_frames),
         _training(training, is_classifier),
     ]
@@ -81,7 +81,7 @@ embeddings = (outputs.last_hidden_state * mask).sum(1) / mask.sum(1)
 `trust_remote_code=True` runs the three Python files of this folder. They need torch, transformers
 and numpy, nothing else.
 """
-_JAX_USE = """\
+_JAX_ENCODER = """\
 ## JAX
 
 ```python
@@ -90,6 +90,18 @@ import maeast_jax
 model = maeast_jax.load("FOLDER")  # reads the JSON and the weights; runs no code of the folder
 model.encode(waveforms).hidden_states  # [layers, clips, tokens, width]
 ```
+"""
+_JAX_CLASSIFIER = """\
+## JAX
+
+```python
+import maeast_jax
+
+classifier = maeast_jax.load_classifier("FOLDER")  # runs no code of the folder
+classifier.predict(waveforms)  # probabilities [clips, classes]
+```
+
+`maeast_jax.load("FOLDER")` is its encoder.
 """
 
 
