@@ -66,8 +66,8 @@ class Scorer(Protocol):
 class LabelClassifier:
     """Labels clips of any length.
 
-    A clip up to the length of a window is scored whole, and exactly as the run's own evaluation
-    scores it. A longer clip is cut as `batching.cut` says. Its probabilities are the means over
+    A clip up to the length of a window is scored whole, as the run's own evaluation scores it, but
+    for rounding. A longer clip is cut as `batching.cut` says. Its probabilities are the means over
     its windows, in which each time step of the clip counts once. No result depends on other clips.
 
     Attributes:
