@@ -1,12 +1,14 @@
 """python -m benchmarks.fidelity [FILE...]: a table of how far our hidden states are from s3prl's.
 
-The models have base size, random weights and compute in float32, once with patches and once with
+"maeast_jax" is the model in JAX, "transformers" the same exported and loaded by transformers. The
+models have base size, random weights and compute in float32, once with patches and once with
 frames; --checkpoint=FILE.pt takes the weights of a file. The audio files, cut to 10 s, are one
 batch; without files, clips of the demo corpus are. Needs requirements-test.txt and
 requirements-reference.txt.
 """
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ import numpy as np
 from benchmarks import reference
 from maeast_jax import fbank
 from maeast_jax.data import audio, demo_corpus
+from maeast_jax.export import export
 from maeast_jax.inference import pretrained
 
 LONGEST_SAMPLES = 10 * fbank.SAMPLE_RATE_HZ
@@ -47,22 +50,29 @@ def deviations(model, expert, clips: Sequence[np.ndarray]) -> list[Deviation]:
 
     The clips are float32 [samples]. Raises ValueError if the two take different tokens for padding.
     """
-    ours = model.encode(*batch(clips))
-    theirs, padding = reference.hidden_states(expert, clips)
-    if not np.array_equal(ours.padding, padding):
+    return compare(model.encode(*batch(clips)), reference.hidden_states(expert, clips))
+
+
+def compare(ours, theirs) -> list[Deviation]:
+    """Returns the deviation per layer of two pairs (hidden states [L, b, N, D], padding [b, N]).
+
+    Raises ValueError if the two take different tokens for padding.
+    """
+    (states, padding), (wanted, wanted_padding) = ours, theirs
+    real = ~np.asarray(padding)
+    if not np.array_equal(real, ~wanted_padding):
         raise ValueError("the two models take different tokens for padding")
     return [
-        Deviation(float(np.abs(a - b)[~padding].max()), float(np.abs(b)[~padding].max()))
-        for a, b in zip(np.asarray(ours.hidden_states), theirs, strict=True)
+        Deviation(float(np.abs(a - b)[real].max()), float(np.abs(b)[real].max()))
+        for a, b in zip(np.asarray(states), wanted, strict=True)
     ]
 
 
 def table(columns: dict[str, list[Deviation]]) -> str:
-    """Returns a Markdown table with one row per layer and two columns per model."""
-    names = [f"{name}, greatest | {name}, relative" for name in columns]
-    lines = [f"| layer | {' | '.join(names)} |", "|---" * (1 + 2 * len(columns)) + "|"]
+    """Returns a Markdown table of relative deviations, one row per layer, one column per model."""
+    lines = [f"| layer | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for layer, row in enumerate(zip(*columns.values(), strict=True), start=1):
-        cells = [f"{deviation.greatest:.1e} | {deviation.relative:.1e}" for deviation in row]
+        cells = [f"{deviation.relative:.1e}" for deviation in row]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -87,21 +97,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         clips = read_clips(options.files)
         if options.checkpoint:
-            columns = {options.checkpoint.stem: _deviations_of(options.checkpoint, clips)}
+            columns = _columns(options.checkpoint, clips)
         else:
             columns = {}
             for tokens in ("patch", "frame"):
                 with tempfile.TemporaryDirectory() as folder:
                     path = reference.make_checkpoint(Path(folder) / "base.pt", tokens=tokens)
-                    columns[tokens] = _deviations_of(path, clips)
+                    columns |= {f"{tokens}, {k}": v for k, v in _columns(path, clips).items()}
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     seconds = ", ".join(f"{len(clip) / fbank.SAMPLE_RATE_HZ:.2f}" for clip in clips)
     print(f"Clips of {seconds} s in one batch, float32.\n\n{table(columns)}")
 
 
-def _deviations_of(path: Path, clips: Sequence[np.ndarray]) -> list[Deviation]:
-    return deviations(pretrained.load(path), reference.expert(path), clips)
+def _columns(path: Path, clips: Sequence[np.ndarray]) -> dict[str, list[Deviation]]:
+    theirs = reference.hidden_states(reference.expert(path), clips)
+    ours = pretrained.load(path).encode(*batch(clips))
+    columns = {"maeast_jax": compare(ours, theirs)}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        export(path, Path(folder) / "exported", folder_format="transformers")
+        exported = reference.transformers_hidden_states(Path(folder) / "exported", clips)
+    return columns | {"transformers": compare(exported, theirs)}
 
 
 if __name__ == "__main__":

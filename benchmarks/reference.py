@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -54,6 +55,44 @@ def hidden_states(expert, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, np.n
         layers = expert([torch.from_numpy(clip) for clip in clips])["hidden_states"]
     # The expert returns the bands of a time step side by side; its model has one row per token.
     return np.stack([layer.numpy().reshape(*seen[0].shape, -1) for layer in layers]), seen[0]
+
+
+def transformers_hidden_states(
+    folder: Path | str, clips: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `hidden_states` of the model in an exported folder, which transformers loads.
+
+    The states are those after each layer. Raises ImportError if transformers is not installed.
+    """
+    import torch
+
+    with without_torchaudio():
+        from transformers import AutoFeatureExtractor, AutoModel
+
+        extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        inputs = extractor(clips, sampling_rate=16_000, return_tensors="pt")
+        outputs = model(**inputs, output_hidden_states=True)
+    return torch.stack(outputs.hidden_states[1:]).numpy(), ~outputs.token_mask.numpy()
+
+
+@contextlib.contextmanager
+def without_torchaudio() -> Iterator[None]:
+    """Gives an empty torchaudio to importers, such as transformers, that need it installed whole.
+
+    That of requirements-reference.txt is there for one file, and its library fits no other torch.
+    """
+    stand_in = types.ModuleType("torchaudio")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    before = sys.modules.get("torchaudio")
+    sys.modules["torchaudio"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["torchaudio"]
+        if before:
+            sys.modules["torchaudio"] = before
 
 
 def pretraining_model(

@@ -15,8 +15,7 @@ import numpy as np
 from maeast_jax import fbank
 from maeast_jax.data import labelled
 from maeast_jax.evaluation import probe
-from maeast_jax.finetuning import fbank_moments
-from maeast_jax.inference import Embedder, pretrained
+from maeast_jax.inference import Embedder, features, pretrained
 
 WAYS = (("time", 1), ("time", 4), ("moments", 1), ("moments", 4))
 
@@ -50,7 +49,7 @@ def main() -> None:
     }
     print(f"| features | {' | '.join(f'{n} frames' for n in shifts)} |")
     print(f"|---|{'---|' * len(shifts)}")
-    for name, embed in {"mel": fbank_moments, **ways}.items():
+    for name, embed in {"mel": features.fbank_moments, **ways}.items():
         train_x, train_y, _ = labelled.embedded(train, embed)
         valid_x, valid_y, _ = labelled.embedded(valid, embed)
         fitted = probe.linear(train_x, train_y, valid_x, valid_y, train.num_classes)

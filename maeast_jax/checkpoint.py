@@ -193,7 +193,7 @@ def find(path: str | os.PathLike) -> epath.Path:
     is_there = storage.is_remote(path) or path.exists()
     raise CheckpointError(
         f"{path} {'holds no checkpoint' if is_there else 'does not exist'}; name a run's workdir, "
-        f"WORKDIR/{CHECKPOINTS}/STEP, or a .pt or .safetensors file"
+        f"WORKDIR/{CHECKPOINTS}/STEP, a .pt or .safetensors file, or an exported folder"
     )
 
 
@@ -314,6 +314,13 @@ def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     storage.write_whole(storage.path(workdir) / CONFIG, text.encode())
 
 
+def saved_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Returns what `write_config` wrote, of a run of any mode; {} where there is nothing."""
+    file = storage.path(workdir) / CONFIG
+    with storage.reaching(workdir):
+        return json.loads(file.read_text()) if file.exists() else {}
+
+
 def read_config(workdir: str | os.PathLike, mode: str | None) -> dict[str, Any]:
     """Returns what `write_config` wrote, {} in a new workdir.
 
@@ -322,11 +329,9 @@ def read_config(workdir: str | os.PathLike, mode: str | None) -> dict[str, Any]:
 
     Raises CheckpointError where the run is of another mode: its files would be lost.
     """
-    file = storage.path(workdir) / CONFIG
-    with storage.reaching(workdir):
-        if not file.exists():
-            return {}
-        found = json.loads(file.read_text())
+    found = saved_config(workdir)
+    if not found:
+        return {}
     was, is_ = found.get("mode") or "pretraining", mode or "pretraining"
     if was != is_:
         raise CheckpointError(

@@ -19,8 +19,9 @@ def pretrain() -> ConfigDict:
     config.batch_size = 32  # clips per step over all devices
     config.accumulation_steps = 1  # parts that a batch is computed in, one by one, to save memory
     config.num_frames = 1024  # of 10 ms; shorter clips are looped, longer ones cropped
-    # The checkpoint whose weights the run starts from: a run's workdir, one checkpoint in it, or a
-    # .pt or .safetensors file of the authors' layout. Its architecture replaces the one in `model`.
+    # The checkpoint whose weights the run starts from: a run's workdir, one checkpoint in it, a .pt
+    # or .safetensors file of the authors' layout, or an exported folder. Its architecture replaces
+    # the one in `model`.
     config.init_from = ""
 
     # Intervals in steps.
@@ -97,8 +98,8 @@ def finetune() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.mode = "finetune"  # finetune: the whole model | linear, knn: on frozen features
-    # A checkpoint: a run's workdir, one checkpoint in it, a .pt or .safetensors file. "" starts
-    # from initial values, with the architecture in `model`.
+    # A checkpoint: a run's workdir, one checkpoint in it, a .pt or .safetensors file, or an
+    # exported folder. "" starts from initial values, with the architecture in `model`.
     config.init_from = ""
     config.epochs = 30
     config.total_steps = 0  # 0 trains for `epochs`

@@ -9,48 +9,22 @@ appears once it is whole. maeast_jax/inference/embedding_file.py describes its c
 line that the program prints reads it.
 """
 
-import dataclasses
 import inspect
-import math
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from maeast_jax import fbank
-from maeast_jax.data import DecodePool, has_sound, num_cores
+from maeast_jax.data import DecodePool, Outcome, files, num_cores
 from maeast_jax.ingest import sources
 from maeast_jax.runtime import cli, terminal
 
 if TYPE_CHECKING:  # Each decoding process imports this file, and does not need jax.
     from maeast_jax.inference import Embedder
-
-EXIT_INCOMPLETE = 4
-
-_FRAMES_PER_SECOND = 100
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What became of the files.
-
-    Attributes:
-      done: names of the embedded files, in the order of the output.
-      failed: the reason per file that is not embedded, by name.
-      remarks: what is unusual about an embedded file, by name.
-      num_samples: samples in the embedded files, at 16 kHz.
-    """
-
-    done: list[str] = dataclasses.field(default_factory=list)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
-    remarks: dict[str, str] = dataclasses.field(default_factory=dict)
-    num_samples: int = 0
 
 
 def embed(
@@ -75,20 +49,20 @@ def embed(
       ValueError: one line, before any file is decoded.
       OSError: the output cannot be written; nothing of it is left.
     """
-    from maeast_jax.inference import Embedder, embedding_file, pretrained
+    from maeast_jax.inference import Embedder, batching, embedding_file, pretrained
     from maeast_jax.runtime import memory
 
     output = Path(output).expanduser()
     embedding_file.check(output, overwrite)
-    files, notes = sources.list_named(paths)
+    paths, notes = sources.list_named(paths)
     source = pretrained.read(checkpoint)
     patch_frames, _ = source.config.patch_shape
     embedder = Embedder(
         source.model(dtype),
         pool=pool,
         layer=layer,
-        window_frames=_whole_tokens("window_seconds", window_seconds, patch_frames),
-        stride_frames=_whole_tokens("stride_seconds", stride_seconds, patch_frames),
+        window_frames=batching.whole_tokens("--window_seconds", window_seconds, patch_frames),
+        stride_frames=batching.whole_tokens("--stride_seconds", stride_seconds, patch_frames),
         batch_tokens=batch_tokens,
     )
     settings = {
@@ -99,73 +73,30 @@ def embed(
         "layer": embedder.layer,
         "axes": embedder.axes,
         "step_seconds": embedder.step_seconds,
-        "window_seconds": embedder.window_frames / _FRAMES_PER_SECOND,
-        "stride_seconds": embedder.stride_frames / _FRAMES_PER_SECOND,
+        "window_seconds": embedder.window_frames / batching.FRAMES_PER_SECOND,
+        "stride_seconds": embedder.stride_frames / batching.FRAMES_PER_SECOND,
     }
-    plan = _plan(len(files), notes, embedder, settings, output)
+    plan = _plan(len(paths), notes, embedder, settings, output)
     print(terminal.announce(plan), flush=True)
     outcome = Outcome()
     start = time.monotonic()
     with (
         memory.out_of_memory("pass a smaller --batch_tokens or --window_seconds"),
         embedding_file.open_writer(output, embedder.axes, settings) as writer,
-        DecodePool(min(num_processes or num_cores(), len(files))) as decode_pool,
-        tqdm(total=len(files), unit="file") as bar,
+        DecodePool(min(num_processes or num_cores(), len(paths))) as decode_pool,
+        tqdm(total=len(paths), unit="file") as bar,
     ):
-        clips = _decoded(files, decode_pool, outcome, bar)
+        clips = files.decoded(paths, decode_pool, outcome, bar)
         for index, embedding in enumerate(embedder(clips)):
             writer.add(outcome.done[index], embedding)
             bar.update()
         settings |= {"failed": outcome.failed, "remarks": outcome.remarks}
-    hours = outcome.num_samples / fbank.SAMPLE_RATE_HZ / 3600
-    summary = {
-        "embedded": f"{len(outcome.done)} files, {hours:.3f} h of audio in "
-        f"{time.monotonic() - start:.1f} s",
-        "failed": str(len(outcome.failed)),
-        **({"remarks": f"on {len(outcome.remarks)} files"} if outcome.remarks else {}),
-        "output": str(output) if outcome.done else "none: no file could be read",
-    }
+    summary = outcome.summary("embedded", time.monotonic() - start)
+    summary["output"] = str(output) if outcome.done else "none: no file could be read"
     if outcome.done:
         summary["read it"] = embedding_file.how_to_read(output, embedder.axes)
     print(terminal.announce(summary), flush=True)
     return outcome
-
-
-def _decoded(
-    files: list[str], decode_pool: DecodePool, outcome: Outcome, bar: tqdm
-) -> Iterator[np.ndarray]:
-    """Yields the samples of the files that can be embedded, and reports what is unusual."""
-    for file, decoded in zip(files, decode_pool.decode(files), strict=True):
-        # File names are arbitrary bytes, but the output holds UTF-8.
-        name = os.fsencode(file).decode("utf-8", "backslashreplace")
-        if isinstance(decoded, str):
-            outcome.failed[name] = decoded
-        elif len(decoded.samples) < fbank.FRAME_LENGTH:
-            outcome.failed[name] = f"{len(decoded.samples)} samples at 16 kHz, shorter than 25 ms"
-        else:
-            remarks = [*decoded.remarks, *([] if has_sound(decoded.samples) else ["no sound"])]
-            if remarks:
-                outcome.remarks[name] = "; ".join(remarks)
-            outcome.done.append(name)
-            outcome.num_samples += len(decoded.samples)
-        if told := outcome.failed.get(name) or outcome.remarks.get(name):
-            bar.write(f"{name}: {told}", file=sys.stderr)
-        if name in outcome.failed:
-            bar.update()
-        else:
-            yield decoded.samples
-
-
-def _whole_tokens(flag: str, seconds: float | None, patch_frames: int) -> int | None:
-    """Returns the frames in so many seconds, rounded down to whole tokens."""
-    if seconds is None:
-        return None
-    token_seconds = patch_frames / _FRAMES_PER_SECOND
-    if seconds and not token_seconds <= seconds < math.inf:  # 0 stands for uncut files
-        raise ValueError(
-            f"--{flag}={seconds:g} must be at least {token_seconds:g}, the length of a token"
-        )
-    return int(seconds / token_seconds + 1e-6) * patch_frames  # 10.24 * 100 < 1024
 
 
 def _plan(
@@ -203,7 +134,8 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "A run's workdir, WORKDIR/checkpoints/STEP, or a .pt or .safetensors file.",
+        "A run's workdir, WORKDIR/checkpoints/STEP, a .pt or .safetensors file, an exported folder,"
+        " or hf://ORG/NAME.",
     )
     flags.DEFINE_string("output", None, "FILE.npz, or FILE.parquet, which needs little memory.")
     flags.DEFINE_enum(
@@ -243,7 +175,7 @@ def _define_flags() -> None:
 def main(arguments: list[str]) -> int:
     names = [name for name in inspect.signature(embed).parameters if name != "paths"]
     outcome = embed(arguments, **{name: flags.FLAGS[name].value for name in names})
-    return EXIT_INCOMPLETE if outcome.failed else 0
+    return cli.EXIT_INCOMPLETE if outcome.failed else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ that was stopped goes on by the same command.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from maeast_jax.finetuning import (
     open_run,
     statistics,
 )
+from maeast_jax.inference import classifier
 from maeast_jax.runtime import cli, environment, memory, terminal
 from maeast_jax.training import trackers
 
@@ -64,7 +65,7 @@ def finetune(
             if sets.name:
                 print(f"\nfold {sets.name}", flush=True)
             if features:
-                scored = _probe(run, sets, features)
+                scored = _probe(run, sets, folder, features)
             else:
                 tracking = trackers.Tracker(tracker, folder, started, config.to_dict())
                 scored = _train(run, sets, folder, tracking)
@@ -101,13 +102,21 @@ def _train(
     }
 
 
-def _probe(run: FinetuneRun, sets: Sets, features: Features) -> dict[str, Scored]:
+def _probe(run: FinetuneRun, sets: Sets, folder: Path, features: Features) -> dict[str, Scored]:
     train_x, train_y, _ = features.of(sets.train)
     valid_x, valid_y, _ = features.of(sets.valid)
     fit = {"linear": probe.linear, "knn": probe.knn}[run.config.mode]
     fitted = fit(train_x, train_y, valid_x, valid_y, len(run.class_names))
     chosen = ", ".join(f"{name} {value:g}" for name, value in fitted.chosen.items())
     print(f"features {train_x.shape[1]} per clip; chosen on validation: {chosen}", flush=True)
+    classifier.write_probe(
+        folder,
+        fitted.fitted,
+        features.encoder,
+        class_names=run.class_names,
+        is_multi_label=sets.train.is_multi_label,
+        longest_seconds=sets.train.longest_seconds,
+    )
     scored = {}
     for name, clips in _tests(sets).items():
         test_x, test_y, ids = features.of(clips)
@@ -188,8 +197,17 @@ def _plan(run: FinetuneRun) -> dict[str, str]:
     return lines
 
 
+def farewell(workdir: str | os.PathLike, folds: Iterable[str]) -> str:
+    """Returns the next command to type. Each fold has a classifier of its own."""
+    # Without folds the only one is "".
+    path = Path(workdir).expanduser() / next(iter(folds))
+    command = f"python -m maeast_jax.predict FOLDER --checkpoint={path} --output=labels.tsv"
+    return terminal.announce({"next": f"labels for your own files:\n{command}"})
+
+
 def main(config: ConfigDict, workdir: str) -> None:
-    finetune(config, workdir, flags.FLAGS.tracker)
+    found = finetune(config, workdir, flags.FLAGS.tracker)
+    print(f"\n{farewell(workdir, found)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
+# transformers copies the code of each folder that it loads.
+os.environ.setdefault(
+    "HF_MODULES_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "transformers")
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax

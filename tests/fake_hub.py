@@ -73,14 +73,23 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if path == "/api/repos/create":
             asked = json.loads(body)
+            if self.headers.get("Authorization") != "Bearer secret":
+                self._send(401, {"error": "Invalid username or password."})
+                return
             name = f"{asked['organization']}/{asked['name']}"
             self.server.files.setdefault(name, {})
             if asked.get("private") or asked.get("visibility") == "private":
                 self.server.private.add(name)
             self._send(200, {"url": f"{self.server.address}/{name}"})
             return
+        if path == "/api/validate-yaml":  # of a model card
+            self._send(200, {"errors": [], "warnings": []})
+            return
         repo = _REPO.fullmatch(path)
-        if repo is None or not self._may(repo["name"], repo["revision"]):
+        if repo is None:
+            self._send(404, {"error": path})
+            return
+        if not self._may(repo["name"], repo["revision"]):
             return
         if repo["action"] == "preupload":
             files = [

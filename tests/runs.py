@@ -1,11 +1,22 @@
 """Workdirs of runs, made without training."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny
+from flax import nnx
 
 from maeast_jax import checkpoint
-from maeast_jax.model import abstract_model, split_model
+from maeast_jax import config as configuration
+from maeast_jax.model import (
+    Classifier,
+    HeadConfig,
+    abstract_model,
+    backbone_config,
+    split_model,
+)
 
 
 def write(workdir, seed=0, **model_fields):
@@ -27,3 +38,31 @@ def write(workdir, seed=0, **model_fields):
     weights = {"params": params, "statistics": statistics}
     checkpoint.write_parts(workdir, {"weights": weights}, {"config": config.to_dict()})
     return workdir
+
+
+def write_classifier(workdir, names, seed=0, loss="cross_entropy", head=None, **changes):
+    """Makes the workdir of a fine-tuned run, with random weights, and returns the classifier.
+
+    Args:
+      head: fields of the section `head`.
+      changes: other keys of the metadata; None leaves a key out.
+    """
+    config = configuration.finetune()
+    config.loss.name, config.max_frames = loss, 64
+    config.head.update(head or {})
+    config.model = tiny.get_config().model
+    settings = config.to_dict()
+    model, head = tiny.model_config(**settings["model"]), HeadConfig(**settings["head"])
+    classifier = Classifier(model, head, len(names), nnx.Rngs(seed))
+    classifier.backbone.input_norm.set_statistics(-6.5, 4.0)
+    random = np.random.default_rng(seed)
+    # Larger than at the start of training, so that clips of different sounds differ.
+    output = classifier.head.output.kernel
+    output[...] = jnp.asarray(random.normal(0, 0.3, output.shape), jnp.float32)
+    _, params, statistics = split_model(classifier)
+    settings["model"] = dataclasses.asdict(backbone_config(model, head))
+    metadata = {"config": settings, "class_names": list(names), "is_multi_label": False}
+    metadata = {key: value for key, value in (metadata | changes).items() if value is not None}
+    weights = {"params": params, "statistics": statistics}
+    checkpoint.write_parts(workdir, {"weights": weights}, metadata)
+    return classifier

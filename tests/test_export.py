@@ -62,13 +62,17 @@ def test_an_exported_run_replaces_a_file_and_comes_back(workdir, tmp_path):
     assert_same_weights(workdir, file)
     export(file, tmp_path / "dir")
     assert_same_weights(workdir, tmp_path / "dir")
+    assert checkpoint.saved_steps(tmp_path / "dir") == [0]
     # The windows of long files depend on it.
     assert pretrained.read(tmp_path / "dir").num_frames == 64
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "dir"])
-def test_an_encoder_alone(workdir, tmp_path, name):
-    export(workdir, tmp_path / name, encoder_only=True)
+@pytest.mark.parametrize(
+    ("name", "folder_format"),
+    [("x.safetensors", None), ("dir", "workdir"), ("dir", "transformers")],
+)
+def test_an_encoder_alone(workdir, tmp_path, name, folder_format):
+    export(workdir, tmp_path / name, folder_format=folder_format, encoder_only=True)
     back = pretrained.read(tmp_path / name)
     assert back.config.is_encoder_only
     wanted = pretrained.read(workdir).encoder_only().read_weights()
@@ -137,7 +141,7 @@ def test_a_failed_export_leaves_the_old_file_alone(workdir, tmp_path, monkeypatc
 
 
 def test_the_summary_names_the_model_and_the_next_command(workdir, tmp_path, capsys):
-    export(workdir, tmp_path / "dir")
+    export(workdir, tmp_path / "dir", folder_format="workdir")
     said = capsys.readouterr().out
     assert "2 + 1 layers of 16, patch tokens" in said
     assert f"--config.init_from={tmp_path / 'dir'}" in said

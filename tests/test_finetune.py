@@ -105,6 +105,31 @@ def test_the_fine_tuned_encoder_loads_embeds_and_is_exported(tmp_path, data_dir)
     np.testing.assert_array_equal(b, c)
 
 
+def test_an_exported_classifier_gives_the_runs_probabilities(finished, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from benchmarks import reference
+
+    workdir, _, _ = finished
+    export(workdir, tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "| tones/1.0.0@train | 24 |" in card and "| tones/1.0.0@valid | 9 |" in card
+    assert "It started from `tests/golden/tiny_patch.pt`" in card
+    with reference.without_torchaudio():
+        from transformers import AutoFeatureExtractor, pipeline
+
+        AutoFeatureExtractor.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    classify = pipeline(
+        "audio-classification", str(tmp_path / "folder"), trust_remote_code=True, device="cpu"
+    )
+    with (workdir / "tones_test" / "predictions.tsv").open() as file:
+        rows = {row["id"]: row for row in csv.DictReader(file, delimiter="\t")}
+    for name, samples, _ in tones(11, 2):
+        best, *_ = classify({"raw": np.float32(samples) / 32_768, "sampling_rate": 16_000})
+        assert best["label"] == rows[name]["prediction"]
+        assert best["score"] == pytest.approx(float(rows[name]["probability"]), abs=1e-5)
+
+
 def final(folder):
     found = checkpoint.find(folder)
     return [checkpoint.load_part(found, name) for name in ("weights", "progress")]
@@ -259,6 +284,10 @@ def test_each_fold_is_tested_once_by_a_model_that_has_not_seen_it(tmp_path, data
     config.data.valid_percent = 20.0
     found = finetune(config, tmp_path)
     assert list(found) == ["fold0", "fold1", "fold2"]
+    for fold in found:
+        assert maeast_jax.load_classifier(tmp_path / fold).class_names == tuple(TONES)
+    with pytest.raises(ValueError, match=r"holds a classifier per fold; name one of .*/fold0, "):
+        maeast_jax.load_classifier(tmp_path)
     run = open_run(config, tmp_path)
     for sets in run.folds:
         seen = {

@@ -24,7 +24,7 @@ MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] | {"evaluation"}
 MAY_IMPORT["finetuning"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["benchmark"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["suites"] = MAY_IMPORT["inference"] | {"inference"}
-PROGRAMS = {"train", "finetune", "embed", "build_dataset", "export"}
+PROGRAMS = {"train", "finetune", "embed", "predict", "build_dataset", "export"}
 
 # Suites that hand over torch tensors. X-ARES and XARES-LLM take a torch class from a module, so
 # theirs import it at the top, guarded by the pip command; only these suites import those modules.
@@ -38,14 +38,29 @@ USERS_OF = {
     "apache_beam": {"ingest/beam"},
 }
 WITHOUT_JAX = {"data", "ingest"}
+# Files that are copied into folders for transformers and run there; no module of ours.
+COPIED = "interop/huggingface/*_mae_ast.py"
 
 
 def modules() -> dict[str, ast.Module]:
     """The syntax tree of each module, by its path without the suffix, such as `data/audio`."""
     return {
         str(path.relative_to(PACKAGE).with_suffix("")): ast.parse(path.read_text())
-        for path in sorted(PACKAGE.rglob("*.py"))
+        for path in sorted(set(PACKAGE.rglob("*.py")) - set(PACKAGE.glob(COPIED)))
     }
+
+
+def test_files_for_transformers_stand_alone():
+    files = sorted(PACKAGE.glob(COPIED))
+    assert len(files) == 3
+    tops = {
+        name.split(".")[0]
+        for file in files
+        for name in imported(ast.walk(ast.parse(file.read_text())))
+    }
+    own = {file.stem for file in files}
+    standard = {"dataclasses", "functools", "math"}
+    assert tops <= own | standard | {"numpy", "torch", "transformers"}
 
 
 def imported(nodes) -> set[str]:

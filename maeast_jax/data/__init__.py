@@ -9,6 +9,7 @@ from maeast_jax.data.audio import (
     num_cores,
 )
 from maeast_jax.data.dataset import prepare_tensorflow
+from maeast_jax.data.files import Outcome
 from maeast_jax.data.labelled import Labelled
 from maeast_jax.data.pipeline import Batch, DataConfig
 from maeast_jax.data.writer import DataError, Example
@@ -22,6 +23,7 @@ __all__ = [
     "DecodePool",
     "Example",
     "Labelled",
+    "Outcome",
     "Recording",
     "has_sound",
     "num_cores",

@@ -113,6 +113,11 @@ class Labelled:
         return [look.classes for look in self.looks]
 
     @property
+    def longest_seconds(self) -> float:
+        """The length of the longest clip; it costs and raises what `looks` does."""
+        return max(look.seconds for look in self.looks)
+
+    @property
     def has_sound(self) -> np.ndarray:
         """bool [n]: whether a clip fills a frame of 25 ms and is not the same value throughout."""
         return np.array([look.sound is not None for look in self.looks])

@@ -9,8 +9,7 @@ There are n examples, D features and C classes. Features are float [n, D]. Targe
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,13 +18,11 @@ import numpy as np
 import optax
 
 from maeast_jax.evaluation import metrics
+from maeast_jax.inference import probes
 
 STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 COMPONENTS = (0, 64, 128, 256)
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
-# Votes are exp(similarity / temperature). On spoken words 0.07 (Wu et al. 2018, arXiv 1805.01978)
-# was best for standardised features and 0.15 for their principal components: this is between.
-TEMPERATURE = 0.1
 
 _MOST_PCA_ROWS = 20_000  # more examples do not change 256 principal components
 _TOLERANCE = 1e-6  # the share of the loss that an iteration of L-BFGS must gain
@@ -34,22 +31,26 @@ _MOST_ITERATIONS = 1_000
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A fitted probe.
+    """A fitted probe, and how it was chosen.
 
     Attributes:
       metric: the metric that chose the settings, "accuracy" or "map".
       grid: one dict per setting tried: its values and, under the metric's name, the validation
         score.
       chosen: the best row of `grid`; of equally good rows the smoothest classifier.
-      scores: maps features [m, D] to float32 [m, C] in [0, 1]; for labels each row sums to 1.
-        A class without a training example scores 0. Raises ValueError for features that are not
-        finite.
+      fitted: the classifier. `fitted.scores` maps features [m, D] to float32 [m, C] in [0, 1]; for
+        labels each row sums to 1. A class without a training example scores 0. Features that are
+        not finite raise ValueError.
     """
 
     metric: str
     grid: list[dict[str, float]]
     chosen: dict[str, float]
-    scores: Callable[[np.ndarray], np.ndarray]
+    fitted: probes.LinearProbe | probes.KnnProbe
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """Returns `fitted.scores(x)`."""
+        return self.fitted.scores(x)
 
 
 def linear(
@@ -79,7 +80,7 @@ def linear(
     Raises:
       ValueError: features that are not finite (the message names the row), or an empty set.
     """
-    train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
+    train_x, valid_x = probes.finite("train_x", train_x), probes.finite("valid_x", valid_x)
     is_single = train_y.ndim == 1
     if is_single:
         is_present = np.bincount(train_y, minlength=num_classes) > 0
@@ -88,28 +89,20 @@ def linear(
         is_present = train_y.any(axis=0)
         fit_y = jnp.asarray(train_y[:, is_present], jnp.float32)
     scaler = _fit_scaler(train_x)
-    fit_x = jnp.asarray(scaler.transform(train_x))
-
-    def scores(params: tuple, x: np.ndarray) -> np.ndarray:
-        from scipy import special
-
-        logits = scaler.transform(_finite("x", x)) @ params[0] + params[1]
-        result = np.zeros((len(x), num_classes), np.float32)
-        result[:, is_present] = (
-            special.softmax(logits, axis=1) if is_single else special.expit(logits)
-        )
-        return result
-
+    fit_x = jnp.asarray(scaler(train_x))
+    classes = np.flatnonzero(is_present)
     grid, fitted = [], []
-    num_present = np.count_nonzero(is_present)
-    params = (jnp.zeros((fit_x.shape[1], num_present)), jnp.zeros(num_present))
+    params = (jnp.zeros((fit_x.shape[1], len(classes))), jnp.zeros(len(classes)))
     for strength in sorted(strengths, reverse=True):
         params = fit_logistic(fit_x, fit_y, strength, params)
-        fitted.append(jax.tree.map(np.asarray, params))
-        metric, value = metrics.main_metric(scores(fitted[-1], valid_x), valid_y)
+        weights, biases = map(np.asarray, params)
+        fitted.append(
+            probes.LinearProbe(scaler, weights, biases, classes, num_classes, not is_single)
+        )
+        metric, value = metrics.main_metric(fitted[-1].scores(valid_x), valid_y)
         grid.append({"strength": float(strength), metric: value})
     best = max(range(len(grid)), key=lambda i: grid[i][metric])
-    return Probe(metric, grid, grid[best], functools.partial(scores, fitted[best]))
+    return Probe(metric, grid, grid[best], fitted[best])
 
 
 def knn(
@@ -137,9 +130,8 @@ def knn(
       ValueError: as `linear`.
     """
     from scipy.sparse import csr_array
-    from sklearn.neighbors import NearestNeighbors
 
-    train_x, valid_x = _finite("train_x", train_x), _finite("valid_x", valid_x)
+    train_x, valid_x = probes.finite("train_x", train_x), probes.finite("valid_x", valid_x)
     neighbours = sorted((k for k in neighbours if k <= len(train_x)), reverse=True)
     most = min(len(train_x) - 1, train_x.shape[1])
     components = sorted(count for count in components if count <= most)
@@ -149,28 +141,22 @@ def knn(
     else:
         targets = csr_array(train_y, dtype=np.float32)
     scaler = _fit_scaler(train_x)
-    whitening = _fit_whitening(scaler.transform(train_x), components[-1])
+    train_x = scaler(train_x)
+    whitening = _fit_whitening(train_x, components[-1]) if components[-1] else None
 
-    def embed(count: int, x: np.ndarray) -> np.ndarray:
-        x = scaler.transform(x)
-        return whitening.transform(x)[:, :count] if count else x
-
-    def fit(count: int) -> NearestNeighbors:
-        return NearestNeighbors(metric="cosine").fit(embed(count, train_x))
-
-    def scores(count: int, nearest: NearestNeighbors, k: int, x: np.ndarray) -> np.ndarray:
-        return _shares(*nearest.kneighbors(embed(count, _finite("x", x)), k), targets)
-
-    grid = []
+    grid, fitted = [], {}
     for count in components:
-        distances, index = fit(count).kneighbors(embed(count, valid_x), neighbours[0])
+        whiten = whitening.first(count) if count else None
+        embedded = whiten(train_x) if whiten else train_x
+        fitted[count] = probes.KnnProbe(scaler, whiten, embedded, targets, neighbours[0])
+        distances, index = fitted[count].nearest(valid_x)
         for k in neighbours:
-            valid_scores = _shares(distances[:, :k], index[:, :k], targets)
+            valid_scores = probes.shares(distances[:, :k], index[:, :k], targets)
             metric, value = metrics.main_metric(valid_scores, valid_y)
             grid.append({"components": count, "neighbours": k, metric: value})
     best = max(grid, key=lambda row: row[metric])
-    count, k = best["components"], best["neighbours"]
-    return Probe(metric, grid, best, functools.partial(scores, count, fit(count), k))
+    chosen = dataclasses.replace(fitted[best["components"]], neighbours=best["neighbours"])
+    return Probe(metric, grid, best, chosen)
 
 
 def fit_logistic(
@@ -229,56 +215,23 @@ def _fit_logistic(x: jax.Array, targets: jax.Array, strength: jax.Array, params:
     return jax.lax.while_loop(goes_on, step, carry)[0]
 
 
-def _fit_scaler(x: np.ndarray):
-    """Returns a StandardScaler that also divides by sqrt(D) and makes constant features 0."""
+def _fit_scaler(x: np.ndarray) -> probes.Scaler:
+    """Returns a scaler to deviations of 1 / sqrt(D), which makes constant features 0."""
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(x)
+    fitted = StandardScaler().fit(x)
     # A feature that is constant but for rounding (a mel band without an FFT bin) would be noise.
-    is_constant = np.sqrt(scaler.var_) <= 1e-6 * np.abs(scaler.mean_)
-    scaler.scale_[is_constant] = np.inf
-    scaler.scale_ *= np.sqrt(max(1, np.sum(~is_constant)))
-    return scaler
+    is_constant = np.sqrt(fitted.var_) <= 1e-6 * np.abs(fitted.mean_)
+    scale = np.where(is_constant, np.inf, fitted.scale_)
+    return probes.Scaler(fitted.mean_, scale * np.sqrt(max(1, np.sum(~is_constant))))
 
 
-def _fit_whitening(x: np.ndarray, count: int):
-    """Returns a PCA whose `transform` gives `count` components of deviation 1; None for 0."""
+def _fit_whitening(x: np.ndarray, count: int) -> probes.Whitening:
+    """Returns a whitening to `count` components."""
     from sklearn.decomposition import PCA
 
-    if count == 0:
-        return None
-    pca = PCA(count, whiten=True, random_state=0).fit(x[:: -(-len(x) // _MOST_PCA_ROWS)])
+    fitted = PCA(count, whiten=True, random_state=0).fit(x[:: -(-len(x) // _MOST_PCA_ROWS)])
     # Components that are only rounding become 0.
-    variances = pca.explained_variance_
-    pca.explained_variance_ = np.where(variances > 1e-6 * variances[0], variances, np.inf)
-    return pca
-
-
-def _shares(distances: np.ndarray, index: np.ndarray, targets) -> np.ndarray:
-    """Returns float32 [m, C]: the share of the neighbours' votes that each class gets.
-
-    Args:
-      distances: [m, k], 1 - cosine similarity of the neighbours.
-      index: int [m, k], their rows in `targets`.
-      targets: sparse [n, C] of 0 and 1.
-    """
-    from scipy.sparse import csr_array
-
-    votes = np.exp(-distances / TEMPERATURE)
-    votes = (votes / votes.sum(axis=1, keepdims=True)).astype(np.float32)
-    rows, k = index.shape
-    starts = np.arange(0, rows * k + 1, k)
-    votes = csr_array((votes.ravel(), index.ravel(), starts), shape=(rows, targets.shape[0]))
-    return np.minimum((votes @ targets).toarray(), 1.0)  # a sum may round past 1
-
-
-def _finite(name: str, x: np.ndarray) -> np.ndarray:
-    """Returns `x` as float32; raises ValueError where it holds NaN or infinity."""
-    x = np.asarray(x, np.float32)
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"{name} row {bad[0]} holds NaN or infinity ({len(bad)} such rows): leave out that "
-            "clip, or mend the model that embedded it"
-        )
-    return x
+    variances = fitted.explained_variance_
+    variances = np.where(variances > 1e-6 * variances[0], variances, np.inf)
+    return probes.Whitening(fitted.components_, fitted.mean_, np.sqrt(variances))

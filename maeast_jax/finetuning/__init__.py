@@ -1,6 +1,6 @@
 """Training on labelled clips."""
 
-from maeast_jax.finetuning.features import Features, fbank_moments, statistics
+from maeast_jax.finetuning.features import Features, statistics
 from maeast_jax.finetuning.run import FinetuneRun, Sets, open_run
 from maeast_jax.finetuning.trainer import FoldTrainer, Scored, check_resume
 
@@ -11,7 +11,6 @@ __all__ = [
     "Scored",
     "Sets",
     "check_resume",
-    "fbank_moments",
     "open_run",
     "statistics",
 ]

@@ -1,19 +1,16 @@
 """One vector per clip for probes, computed once and kept in the workdir."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
 
-from maeast_jax import fbank
-from maeast_jax.data import Labelled, labelled, pipeline
+from maeast_jax.data import Labelled, labelled
 from maeast_jax.finetuning.run import FinetuneRun, Sets
-from maeast_jax.inference import Embedder
-from maeast_jax.model import MaeAst, stream_key
+from maeast_jax.inference import EncoderFeatures, features
 from maeast_jax.runtime import storage
 
 _FOLDER = "features"
@@ -21,43 +18,24 @@ _STATISTICS_CLIPS = 512
 
 
 class Features:
-    """Features of labelled sets, as `config.features` describes them."""
+    """Features of labelled sets, as `config.features` describes them.
+
+    Attributes:
+      encoder: how the encoder's features are computed; None for mean and deviation of mel bands.
+    """
 
     def __init__(self, run: FinetuneRun):
-        config, section = run.config, run.config.features
         self._folder = run.workdir / _FOLDER
-        self._embedder = None
-        # What the features depend on beside the clips: it names the file that keeps them.
-        self._about = {"source": section.source, "max_frames": config.max_frames}
-        if section.source == "encoder":
-            normalize = statistics(run, run.folds[0])
-            model = _model(run, normalize)
-            patch_frames, _ = model.config.patch_shape
-            frames = run.init_from.window_frames if run.init_from else config.max_frames
-            layer = section.layer_number(config.model.encoder_layers)
-            self._embedder = Embedder(
-                model,
-                pool=section.pool,
-                phases=section.phases,
-                layer=layer,
-                window_frames=max(1, frames // patch_frames) * patch_frames,
-            )
-            self._about |= {
-                "checkpoint": [run.init_from.path, run.init_from.stamp]
-                if run.init_from
-                else f"seed {config.seed}",
-                "model": str(model.config),
-                "pool": section.pool,
-                "layer": layer,
-                "phases": section.phases,
-                "window_frames": frames,
-                "normalize": normalize,
-            }
+        self._extract = features.fbank_moments
+        self.encoder = None
+        if run.config.features.source == "encoder":
+            self.encoder = _encoder_features(run)
+            self._extract = self.encoder.extractor(run.init_from)
 
     def of(self, clips: Labelled) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Returns (float32 [n, size], truth, ids) of every clip, and keeps them in the workdir."""
         about = {
-            **self._about,
+            "encoder": self.encoder and dataclasses.asdict(self.encoder),
             "sets": [f"{split.name}@{split.split}" for split in clips.clips.splits],
             "shards": [
                 [file, *storage.stamp(file)] for s in clips.clips.splits for file in s.files
@@ -73,24 +51,33 @@ class Features:
             return saved["features"], saved["truth"], saved["ids"].tolist()
 
     def _write(self, path: Path, clips: Labelled, about: dict) -> None:
-        embed = self._embedder or fbank_moments
-        features, truth, ids = labelled.embedded(clips, embed)
+        vectors, truth, ids = labelled.embedded(clips, self._extract)
         self._folder.mkdir(parents=True, exist_ok=True)
         with storage.whole(path) as partial:
             about = np.array(json.dumps(about))
-            np.savez(partial, features=features, truth=truth, ids=np.array(ids), about=about)
+            np.savez(partial, features=vectors, truth=truth, ids=np.array(ids), about=about)
 
 
-def _model(run: FinetuneRun, normalize: tuple[float, float] | None) -> MaeAst:
-    """Returns the pretrained encoder, or one at its initial values, with these statistics."""
-    if run.init_from is not None:
-        model = run.init_from.encoder_only().model(run.config.model.dtype)
-    else:
-        key = stream_key(run.config.seed, np.int32(0), "params")
-        model = MaeAst(run.config.model, nnx.Rngs(params=key))
-    if normalize is not None:
-        model.input_norm.set_statistics(*normalize)
-    return model
+def _encoder_features(run: FinetuneRun) -> EncoderFeatures:
+    config, start = run.config, run.init_from
+    patch_frames, _ = config.model.patch_shape
+    frames = start.window_frames if start else config.max_frames
+    return EncoderFeatures(
+        checkpoint=_address(start.path) if start else "",
+        stamp=start.stamp if start else "",
+        seed=0 if start else config.seed,
+        model=config.model,
+        normalize=statistics(run, run.folds[0]),
+        pool=config.features.pool,
+        layer=config.features.layer_number(config.model.encoder_layers),
+        phases=config.features.phases,
+        window_frames=max(1, frames // patch_frames) * patch_frames,
+    )
+
+
+def _address(path: str) -> str:
+    """Returns the path of a checkpoint for use from any working directory."""
+    return path if storage.is_remote(path) else os.path.abspath(path)
 
 
 def statistics(run: FinetuneRun, sets: Sets) -> tuple[float, float] | None:
@@ -110,27 +97,9 @@ def fbank_statistics(clips: Labelled, seed: int) -> tuple[float, float]:
     count = total = squares = 0.0
     for part in np.array_split(np.sort(places), -(-len(places) // 64)):
         for clip in clips.read(part):
-            energies = np.asarray(_fbank(clip.samples), np.float64)
+            energies = features.log_energies(clip.samples).astype(np.float64)
             count += energies.size
             total += energies.sum()
             squares += np.square(energies).sum()
     mean = total / count
     return float(mean), float(np.sqrt(squares / count - mean**2))
-
-
-def fbank_moments(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields mean and deviation over time of each mel band, [256], for each clip."""
-    for samples in clips:
-        energies = np.asarray(_fbank(samples))
-        yield np.concatenate([energies.mean(axis=0), energies.std(axis=0)])
-
-
-def _fbank(samples: np.ndarray) -> np.ndarray:
-    """Returns [frames, bands], computed at one of few lengths so that little is compiled."""
-    num_frames = fbank.num_frames(len(samples))
-    padded = np.zeros(fbank.num_samples(pipeline.bucket_steps(num_frames, 1024)), np.int16)
-    padded[: min(len(samples), len(padded))] = samples[: len(padded)]
-    return np.asarray(_jitted_fbank(padded))[:num_frames]
-
-
-_jitted_fbank = jax.jit(fbank.fbank)

@@ -212,12 +212,10 @@ def make_predict(
     graph: nnx.GraphDef, loss: LossConfig
 ) -> Callable[[Any, Any, DeviceBatch], jax.Array]:
     """Returns `(params, statistics, batch) -> probabilities`, float32 [b, C]."""
-    squash = jax.nn.softmax if loss.name == "cross_entropy" else jax.nn.sigmoid
 
     def predict(params: Any, statistics: Any, batch: DeviceBatch) -> jax.Array:
-        classifier = nnx.merge(graph, params, statistics)
         num_frames_B = fbank.frame_count(batch["num_samples"])
-        normalized_BxTxF = classifier.normalize(fbank.fbank(batch["audio"]), num_frames_B)
-        return squash(classifier(normalized_BxTxF, num_frames_B))
+        classifier = nnx.merge(graph, params, statistics)
+        return classifier.probabilities(batch["audio"], num_frames_B, loss.name)
 
     return predict

@@ -235,5 +235,7 @@ def _metadata(run: FinetuneRun, sets: Sets) -> dict[str, Any]:
             "stamp": start.stamp if start else "",
         },
         "class_names": list(run.class_names),
+        "is_multi_label": sets.train.is_multi_label,
+        "longest_seconds": sets.train.longest_seconds,
         "data": sets.train.clips.identity | sets.valid.clips.identity,
     }

@@ -4,7 +4,6 @@ Names of shapes: B rows of a batch (one window each), S samples, T frames, C tim
 R bands of tokens, D width of the encoder, L layers.
 """
 
-import collections
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,22 +14,12 @@ import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank
-from maeast_jax.data import pipeline
 from maeast_jax.inference import batching
-from maeast_jax.inference.batching import Batch, Bucket, Row, Stream, Window
+from maeast_jax.inference.batching import Batch, Cutter, Window
 from maeast_jax.model import SpectrogramEncoder, parse_layer
 
 POOLS = ("mean", "time", "moments", "none")
 ALL_LAYERS = "all"
-_DEFAULT_WINDOW_FRAMES = 1024  # the paper's clip, 10.24 s
-# On two CPU cores the paper's model computes 1,520 tokens/s in batches of 1,024 tokens, 1,340 in
-# single rows of 512, and 1,180 in batches of 4,096, which no longer fit the cache.
-_CPU_BATCH_TOKENS = 1_024
-_ACCELERATOR_BATCH_TOKENS = 16_384
-
-# Rows wait for others of their length until a batch that is not full costs little in comparison.
-_WAITING_BATCHES = 16
-_WAITING_BYTES = 1 << 30
 
 
 class Embedder:
@@ -88,21 +77,16 @@ class Embedder:
         self.pool = pool
         self.num_layers = config.encoder_layers
         self.layer = parse_layer("layer", layer, self.num_layers, (ALL_LAYERS,))
-        self._patch_frames, patch_bands = config.patch_shape
-        self._default_steps = _DEFAULT_WINDOW_FRAMES // self._patch_frames
-        phases = min(phases, self._patch_frames)
-        self._early_frames = [self._patch_frames * phase // phases for phase in range(phases)]
-        self._bands = fbank.NUM_MEL_BANDS // patch_bands
+        patch_frames, _ = config.patch_shape
         if window_frames is None:
-            window_frames = model.window_frames or self._default_steps * self._patch_frames
-        if stride_frames is None:
-            stride_frames = window_frames
-        _check_window(window_frames, stride_frames, self._patch_frames)
-        self.window_frames, self.stride_frames = window_frames, stride_frames
-        if batch_tokens is None:
-            is_cpu = jax.default_backend() == "cpu"
-            batch_tokens = _CPU_BATCH_TOKENS if is_cpu else _ACCELERATOR_BATCH_TOKENS
-        self._batch_tokens = batch_tokens
+            longest = batching.DEFAULT_WINDOW_FRAMES // patch_frames * patch_frames
+            window_frames = model.window_frames or longest
+        self._cutter = Cutter.of(config, window_frames, stride_frames, batch_tokens)
+        self.window_frames = self._cutter.window_frames
+        self.stride_frames = self._cutter.stride_frames
+        phases = min(phases, patch_frames)
+        self._early_frames = [patch_frames * phase // phases for phase in range(phases)]
+        self._bands = config.band_tokens
         vectors = {"mean": 1, "moments": 2 * self._bands}.get(pool, self._bands)
         self.embedding_size = config.width * vectors
         graph, state = nnx.split(
@@ -114,7 +98,7 @@ class Embedder:
     @property
     def step_seconds(self) -> float:
         """Seconds from one time step to the next."""
-        return self._patch_frames * fbank.FRAME_SHIFT / fbank.SAMPLE_RATE_HZ
+        return self._cutter.patch_frames * fbank.FRAME_SHIFT / fbank.SAMPLE_RATE_HZ
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -127,7 +111,7 @@ class Embedder:
 
         Raises ValueError for fewer than 400 samples.
         """
-        return max(1, fbank.num_frames(num_samples) // self._patch_frames)
+        return self._cutter.num_steps(num_samples)
 
     def __call__(self, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields each clip's embedding, float32 with `axes`, in order.
@@ -138,51 +122,18 @@ class Embedder:
 
         Raises ValueError for another shape, type or values, or a clip that is too short.
         """
-        most_steps = _WAITING_BATCHES * self._batch_tokens // self._bands
-        stream = Stream(self._compute, most_steps, _WAITING_BYTES)
-        windows_of_clips = collections.deque()
-        for number, clip in enumerate(clips):
-            cut, rows, num_bytes = [], [], 0
-            for samples in self._on_grids(_checked(number, clip)):
-                of_grid = self._cut(samples)
-                cut += of_grid
-                rows += self._rows(samples, of_grid)
-                num_bytes += samples.nbytes + self._result_bytes(of_grid)
-            windows_of_clips.append(cut)
-            for parts in stream.add(rows, _num_own(cut), num_bytes):
-                yield self._joined(parts, windows_of_clips.popleft())
-        for parts in stream.flush():
-            yield self._joined(parts, windows_of_clips.popleft())
+        on_grids = (
+            list(self._on_grids(batching.checked(number, clip)))
+            for number, clip in enumerate(clips)
+        )
+        for cut, parts in self._cutter.results(on_grids, self._compute, self._result_bytes):
+            yield self._joined(parts, cut)
 
     def _on_grids(self, samples: np.ndarray) -> Iterator[np.ndarray]:
         """Yields, for each phase, the clip with some of its own end in front."""
         for frames in self._early_frames:
             front = np.arange(-frames * fbank.FRAME_SHIFT, 0) % len(samples)
             yield np.concatenate([samples[front], samples]) if frames else samples
-
-    def _cut(self, samples: np.ndarray) -> list[Window]:
-        num_steps = self.num_steps(len(samples))
-        window_steps = self.window_frames // self._patch_frames
-        return batching.cut(num_steps, window_steps, self.stride_frames // self._patch_frames)
-
-    def _rows(self, samples: np.ndarray, cut: list[Window]) -> list[Row]:
-        """Only a clip shorter than a step lacks frames."""
-        num_frames = fbank.num_frames(len(samples))
-        rows = []
-        for window in cut:
-            start = window.start * self._patch_frames
-            row_frames = min(window.stop * self._patch_frames, num_frames) - start
-            first = start * fbank.FRAME_SHIFT
-            row_samples = samples[first : first + fbank.num_samples(row_frames)]
-            own = (window.own_start - window.start, window.own_stop - window.start)
-            rows.append(Row(self._bucket(window.stop - window.start), row_samples, row_frames, own))
-        return rows
-
-    def _bucket(self, num_steps: int) -> Bucket:
-        window_steps = self.window_frames // self._patch_frames or self._default_steps
-        steps = pipeline.bucket_steps(num_steps, window_steps)
-        num_rows = max(1, self._batch_tokens // (steps * self._bands))
-        return Bucket(fbank.num_samples(steps * self._patch_frames), num_rows)
 
     def _compute(self, batch: Batch) -> jax.Array:
         results = _embed(self._plan, self._state, *batch)
@@ -205,7 +156,7 @@ class Embedder:
                 axis=1,
             )
         else:
-            count = _num_own(cut) * (self._bands if self.pool == "mean" else 1)
+            count = batching.num_own(cut) * (self._bands if self.pool == "mean" else 1)
             embedding = np.sum(parts, axis=0, dtype=np.float64) / count
             if self.pool == "moments":
                 mean, square = np.split(embedding, 2, axis=-1)
@@ -214,38 +165,6 @@ class Embedder:
                 embedding = np.concatenate([mean, np.sqrt(variance)], axis=-1)
             embedding = embedding.astype(np.float32)
         return embedding if self._plan.all_layers else embedding[0]
-
-
-def _num_own(cut: list[Window]) -> int:
-    return sum(window.own_stop - window.own_start for window in cut)
-
-
-def _checked(number: int, clip: np.ndarray) -> np.ndarray:
-    clip = np.asarray(clip)
-    if clip.ndim != 1:
-        raise ValueError(f"clip {number} has shape {list(clip.shape)}, expected [samples]")
-    try:
-        return fbank.as_samples(clip)
-    except ValueError as error:
-        raise ValueError(f"clip {number}: {error}") from error
-
-
-def _check_window(window_frames: int, stride_frames: int, patch_frames: int) -> None:
-    is_uncut = window_frames == stride_frames == 0
-    if not is_uncut and (
-        not 0 < stride_frames <= window_frames
-        or window_frames % patch_frames
-        or stride_frames % patch_frames
-    ):
-        window_s, stride_s = (
-            frames * fbank.FRAME_SHIFT / fbank.SAMPLE_RATE_HZ
-            for frames in (window_frames, stride_frames)
-        )
-        raise ValueError(
-            f"windows of {window_frames} frames ({window_s:g} s) every {stride_frames} frames "
-            f"({stride_s:g} s): both must be multiples of {patch_frames} frames, the length of a "
-            "token, and the stride at most the window; a window of 0 has no stride"
-        )
 
 
 def _first_layers(model: SpectrogramEncoder, count: int) -> SpectrogramEncoder:

@@ -1,4 +1,5 @@
-"""Pretrained models from any checkpoint: a run's, or a file in the authors' layout."""
+"""Pretrained models from any checkpoint: a run's, a file in the authors' layout, a folder of
+transformers."""
 
 import dataclasses
 import functools
@@ -15,8 +16,8 @@ from flax import nnx
 
 from maeast_jax import checkpoint
 from maeast_jax import config as configuration
-from maeast_jax.interop import AuthorsFile, fairseq, hub
-from maeast_jax.model import ModelConfig, SpectrogramEncoder, model_graph
+from maeast_jax.interop import AuthorsFile, fairseq, hub, huggingface
+from maeast_jax.model import HeadConfig, ModelConfig, SpectrogramEncoder, model_graph
 from maeast_jax.runtime import storage
 
 # Frames of the paper's clips, for files that do not state theirs.
@@ -38,6 +39,9 @@ class Pretrained:
       read_weights: reads (parameters, statistics), nested dicts of float32 numpy arrays. They are
         read once, because a run that still trains deletes its old checkpoints.
       read_extras: reads the tensors of `fairseq.extras`, by the authors' names.
+      read_head: reads the head of a fine-tuned classifier; None for other models.
+      training: what a run says of its training; None for other checkpoints.
+      is_run: whether the checkpoint lies in a workdir.
     """
 
     path: str
@@ -47,6 +51,9 @@ class Pretrained:
     cfg: dict[str, dict[str, Any]] | None
     read_weights: Callable[[], tuple[Any, Any]]
     read_extras: Callable[[], dict[str, np.ndarray]]
+    read_head: Callable[[], huggingface.Head] | None = None
+    training: huggingface.Training | None = None
+    is_run: bool = False
 
     def model(self, dtype: str = "float32") -> SpectrogramEncoder:
         """Returns the flax.nnx module, which computes in `dtype` (float32 or bfloat16)."""
@@ -68,7 +75,9 @@ class Pretrained:
             params, statistics = self.read_weights()
             return {name: params[name] for name in ("token_projection", "encoder")}, statistics
 
-        return dataclasses.replace(self, config=self.config.encoder_only(), read_weights=weights)
+        return dataclasses.replace(
+            self, config=self.config.encoder_only(), read_weights=weights, read_head=None
+        )
 
 
 def with_architecture(settings: dict[str, Any], source: Pretrained) -> dict[str, Any]:
@@ -91,8 +100,9 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> SpectrogramEncoder:
 
     Args:
       path: a run's workdir (its newest checkpoint), one checkpoint in it
-        (`DIR/checkpoints/STEP`), a `.pt` or `.safetensors` file in the authors' layout, or
-        `hf://ORG/NAME[@REVISION]` on the Hugging Face Hub.
+        (`DIR/checkpoints/STEP`), a `.pt` or `.safetensors` file in the authors' layout, a folder
+        for transformers, or `hf://ORG/NAME[@REVISION]` on the Hugging Face Hub. Nothing in a folder
+        or a repository is executed.
       dtype: the type of the computation, float32 or bfloat16.
 
     Raises:
@@ -109,7 +119,9 @@ def read(path: str | os.PathLike) -> Pretrained:
         return dataclasses.replace(read(hub.fetch(path)), path=path)
     if path.endswith(fairseq.SUFFIXES):
         storage.check_local(path)
-    return _from_file(path) if Path(path).is_file() else _from_run(path)
+    if Path(path).is_file():
+        return _from_file(path)
+    return _from_folder(path) if huggingface.is_folder(path) else _from_run(path)
 
 
 def write_workdir(workdir: str | os.PathLike, source: Pretrained) -> None:
@@ -124,6 +136,19 @@ def write_workdir(workdir: str | os.PathLike, source: Pretrained) -> None:
         metadata["authors_cfg"] = source.cfg
         parts[_EXTRAS] = source.read_extras()
     checkpoint.write_parts(workdir, parts, metadata)
+
+
+def transformers_folder(source: Pretrained) -> huggingface.Folder:
+    """Returns a checkpoint as the content of a folder for transformers."""
+    params, statistics = source.read_weights()
+    return huggingface.Folder(
+        config=source.config,
+        num_frames=source.num_frames,
+        params=params,
+        statistics=statistics,
+        head=source.read_head() if source.read_head else None,
+        training=source.training,
+    )
 
 
 def authors_file(source: Pretrained, max_token_length: int | None = None) -> AuthorsFile:
@@ -161,16 +186,23 @@ def _from_run(path: str) -> Pretrained:
     has_extras = checkpoint.has_part(folder, _EXTRAS)
 
     @functools.cache
+    def parts():
+        return checkpoint.load_part(folder, "weights")
+
     def weights():
-        parts = checkpoint.load_part(folder, "weights")
         # A fine-tuned classifier keeps its encoder under "backbone", beside its head.
-        return tuple(parts[name].get("backbone", parts[name]) for name in ("params", "statistics"))
+        trees = (parts()[name] for name in ("params", "statistics"))
+        return tuple(tree.get("backbone", tree) for tree in trees)
 
     try:
         # Checkpoints of earlier versions lack the newest fields.
         defaults = configuration.pretrain().model.to_dict()
         config = ModelConfig(**defaults | metadata["config"]["model"])
         num_frames = metadata["config"]["num_frames"]
+        training = _training(metadata, int(folder.name))
+        head = None
+        if "class_names" in metadata:
+            head = functools.partial(_head, metadata, lambda: parts()["params"]["head"])
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(
             f"{folder} was written by another version of this program ({error})"
@@ -183,6 +215,61 @@ def _from_run(path: str) -> Pretrained:
         cfg=metadata.get("authors_cfg"),
         read_weights=weights,
         read_extras=lambda: checkpoint.load_part(folder, _EXTRAS) if has_extras else {},
+        read_head=head,
+        training=training,
+        is_run=True,
+    )
+
+
+def _head(metadata: dict[str, Any], read_params: Callable[[], Any]) -> huggingface.Head:
+    defaults = configuration.finetune().head.to_dict()  # as for the model
+    head = HeadConfig(**defaults | metadata["config"]["head"])
+    if head.layer != "weighted":
+        # The checkpoint holds the layers up to the head's only.
+        head = dataclasses.replace(head, layer="last")
+    loss = metadata["config"]["loss"]["name"]
+    if metadata.get("is_multi_label"):  # checkpoints of earlier versions do not say
+        loss = "binary_cross_entropy"
+    return huggingface.Head(
+        config=head,
+        class_names=tuple(metadata["class_names"]),
+        loss=loss,
+        params=read_params(),
+        is_multi_label=metadata.get("is_multi_label"),
+        longest_seconds=metadata.get("longest_seconds"),
+    )
+
+
+def _training(metadata: dict[str, Any], steps: int) -> huggingface.Training | None:
+    """Returns None for weights that were imported from a file, at step 0."""
+    if not steps:
+        return None
+    started = metadata["config"]["init_from"]
+    if started and "init_from" in metadata:
+        started = metadata["init_from"]["path"]  # of the checkpoint in the workdir that is named
+    if "://" not in started:
+        # A card is for the public: the last names of a local path, as WORKDIR/checkpoints/STEP.
+        started = "/".join(Path(started).parts[-3:])
+    data = metadata.get("data", {})
+    return huggingface.Training(
+        steps=steps,
+        batch_size=metadata["config"]["batch_size"],
+        clips={name: identity["clips"] for name, identity in data.items()},
+        init_from=started,
+    )
+
+
+def _from_folder(path: str) -> Pretrained:
+    folder = huggingface.read(path)
+    return Pretrained(
+        path=path,
+        stamp=huggingface.stamp(path),
+        config=folder.config,
+        num_frames=folder.num_frames,
+        cfg=None,
+        read_weights=lambda: (folder.params, folder.statistics),
+        read_extras=dict,
+        read_head=(lambda: folder.head) if folder.head else None,
     )
 
 

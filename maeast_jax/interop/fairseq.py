@@ -7,6 +7,7 @@ same names, and cfg as JSON in the field `config` of its header.
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def read(path: str | os.PathLike) -> AuthorsFile:
     Raises AuthorsFileError, torch_file.TorchFileError or OSError.
     """
     if Path(path).suffix == ".safetensors":
-        cfg, tensors = _read_safetensors(path)
+        metadata, tensors = read_safetensors(path)
+        cfg = metadata.get("config")
     else:
         saved = torch_file.read(path, keys=("cfg", "model"))
         cfg, tensors = saved["cfg"], saved["model"]
@@ -148,13 +150,19 @@ def import_torch():
     return torch
 
 
-def _read_safetensors(path) -> tuple[Any, dict[str, np.ndarray]]:
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns (metadata, tensors) of a safetensors file; the field `config` is read as JSON.
+
+    Raises AuthorsFileError or OSError.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            cfg = json.loads((file.metadata() or {}).get("config", "null"))
-            return cfg, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+            if "config" in metadata:
+                metadata["config"] = json.loads(metadata["config"])
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, TypeError) as error:
         raise AuthorsFileError(f"{path} is not a whole safetensors file: {error}") from None
 
@@ -182,8 +190,7 @@ def model_config(file: AuthorsFile) -> ModelConfig:
             f"cfg.model's patches are {kernel} with strides {stride} (time, channels): only "
             "patches side by side can be reconstructed"
         )
-    shapes = {shape: name for name, shape in tokens.PATCH_SHAPES.items()}
-    fields = {"tokens": shapes.get(tuple(kernel), "x".join(map(str, kernel)))}
+    fields = {"tokens": tokens_name(kernel)}
     fields |= {ours: model[name] for name, ours in _ARCHITECTURE.items()}
     fields |= {ours: model[name] for name, ours in _TRAINING.items() if name in model}
     if is_encoder_only:
@@ -198,6 +205,12 @@ def model_config(file: AuthorsFile) -> ModelConfig:
     if "random_mask_prob" in model:
         fields["mask_ratio"] = _mask_ratio(model["random_mask_prob"], fields.get("mask"))
     return ModelConfig(**_NOT_STATED | fields)
+
+
+def tokens_name(patch_shape: Sequence[int]) -> str:
+    """Returns the value of ModelConfig.tokens for (frames, bands) per token."""
+    names = {shape: name for name, shape in tokens.PATCH_SHAPES.items()}
+    return names.get(tuple(patch_shape), "x".join(map(str, patch_shape)))
 
 
 def num_frames(file: AuthorsFile) -> int | None:

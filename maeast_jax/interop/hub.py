@@ -57,19 +57,24 @@ def fetch(address: str) -> str:
     return os.fspath(found[0])
 
 
-def push(folder: str | os.PathLike, name: str, private: bool) -> str:
-    """Uploads a folder to the repository ORG/NAME, which it makes where it is not there.
+def make_repository(name: str, private: bool) -> str:
+    """Makes the repository ORG/NAME where it is not there, and returns the address of its page.
 
     Args:
       private: whether only its owners see a repository that is made here.
 
-    Returns the address of the repository's page. Raises HubError.
+    Raises HubError, for example without a login.
     """
+    if not _ADDRESS.fullmatch(f"{PREFIX}{name}"):
+        raise HubError(f"--push_to_hub={name} must be ORG/NAME")
     with _errors(f"{PREFIX}{name}") as hub:
-        api = hub.HfApi()
-        page = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a MAE-AST model")
-    return str(page)
+        return str(hub.create_repo(name, private=private, exist_ok=True))
+
+
+def upload(folder: str | os.PathLike, name: str) -> None:
+    """Puts the files of a folder into the repository ORG/NAME. Raises HubError."""
+    with _errors(f"{PREFIX}{name}") as hub:
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a MAE-AST model")
 
 
 @contextmanager
@@ -96,6 +101,10 @@ def _errors(address: str) -> Iterator:
     except errors.RevisionNotFoundError as error:
         message = f"{address} has no such revision: name a branch, tag or commit"
         raise HubError(message) from error
+    except errors.HfHubHTTPError as error:
+        refused = error.response is not None and error.response.status_code in (401, 403)
+        remedy = f": {login}" if refused else ""
+        raise HubError(f"{address}: {terminal.one_line(error)}{remedy}") from error
     except errors.LocalEntryNotFoundError as error:
         raise HubError(
             f"{address} is not in the cache, and the Hub cannot be reached: check the network, "

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maeast_jax import fbank
 from maeast_jax.model import tokens
 from maeast_jax.model.config import ModelConfig, parse_layer
 from maeast_jax.model.mae_ast import MaeAst
@@ -179,6 +180,21 @@ class Classifier(nnx.Module):
         if self.head.layer_weights is None:
             states_LxBxNxD = output_BxNxD[None]
         return self.head(states_LxBxNxD, padding_BxN)
+
+    def probabilities(
+        self, audio_BxS: jax.Array, lengths_frames_B: jax.Array, loss: str
+    ) -> jax.Array:
+        """Class probabilities of waveforms in evaluation mode, float32 [b, classes].
+
+        Args:
+          audio_BxS: as `fbank.fbank` takes it.
+          lengths_frames_B: the real frames of each clip.
+          loss: the loss of its training. After "cross_entropy" the probabilities of a clip sum to
+            1, after "binary_cross_entropy" each class has its own.
+        """
+        squash = {"cross_entropy": jax.nn.softmax, "binary_cross_entropy": jax.nn.sigmoid}[loss]
+        normalized_BxTxF = self.normalize(fbank.fbank(audio_BxS), lengths_frames_B)
+        return squash(self(normalized_BxTxF, lengths_frames_B))
 
     def load_backbone(self, params: Any, statistics: Any) -> None:
         """Replaces the encoder and its input statistics by pretrained ones; the head stays.

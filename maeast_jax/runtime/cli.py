@@ -21,6 +21,7 @@ from maeast_jax.runtime import terminal
 EXIT_SYSTEM = 1
 EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
+EXIT_INCOMPLETE = 4  # some of the named files could not be read
 # Launchers start the run again after these two, which have their meaning from sysexits.h.
 EXIT_UNKNOWN = 70  # an unexpected error: a device failed, or there is a bug
 EXIT_PEER_LOST = 75

@@ -7,6 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from maeast_jax.evaluation import probe
+from maeast_jax.inference import probes
 
 PROBES = [probe.linear, probe.knn]
 
@@ -135,7 +136,7 @@ def test_knn_equals_scikit_learn_by_cosine(k):
     fitted = probe.knn(train_x, train_y, *valid, 3, components=[0], neighbours=[k])
     scaler = StandardScaler().fit(train_x)
     theirs = KNeighborsClassifier(
-        k, metric="cosine", weights=lambda distances: np.exp(-distances / probe.TEMPERATURE)
+        k, metric="cosine", weights=lambda distances: np.exp(-distances / probes.TEMPERATURE)
     )
     theirs.fit(scaler.transform(train_x), train_y)
     x, _ = clusters(3, noise=5)

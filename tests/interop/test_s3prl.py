@@ -87,6 +87,19 @@ def test_hidden_states_of_other_architectures_are_those_of_s3prl(changes, tmp_pa
     assert all(deviation.relative < TOLERANCE for deviation in found)
 
 
+@pytest.mark.parametrize("changes", [{}, {"tokens": "frame", "layer_norm_first": True}], ids=str)
+def test_hidden_states_in_transformers_are_those_of_s3prl(changes, tmp_path):
+    pytest.importorskip("transformers")
+    path = reference.make_checkpoint(tmp_path / "model.pt", **TINY | changes)
+    export(path, tmp_path / "folder", folder_format="transformers")
+    clips = clips_of(4_801, 21_000, 40_000)
+    theirs = reference.hidden_states(reference.expert(path), clips)
+    exported = reference.transformers_hidden_states(tmp_path / "folder", clips)
+    found = fidelity.compare(exported, theirs)
+    assert len(found) == 3
+    assert all(deviation.relative < 1e-5 for deviation in found)
+
+
 @pytest.mark.parametrize("changes", [{"layer_norm_first": True}, {"use_post_enc_proj": True}])
 def test_predictions_at_masked_places_are_those_of_s3prl(changes, tmp_path, monkeypatch):
     model, expert = both(tmp_path, **TINY | changes)
@@ -179,13 +192,14 @@ def test_an_exported_file_loads_strictly_in_s3prl(changes, encoder_only, tmp_pat
 
 
 def test_the_table_has_a_row_per_layer(tmp_path, capsys):
+    pytest.importorskip("transformers")
     path = reference.make_checkpoint(tmp_path / "tiny.pt", **TINY)
     sound = tmp_path / "sound.wav"
     soundfile.write(sound, clips_of(9_000)[0], 16_000)
     fidelity.main([str(sound), f"--checkpoint={path}"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Clips of 0.56 s in one batch, float32."
-    assert lines[2] == "| layer | tiny, greatest | tiny, relative |"
+    assert lines[2] == "| layer | maeast_jax | transformers |"
     assert [line.split(" ")[1] for line in lines[4:]] == ["1", "2", "3"]
 
 
