@@ -141,15 +141,11 @@ def run_flags(main: Callable[[list[str]], int | None], required: Sequence[str]) 
 
 @contextlib.contextmanager
 def catching(catch: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Handles these signals by `catch`, in the main thread; Python allows it nowhere else.
-
-    A signal that is ignored stays ignored, as SIGHUP is after nohup.
-    """
+    """Handles these signals by `catch`, in the main thread; Python allows it nowhere else."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, catch) for number in heard}
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield
     finally:

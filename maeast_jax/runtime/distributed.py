@@ -22,8 +22,6 @@ from maeast_jax.runtime.cli import PeerLostError, catching
 
 # The other processes take a process for dead, and end, after it was silent for this long.
 HEARTBEAT_SECONDS = int(os.environ.get("MAEAST_JAX_HEARTBEAT_SECONDS", "30"))
-# Ctrl-C, a closed SSH window, and what `sbatch --signal=USR1` sends.
-_ALSO_STOP = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # An exchange that failed because a process is gone says one of these words: jax's status codes, and
 # the libraries that connect CPUs and GPUs.
 _WORDS_OF_LOSS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL")
@@ -151,8 +149,12 @@ def stopping() -> Iterator[Callable[[], int | None]]:
     All processes get the same answer at the same call, whichever of them was signalled, so all save
     the same step; they must call it at the same places. In a single process a second Ctrl-C raises
     KeyboardInterrupt at once. Outside of the main thread no signal is noted. The signals are
-    SIGTERM, SIGINT, SIGHUP and SIGUSR1; those that were ignored before stay so.
+    SIGTERM, SIGINT, SIGUSR1, which `sbatch --signal=USR1` sends, and SIGHUP, which a closed SSH
+    window sends. The last two stay ignored where they are, as SIGHUP is after nohup.
     """
+    asking = (signal.SIGHUP, signal.SIGUSR1)
+    others = [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
+    others.append(signal.SIGINT)
     if jax.process_count() == 1:
         caught: list[int] = []
 
@@ -161,7 +163,7 @@ def stopping() -> Iterator[Callable[[], int | None]]:
                 raise KeyboardInterrupt
             caught.append(number)
 
-        with catching(catch, signal.SIGTERM, *_ALSO_STOP):
+        with catching(catch, signal.SIGTERM, *others):
             yield lambda: caught[0] if caught else None
         return
     calls, stopped = itertools.count(), []
@@ -173,5 +175,5 @@ def stopping() -> Iterator[Callable[[], int | None]]:
         return stopped[0] if stopped else None
 
     # jax has caught SIGTERM since `initialize`; the others join it.
-    with catching(lambda *_: os.kill(os.getpid(), signal.SIGTERM), *_ALSO_STOP):
+    with catching(lambda *_: os.kill(os.getpid(), signal.SIGTERM), *others):
         yield asked
