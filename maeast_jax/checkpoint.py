@@ -204,10 +204,11 @@ def _reading(folder: epath.Path) -> Iterator[None]:
     Orbax raises errors of any type for a file that is missing, empty or cut short, and logs and
     warns of more. On gs:// objects are whole, and errors there tell of the connection.
     """
+    jax.devices()  # here a device that is missing is not taken for damage
     try:
         with storage.quiet(), warnings.catch_warnings(action="ignore"):
             yield
-    except (PeerLostError, jax.errors.JaxRuntimeError, MemoryError):
+    except (PeerLostError, jax.errors.JaxRuntimeError, MemoryError, PermissionError):
         raise
     except Exception as error:
         if storage.is_remote(folder):
@@ -215,7 +216,7 @@ def _reading(folder: epath.Path) -> Iterator[None]:
         remedy = "the run has saved no other before it: name another checkpoint or --workdir"
         steps = [step for step in saved_steps(folder.parent.parent) if step < int(folder.name)]
         if steps:
-            remedy = f"rm -r {folder} makes the run go on from the one before, step {steps[-1]}"
+            remedy = f"move it away, and the run goes on from the one before, step {steps[-1]}"
         raise CheckpointError(
             f"{folder} is damaged, or is no checkpoint of this program; {remedy}"
         ) from error

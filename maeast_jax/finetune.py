@@ -86,7 +86,7 @@ def _check_workdir(run: FinetuneRun, settings: dict[str, Any]) -> None:
     if run.config.mode == "finetune":
         for sets in run.folds:
             check_resume(run, sets, run.workdir / sets.name)
-    elif changed := configuration.differences(old, settings):
+    elif old and (changed := configuration.differences(old, settings)):
         described = configuration.describe(changed)
         print(f"replacing the results of other settings: {described}", flush=True)
 

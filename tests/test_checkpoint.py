@@ -178,12 +178,22 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(saved, damag
         read_all(saved)
     folder = saved / "checkpoints" / "15"
     assert str(error.value) == (
-        f"{folder} is damaged, or is no checkpoint of this program; rm -r {folder} makes the run "
-        "go on from the one before, step 10"
+        f"{folder} is damaged, or is no checkpoint of this program; move it away, and the run goes "
+        "on from the one before, step 10"
     )
     assert capfd.readouterr() == ("", "")  # Orbax logs a page
     shutil.rmtree(folder)
     read_all(saved)
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no such device")])
+def test_a_device_that_is_missing_is_not_taken_for_damage(saved, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(type(error)):
+        checkpoint.metadata(checkpoint.find(saved))
 
 
 def test_the_only_checkpoint_of_a_run_if_damaged_has_another_remedy(saved):

@@ -296,7 +296,7 @@ def _check_split(info, split: str) -> None:
     except ValueError as error:
         raise DataError(
             f"split {split!r} of {info.full_name}: {terminal.one_line(error)}; its splits are"
-            f" {there}"
+            f" {there}: name one as NAME@SPLIT, or leave the field empty"
         ) from None
     if not found.num_examples:
         raise DataError(f"split {split!r} of {info.full_name} is empty; its splits are {there}")

@@ -1,7 +1,6 @@
 """Trains a classifier on one fold, and scores sets of clips with it."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,13 +202,13 @@ def check_resume(run: FinetuneRun, sets: Sets, folder: Path) -> None:
             raise checkpoint.CheckpointError(
                 f"the run in {folder} has {name}={was!r}, the configuration {is_!r}; {remedy}"
             )
-    pairs = itertools.zip_longest(old["class_names"], new["class_names"])
-    for number, (was, is_) in enumerate(pairs):
-        if was != is_:
-            raise checkpoint.CheckpointError(
-                f"class {number} of the run in {folder} is {was!r}, but {is_!r} in "
-                f"{sets.train.text}; {remedy}"
-            )
+    was, is_ = old["class_names"], new["class_names"]
+    if was != is_:
+        gone, added = (", ".join(a for a in x if a not in y) for x, y in ((was, is_), (is_, was)))
+        raise checkpoint.CheckpointError(
+            f"the classes of {sets.train.text} are not those of the run in {folder} (gone: "
+            f"{gone or 'none'}; new: {added or 'none'}); {remedy}"
+        )
     if lines := mixture.rebuilt(old["data"], new["data"]):
         raise checkpoint.CheckpointError(
             f"{lines[0]}, and the run in {folder} cannot go on with it; {remedy}"

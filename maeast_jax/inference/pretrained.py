@@ -120,8 +120,26 @@ def read(path: str | os.PathLike) -> Pretrained:
     if path.endswith(fairseq.SUFFIXES):
         storage.check_local(path)
     if Path(path).is_file():
-        return _from_file(path)
-    return _from_folder(path) if huggingface.is_folder(path) else _from_run(path)
+        source = _from_file(path)
+    else:
+        source = _from_folder(path) if huggingface.is_folder(path) else _from_run(path)
+    return dataclasses.replace(source, read_weights=_finite(source))
+
+
+def _finite(source: Pretrained) -> Callable[[], tuple[Any, Any]]:
+    """Returns `read_weights`, which raises CheckpointError for weights that are not finite."""
+
+    @functools.cache
+    def weights():
+        found = source.read_weights()
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
+            raise checkpoint.CheckpointError(
+                f"the weights in {source.path} hold NaN or infinity, so every result would; name "
+                "another checkpoint"
+            )
+        return found
+
+    return weights
 
 
 def write_workdir(workdir: str | os.PathLike, source: Pretrained) -> None:

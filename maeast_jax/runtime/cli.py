@@ -165,7 +165,9 @@ def _ending_where_ctrl_c_is_ignored(message: str) -> Iterator[None]:
     def end(dropped: Any) -> None:
         if dropped.exc_type is KeyboardInterrupt:
             _leave(_told(message, _EXIT_CTRL_C))
-        before(dropped)
+        # Tasks of Orbax that a damaged checkpoint left unfinished; the damage itself is told.
+        if str(dropped.exc_value) != "Event loop is closed":
+            before(dropped)
 
     sys.unraisablehook = end
     try:

@@ -1,5 +1,6 @@
 """Models from any checkpoint."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import maeast_jax
 from maeast_jax import checkpoint
 from maeast_jax.fbank import num_samples
 from maeast_jax.inference import pretrained
+from maeast_jax.interop import fairseq, huggingface
 from maeast_jax.model import MaeAst, split_model
 from maeast_jax.train import train
 from maeast_jax.training.steps import TrainState, make_reconstruct
@@ -238,3 +240,21 @@ def test_training_does_not_resume_from_weights_alone(tmp_path):
     pretrained.write_workdir(workdir, pretrained.read(GOLDEN / "tiny_patch.pt"))
     with pytest.raises(ValueError, match=r"holds weights alone.*--config.init_from="):
         train(training(), workdir)
+
+
+@pytest.mark.parametrize("kind", ["run", "file", "folder"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, kind):
+    """A few bytes that changed on a disk are enough to make every embedding NaN."""
+    run = runs.write(tmp_path / "run")
+    params, statistics = pretrained.read(run).read_weights()
+    params["token_projection"]["bias"] = np.full_like(params["token_projection"]["bias"], np.nan)
+    broken = dataclasses.replace(pretrained.read(run), read_weights=lambda: (params, statistics))
+    path = tmp_path / {"run": "broken", "file": "x.safetensors", "folder": "folder"}[kind]
+    if kind == "run":
+        pretrained.write_workdir(path, broken)
+    elif kind == "file":
+        fairseq.write(path, pretrained.authors_file(broken))
+    else:
+        huggingface.write(path, pretrained.transformers_folder(broken))
+    with pytest.raises(checkpoint.CheckpointError, match="hold NaN or infinity, so every result"):
+        pretrained.load(path)
