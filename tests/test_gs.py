@@ -111,7 +111,8 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_a_disk(store, trained):
     assert rows[0] == rows[1]
     beside = {name.split("/")[1] for name in store.names("bucket") if name.startswith("run/")}
     assert beside == {
-        "checkpoints", "config.json", "curves.png", "metrics.jsonl", "reconstructions.png"
+        "checkpoints", "config.json", "curves.png", "environment.json", "metrics.jsonl",
+        "reconstructions.png",
     }  # fmt: skip
 
 
