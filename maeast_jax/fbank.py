@@ -94,6 +94,28 @@ def num_samples(num_frames: int) -> int:
 # --- samples ----------------------------------------------------------------------------------
 
 
+def as_lengths(lengths, shape: tuple[int, int]) -> np.ndarray:
+    """Returns the true lengths of waveforms of a shape [clips, samples], int32 [clips].
+
+    Args:
+      lengths: samples of each clip; None takes all clips as full.
+
+    Raises:
+      ValueError: not one length per clip, or one under 400 samples (one frame) or past the shape.
+    """
+    num_clips, num_samples = shape
+    lengths = np.asarray([num_samples] * num_clips if lengths is None else lengths, np.int32)
+    if lengths.shape != (num_clips,):
+        raise ValueError(f"lengths are {lengths.shape}, expected one per clip, {num_clips}")
+    for length in lengths:
+        if not FRAME_LENGTH <= length <= num_samples:
+            raise ValueError(
+                f"a length of {length} samples, expected {FRAME_LENGTH} (25 ms, one frame) to "
+                f"{num_samples}, those of the waveforms; pad shorter clips"
+            )
+    return lengths
+
+
 def as_samples(array):
     """Returns samples of any type as int16 or float32, of the same shape.
 

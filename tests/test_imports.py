@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "model": {"fbank", "runtime"},
     "data": {"fbank", "runtime"},
     "ingest": {"data", "runtime"},
-    "interop": FOUNDATION | {"model"},
+    "interop": {"model", "fbank", "runtime"},
     "inference": FOUNDATION | {"checkpoint", "model", "data", "interop"},
     "evaluation": FOUNDATION | {"checkpoint", "model", "data", "interop", "inference"},
 }

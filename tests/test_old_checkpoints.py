@@ -88,7 +88,8 @@ def write(folder):
     export(folder / "finetuned", folder / "exported")
     shutil.rmtree(data_dir)
     for left in (
-        "*.png", "events.out.*", "features", "tones", "lock", "metrics.jsonl", "environment.json"
+        "*.png", "events.out.*", "features", "tones", "lock", "metrics.jsonl", "environment.json",
+        "*.py",  # code for PyTorch, which loading here does not read
     ):  # fmt: skip
         for path in folder.glob(f"*/{left}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -120,19 +120,10 @@ class LabelClassifier:
         waveforms = np.asarray(waveforms)
         if waveforms.ndim != 2:
             raise ValueError(f"waveforms are {waveforms.shape}, expected [clips, samples]")
-        num_clips, num_samples = waveforms.shape
-        lengths = np.asarray([num_samples] * num_clips if lengths is None else lengths, int)
-        if lengths.shape != (num_clips,):
-            raise ValueError(f"lengths are {lengths.shape}, expected one per clip, {num_clips}")
-        for length in lengths:
-            if not fbank.FRAME_LENGTH <= length <= num_samples:
-                raise ValueError(
-                    f"a length of {length} samples, expected {fbank.FRAME_LENGTH} (25 ms, one "
-                    f"frame) to {num_samples}, those of the waveforms; pad shorter clips"
-                )
+        lengths = fbank.as_lengths(lengths, waveforms.shape)
         clips = (waveform[:length] for waveform, length in zip(waveforms, lengths, strict=True))
         found = [prediction.probabilities for prediction in self(clips)]
-        return np.array(found, np.float32).reshape(num_clips, len(self.class_names))
+        return np.array(found, np.float32).reshape(len(waveforms), len(self.class_names))
 
     def __call__(self, clips: Iterable[np.ndarray]) -> Iterator[Prediction]:
         """Yields the prediction of each clip, in order.

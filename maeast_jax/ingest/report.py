@@ -104,8 +104,8 @@ def check_skipped(
     raise DataError(
         f"{len(tally.unreadable)} of the first {tally.files.total()} files (of"
         f" {len(listing.files)}) cannot be read, more than"
-        f" --max_skipped_percent={max_skipped_percent:g}, e.g. {name}: {reason}; all are in"
-        f" {skipped}: mend or remove them, or raise the limit"
+        f" --max_skipped_percent={max_skipped_percent:g}, e.g. {name}: {reason}; those so"
+        f" far are in {skipped}: mend or remove them, or raise the limit"
     )
 
 

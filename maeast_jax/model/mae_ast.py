@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from maeast_jax import fbank
@@ -132,16 +131,7 @@ class SpectrogramEncoder(nnx.Module):
         waveform.
         """
         waveforms_BxS = self._checked(waveforms)
-        num_clips, num_samples = waveforms_BxS.shape
-        lengths_B = np.asarray([num_samples] * num_clips if lengths is None else lengths, np.int32)
-        if lengths_B.shape != (num_clips,):
-            raise ValueError(f"lengths are {lengths_B.shape}, expected one per clip, {num_clips}")
-        for length in lengths_B:
-            if not fbank.FRAME_LENGTH <= length <= num_samples:
-                raise ValueError(
-                    f"a length of {length} samples, expected {fbank.FRAME_LENGTH} (25 ms, one "
-                    f"frame) to {num_samples}, those of the waveforms; pad shorter clips"
-                )
+        lengths_B = fbank.as_lengths(lengths, waveforms_BxS.shape)
         graph, state = nnx.split(self)
         return _encode(graph, state, waveforms_BxS, jnp.asarray(lengths_B))
 
